@@ -1,0 +1,53 @@
+// One kernel source, several instruction sets: FASTGAN_KERNEL names the function that a kernel file defines (the suffix
+// comes from CMake), FASTGAN_DECLARE_KERNEL declares all of them in the contract header, and FASTGAN_SELECT gives the
+// one for this machine. The choice is made once, when the module is loaded.
+#pragma once
+#include "common/threads.h"
+
+#define FASTGAN_JOIN_(a, b) a##b
+#define FASTGAN_JOIN(a, b) FASTGAN_JOIN_(a, b)
+#define FASTGAN_KERNEL(name) FASTGAN_JOIN(fastgan_##name##_, FASTGAN_ISA)
+
+namespace fastgan {
+
+enum class Capability { baseline, avx2, avx512, neon };
+
+// The instruction set in use: the best that the machine has, or what FASTGAN_CPU_CAPABILITY forces.
+Capability capability();
+const char* capability_name(Capability);
+// Throws std::runtime_error if this machine or this build does not have it.
+void set_capability(const char* name);
+// Names of those that are built and that this machine can run, the best last; null-terminated.
+const char* const* available_capabilities();
+
+}  // namespace fastgan
+
+#if defined(__x86_64__)
+#define FASTGAN_DECLARE_KERNEL(name, Arguments)                                      \
+  extern "C" {                                                                       \
+  void fastgan_##name##_baseline(const Arguments&, const fastgan::Threads&);         \
+  void fastgan_##name##_avx2(const Arguments&, const fastgan::Threads&);             \
+  void fastgan_##name##_avx512(const Arguments&, const fastgan::Threads&);           \
+  }                                                                                  \
+  static inline void (*fastgan_select_##name())(const Arguments&, const fastgan::Threads&) { \
+    switch (fastgan::capability()) {                                                 \
+      case fastgan::Capability::avx512: return fastgan_##name##_avx512;              \
+      case fastgan::Capability::avx2: return fastgan_##name##_avx2;                  \
+      default: return fastgan_##name##_baseline;                                     \
+    }                                                                                \
+  }
+#elif defined(__aarch64__)
+#define FASTGAN_DECLARE_KERNEL(name, Arguments)                                      \
+  extern "C" void fastgan_##name##_neon(const Arguments&, const fastgan::Threads&);  \
+  static inline void (*fastgan_select_##name())(const Arguments&, const fastgan::Threads&) { \
+    return fastgan_##name##_neon;                                                    \
+  }
+#else
+#define FASTGAN_DECLARE_KERNEL(name, Arguments)                                         \
+  extern "C" void fastgan_##name##_baseline(const Arguments&, const fastgan::Threads&); \
+  static inline void (*fastgan_select_##name())(const Arguments&, const fastgan::Threads&) { \
+    return fastgan_##name##_baseline;                                                   \
+  }
+#endif
+
+#define FASTGAN_SELECT(name) fastgan_select_##name()

@@ -1,0 +1,17 @@
+// The element types of a contract struct, and the two 16-bit storage types with their exact conversions.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace fastgan {
+
+enum class Dtype : int32_t { float32, float64, bfloat16, float16 };
+
+struct bfloat16 {
+  uint16_t bits;
+};
+struct float16 {
+  uint16_t bits;
+};
+
+}  // namespace fastgan

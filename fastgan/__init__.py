@@ -1,0 +1,38 @@
+"""fastgan: adversarial training for PyTorch, made fast.
+
+``import fastgan`` imports torch alone; what needs transformers, matplotlib or Pillow (``fastgan.hf``,
+``fastgan.training``, ``fastgan.data``, ...) is loaded when it is first named.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+import torch  # noqa: F401  first: fastgan._C finds torch's libraries already in the process
+
+from fastgan import _impl
+from fastgan._impl import use
+from fastgan._version import __version__
+
+_impl.load_extension()
+
+from fastgan import nn, ops  # noqa: E402  the kernels are registered first
+from fastgan._info import info  # noqa: E402
+
+if TYPE_CHECKING:
+    from fastgan import adversarial, cli, data, hf, metrics, models, training
+
+_LAZY = ("adversarial", "cli", "data", "hf", "metrics", "models", "training")
+
+__all__ = [*_LAZY, "__version__", "info", "nn", "ops", "use"]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return importlib.import_module(f"fastgan.{name}")
+    raise AttributeError(f"module 'fastgan' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

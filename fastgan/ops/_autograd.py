@@ -1,0 +1,213 @@
+"""How an operator of fastgan gets its derivatives; the one file that knows torch's private names.
+
+``define`` takes an operator's schema, its reference in pure PyTorch and, where there is a kernel for it, its backward
+(itself an operator), and registers everything that torch asks of an operator:
+
+====================  ================================================================================================
+dispatch key          what runs
+====================  ================================================================================================
+CPU, CUDA             the compiled kernel, registered by ``fastgan._C`` when that is imported
+CompositeExplicit...  the reference: on devices, or in builds, without a kernel
+Meta                  ``fake``: shapes, dtypes and strides alone
+Autograd              a single-level ``autograd.Function`` applied in Python, which is what torch's own operators do
+                      in C++. ``register_autograd`` and a Function *around* the operator are each silently wrong
+                      somewhere: zero tangents, zero compiled gradients
+FuncTorchBatched      the reference, decomposed under vmap; or the rule given as ``vmap``
+Autocast              ``autocast="lower"`` casts floating arguments to the autocast dtype, ``"float32"`` to float32
+====================  ================================================================================================
+
+Derivatives that have no kernel come from the reference: a backward operator is differentiated by running the vjp of
+its reference, and forward mode runs the reference on dual numbers. They are right to any order, and slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd.forward_ad import _set_fwd_grad_enabled, make_dual, unpack_dual
+from torch.autograd.function import _SingleLevelFunction
+
+LIBRARY = torch.library.Library("fastgan", "DEF")
+
+#: what a backward formula gets: arguments, saved outputs, gradients of the outputs, and which arguments want a gradient
+Backward = Callable[[Sequence[Any], Sequence[torch.Tensor], Sequence[torch.Tensor | None], Sequence[bool]], Sequence[Any]]
+
+
+@contextmanager
+def _below_autograd():
+    """Call the operator underneath the Autograd key; without the first two, nested levels are silently wrong."""
+    with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
+        yield
+
+
+def _is_differentiable(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _gradients_asked_for(ctx: Any, args: Sequence[Any]) -> list[bool]:
+    """Which arguments the backward call that is running wants a gradient of.
+
+    ``ctx.needs_input_grad`` tells only what requires one. ``autograd.grad(D(x).sum(), x)`` (R1, WGAN-GP) wants none of
+    the weights', and torch's own operators skip those; the engine knows.
+    """
+    needs = list(ctx.needs_input_grad)
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        return needs
+    edges = iter(ctx.next_functions)
+    for i, arg in enumerate(args):
+        if not isinstance(arg, torch.Tensor):
+            continue
+        node = next(edges, (None, 0))[0]
+        if needs[i] and node is not None:
+            needs[i] = torch._C._will_engine_execute_node(node)
+    return needs
+
+
+def _tangent(output: torch.Tensor) -> torch.Tensor:
+    tangent = unpack_dual(output, level=0).tangent
+    return torch.zeros_like(output) if tangent is None else tangent
+
+
+def define(
+    schema: str,
+    *,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    backward: Backward | None = None,
+    save_outputs: Sequence[int] = (),
+    nondifferentiable_outputs: Sequence[int] = (),
+    vmap: Callable[..., Any] | None = None,
+    autocast: str | None = None,
+) -> torch._ops.OpOverload:
+    """Define ``torch.ops.fastgan.<name>`` with everything but its compiled kernel, and return it.
+
+    Args:
+        schema: name and signature, as ``torch.library`` reads it. No output may alias an input.
+        reference: the same mathematics in differentiable PyTorch; takes the operator's arguments by position.
+        fake: as for ``torch.library.register_fake``.
+        backward: ``(args, saved_outputs, grad_outputs, needs) -> a gradient or None for each argument``. It may call
+            only differentiable operators (its own backward operator is one), so that it can be differentiated again.
+            None: the vjp of ``reference``.
+        save_outputs: indices of the outputs that ``backward`` gets as ``saved_outputs``. Whatever of them enters a
+            gradient must be recomputed, or be taken with its own derivative, by the backward operator's reference.
+        nondifferentiable_outputs: indices of outputs without a gradient.
+        vmap: a rule as for ``torch.library.register_vmap``, where one is better than the decomposed reference.
+        autocast: ``"lower"``, ``"float32"`` or None (autocast leaves the arguments alone).
+    """
+    name = schema[: schema.index("(")]
+    LIBRARY.define(schema)
+    operator = getattr(torch.ops.fastgan, name).default
+
+    class Node(_SingleLevelFunction):
+        @staticmethod
+        def forward(*args):
+            with _below_autograd():
+                return operator(*args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            outputs = output if isinstance(output, tuple) else (output,)
+            ctx.is_single = not isinstance(output, tuple)
+            ctx.where = [i for i, value in enumerate(inputs) if isinstance(value, torch.Tensor)]
+            ctx.constants = [None if isinstance(value, torch.Tensor) else value for value in inputs]
+            kept = [inputs[i] for i in ctx.where] + [outputs[i] for i in save_outputs]
+            ctx.save_for_backward(*kept)
+            ctx.save_for_forward(*kept)
+            if nondifferentiable_outputs:
+                ctx.mark_non_differentiable(*[outputs[i] for i in nondifferentiable_outputs])
+            ctx.set_materialize_grads(False)
+
+        @staticmethod
+        def backward(ctx, *grads):
+            args, outputs = _restore(ctx)
+            if all(grad is None for grad in grads):
+                return (None,) * len(args)
+            needs = _gradients_asked_for(ctx, args)
+            if backward is not None:
+                return tuple(backward(args, outputs, grads, needs))
+            where = [i for i, value in enumerate(args) if _is_differentiable(value) and needs[i]]
+            primal_outputs, pull = torch.func.vjp(_as_function_of(where, args), *[args[i] for i in where])
+            if ctx.is_single:
+                gradients = pull(grads[0])
+            else:
+                gradients = pull(
+                    tuple(torch.zeros_like(o) if g is None else g for o, g in zip(primal_outputs, grads, strict=True))
+                )
+            out: list[Any] = [None] * len(args)
+            for i, gradient in zip(where, gradients, strict=True):
+                out[i] = gradient
+            return tuple(out)
+
+        @staticmethod
+        def jvp(ctx, *tangents):
+            args, _ = _restore(ctx)
+            with _set_fwd_grad_enabled(True):
+                duals = [unpack_dual(a, level=0).primal if _is_differentiable(a) else a for a in args]
+                for i, tangent in enumerate(tangents):
+                    if tangent is not None and _is_differentiable(duals[i]):
+                        duals[i] = make_dual(duals[i], tangent, level=0)
+                out = reference(*duals)
+                if ctx.is_single:
+                    return _tangent(out)
+                return tuple(
+                    None if i in nondifferentiable_outputs else _tangent(output) for i, output in enumerate(out)
+                )
+
+    def _restore(ctx):
+        args, saved = list(ctx.constants), ctx.saved_tensors
+        for i, tensor in zip(ctx.where, saved, strict=False):
+            args[i] = tensor
+        return args, saved[len(ctx.where) :]
+
+    def _as_function_of(where, args):
+        def function(*tensors):
+            full = list(args)
+            for i, tensor in zip(where, tensors, strict=True):
+                full[i] = tensor
+            return reference(*full)
+
+        return function
+
+    def autograd_kernel(*args):
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            # The engine cannot be asked about a leaf itself (see _gradients_asked_for), so leaves go through a view.
+            args = tuple(
+                a.view_as(a) if isinstance(a, torch.Tensor) and a.requires_grad and a.is_leaf else a for a in args
+            )
+        with enable_single_level_autograd_function():
+            return Node.apply(*args)
+
+    LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastgan::{name}", fake)
+    LIBRARY.impl(name, autograd_kernel, "Autograd")
+    if vmap is None:
+        LIBRARY.impl(name, lambda *args: reference(*args), "FuncTorchBatched")
+    else:
+        torch.library.register_vmap(f"fastgan::{name}", vmap)
+    if autocast is not None:
+        for device in ("cpu", "cuda"):
+            LIBRARY.impl(name, _autocast_kernel(operator, device, autocast), f"Autocast{device.upper()}")
+    return operator
+
+
+def _autocast_kernel(operator: torch._ops.OpOverload, device: str, policy: str) -> Callable[..., Any]:
+    if policy not in ("lower", "float32"):
+        raise ValueError(f"autocast must be 'lower' or 'float32', got {policy!r}")
+    key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
+
+    def kernel(*args):
+        dtype = torch.get_autocast_dtype(device) if policy == "lower" else torch.float32
+        args = tuple(
+            a.to(dtype)
+            if isinstance(a, torch.Tensor) and a.is_floating_point() and a.dtype not in (dtype, torch.float64)
+            else a
+            for a in args
+        )
+        with torch._C._ExcludeDispatchKeyGuard(key):
+            return operator(*args)
+
+    return kernel
