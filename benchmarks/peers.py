@@ -104,7 +104,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     info = fastgan.info()
     terminalreporter.section("fastgan beside its peers")
     terminalreporter.write_line(
-        f"{info['cpu']}, {torch.get_num_threads()} threads, capability {info['capability']}, torch {torch.__version__}, "
-        f"sgemm {sgemm_gflops():.0f} GFLOP/s"
+        f"{info['cpu']}, {torch.get_num_threads()} threads, capability {info['capability']}, "
+        f"torch {torch.__version__}, sgemm {sgemm_gflops():.0f} GFLOP/s"
     )
     terminalreporter.write_line(table())
