@@ -1,4 +1,4 @@
-"""Looks at what `make demo` drew: all there, not blank, and samples that are neither noise nor one picture over and over.
+"""Looks at what `make demo` drew: all there, not blank, samples neither noise nor one picture over and over.
 
 python .ci/check_demo.py runs/demo
 """
@@ -32,7 +32,7 @@ def main(folder: Path) -> None:
     summary = json.loads((folder / "summary.json").read_text())
     size = summary["gan"]["image_size"]
     real, fake = tiles(folder / "gan" / "real.png", size), tiles(folder / "gan" / "samples.png", size)
-    # Spread: how far pictures lie from their mean. A collapsed generator has almost none, noise has it without structure.
+    # Spread: how far pictures lie from their mean. A collapsed generator has almost none.
     spread = fake.std(axis=0).mean() / real.std(axis=0).mean()
     assert 0.5 < spread < 1.6, f"the samples' spread is {spread:.2f} of the data's"
 

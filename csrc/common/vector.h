@@ -6,7 +6,7 @@
 //   load<T>(pointer)   reads lanes<T> elements of any storage type (float, double, bfloat16, float16) as
 //   Vec<T>; store(pointer, v)  rounds to nearest even; the *_partial forms touch `count` elements and read
 //   zero beyond select(mask, a, b) a where the mask is set exp(v)             float: at most 1 ulp from the
-//   exact value on [-87, 88] (tests/ops/test_vector.py), 0 below -104,
+//   exact value on [-87, 88] (tests/kernel_harness/vector_harness.cpp), 0 below -104,
 //                      +inf above 88.73, NaN stays NaN; double: libm lane by lane
 //
 // Everything is in an unnamed namespace so that no symbol is shared between instruction sets (see threads.h).
@@ -173,7 +173,7 @@ FASTGAN_INLINE void store(bfloat16* p, Vec<float> v) {
   WordBits bits = (WordBits)v;
   WordBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
   Mask<float> nan = v != v;
-  WordBits out = (WordBits)(nan) & ((bits >> 16) | 0x40) | ~(WordBits)(nan)&rounded;
+  WordBits out = ((WordBits)nan & ((bits >> 16) | 0x40)) | (~(WordBits)nan & rounded);
   HalfBits half = __builtin_convertvector(out, HalfBits);
   std::memcpy(p, &half, sizeof half);
 }

@@ -75,7 +75,8 @@ def cases() -> list[Case]:
                 image, scale, shift,
             ),
             _both_ways(
-                lambda x, w, b: T.leaky_relu(T.batch_norm(x, None, None, w, b, True, 0.1, 1e-5), 0.2), image, scale, shift
+                lambda x, w, b: T.leaky_relu(T.batch_norm(x, None, None, w, b, True, 0.1, 1e-5), 0.2),
+                image, scale, shift,
             ),
         ),
         Case(
@@ -110,7 +111,8 @@ def table(timings: list[Timing]) -> str:
     """The timings as text, headed by the machine they were taken on."""
     info = fastgan.info()
     lines = [
-        f"{info['cpu']}, {info['threads']} threads, {info['capability']}, torch {info['torch']}; float32, forward + backward",
+        f"{info['cpu']}, {info['threads']} threads, {info['capability']}, torch {info['torch']}",
+        "float32, forward + backward",
         f"{'':<44} {'fastgan':>10} {'PyTorch':>10}   PyTorch / fastgan",
     ]
     lines += [f"{t.name:<44} {t.ours:>7.2f} ms {t.torch:>7.2f} ms   {t.ratio:.2f}×" for t in timings]
