@@ -132,6 +132,8 @@ def define(
             if backward is not None:
                 return tuple(backward(args, outputs, grads, needs))
             where = [i for i, value in enumerate(args) if _is_differentiable(value) and needs[i]]
+            if not where:
+                return (None,) * len(args)
             vjp: Any = torch.func.vjp(_as_function_of(where, args), *[args[i] for i in where])
             primal_outputs, pull = vjp
             if ctx.is_single:
