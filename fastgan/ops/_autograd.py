@@ -34,7 +34,9 @@ from torch.autograd.function import _SingleLevelFunction
 LIBRARY = torch.library.Library("fastgan", "DEF")
 
 #: what a backward formula gets: arguments, saved outputs, gradients of the outputs, and which arguments want a gradient
-Backward = Callable[[Sequence[Any], Sequence[torch.Tensor], Sequence[torch.Tensor | None], Sequence[bool]], Sequence[Any]]
+Backward = Callable[
+    [Sequence[Any], Sequence[torch.Tensor], Sequence[torch.Tensor | None], Sequence[bool]], Sequence[Any]
+]
 
 
 @contextmanager
