@@ -5,8 +5,8 @@
     query (B, H, L, E)   key (B, K, S, E)   value (B, K, S, V)   ->   output (B, H, L, V)   logsumexp (B, H, L)
 
 K divides H; query head h reads key head h // (H / K). ``mask`` (bool, True takes part) and ``bias`` (added to the
-scores; of query's dtype or float32) are four-dimensional, each size 1 or the scores' own, and both may be given: joining
-them would make the (L, S) tensor that the kernel avoids. ``is_causal`` is torch's: the upper left corner, and a mask
+scores; of query's dtype or float32) are four-dimensional, each size 1 or the scores' own, and both may be given:
+joining them would make the (L, S) tensor that the kernel avoids. ``is_causal`` is torch's: the upper left corner, and a mask
 applies as well. A row with nothing to attend to, all its scores −inf, gives zero output and zero gradients.
 
 Dropout is a pure function of ``philox`` = (seed, offset), int64: row r, column c of head h of batch b is kept if word
@@ -163,7 +163,7 @@ def attention_backward_reference(
     scale: float,
     bias_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of query, key, value and bias; the last empty if not asked for, and summed over what bias was broadcast over.
+    """Gradients of query, key, value and bias; the last summed over broadcast dimensions, or empty if not asked for.
 
     ``output`` and ``logsumexp`` are not looked at: they depend on the inputs, and a second derivative must see that.
     """
