@@ -69,6 +69,8 @@ def scaled_dot_product_attention(
     if dropout_p > 0.0:
         philox = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=query.device)
     mask, bias = (mask4, None) if mask4 is None or mask4.dtype == torch.bool else (None, mask4)
+    if bias is not None and query.dtype == torch.float64:
+        bias = bias.double()
     arguments = (q4, k4, v4, mask, bias, philox, float(dropout_p), bool(is_causal), float(scale))
     if _impl.reference_selected():
         with torch.autocast(device, enabled=False):
