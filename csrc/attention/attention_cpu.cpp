@@ -185,7 +185,6 @@ struct ForwardScratch {
         keys(whole_panels<T>(smaller(a.columns, kForwardKeys))),
         width(a.width),
         value_width(whole_panels<T>(a.value_width)) {}
-  ~ForwardScratch() { std::free(memory); }
   void place(Scratch& s) {
     query = s.take<T>(chunk * width);
     key = s.take<T>(keys * width);
@@ -302,6 +301,7 @@ void forward(const AttentionArgs& a, const Threads& threads) {
       forward_piece<Storage, T>(a, scratch, pair / a.heads, pair % a.heads, row,
                                 smaller(kForwardChunk, a.rows - row));
     }
+    std::free(scratch.memory);
   });
 }
 
@@ -318,7 +318,6 @@ struct BackwardScratch {
         value_width(a.value_width),
         padded(whole_panels<T>(a.width)),
         padded_value(whole_panels<T>(a.value_width)) {}
-  ~BackwardScratch() { std::free(memory); }
   void place(Scratch& s) {
     query = s.take<T>(rows * width);
     query_panels = s.take<T>(rows * padded);
@@ -514,6 +513,7 @@ void backward(const AttentionArgs& a, const Threads& threads) {
       backward_piece<Storage, T>(a, scratch, pair / a.kv_heads, pair % a.kv_heads, chunk,
                                  chunk_begin(a, chunks, chunk), chunk_begin(a, chunks, chunk + 1));
     }
+    std::free(scratch.memory);
   });
   if (a.workspace)
     parallel_for(
@@ -599,6 +599,7 @@ void bias_gradient(const AttentionArgs& a, const Threads& threads) {
                    else if constexpr (sizeof(Storage) == 2)
                      bias_piece<Storage, T, float>(a, scratch, piece, row_blocks, key_blocks);
                  }
+                 std::free(scratch.memory);
                });
 }
 
