@@ -5,11 +5,78 @@ What a caller can get wrong is refused here, by shapes and dtypes alone so that 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from fastgan import _impl
+from fastgan.nn import _attention_inputs
 from fastgan.ops import gan_loss as _gan_loss
+from fastgan.ops.attention import attention_reference
+
+# ---- attention ----
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(query keyᵀ · scale + mask) value: torch's function, twice differentiable, in linear memory.
+
+    Args:
+        query: (..., H, L, E), float32, float64, bfloat16 or float16; any strides.
+        key: (..., K, S, E). Leading dimensions broadcast against query's, as in torch.
+        value: (..., K, S, V).
+        attn_mask: whatever broadcasts to the scores (..., H, L, S). Boolean: True takes part. Floating (query's
+            dtype or float32): added to the scores; it may require a gradient.
+        dropout_p: in [0, 1]; applied whenever it is above zero. Drawn from torch's generator of query's device.
+        is_causal: row i sees columns 0..i, counted from the upper left corner; a mask applies as well.
+        scale: 1 / sqrt(E) by default.
+        enable_gqa: allow K to be a divisor of H; query head h reads key head h // (H / K).
+
+    Returns:
+        (..., H, L, V) in query's dtype. A row with nothing to attend to is zero, and so are its gradients.
+
+    Raises:
+        RuntimeError: ranks, sizes, dtypes or devices that do not fit, dropout_p outside [0, 1].
+        TypeError: an argument that is not a tensor.
+
+    Source: tiles with a running softmax as in Dao et al., FlashAttention (2022); the log-sum-exp is kept and the
+    backward recomputes the tiles. Sparse, nested and complex tensors, and devices without a kernel, go to torch's own.
+    """
+    _attention_inputs.check_types(query, key, value, attn_mask, dropout_p)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        lower = torch.get_autocast_dtype(device)
+        query, key, value, attn_mask = (_attention_inputs.autocast(t, lower) for t in (query, key, value, attn_mask))
+    _attention_inputs.check(query, key, value, attn_mask)
+    if not _attention_inputs.has_kernel(query, key, value, attn_mask):
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    lead, (q4, k4, v4, mask4) = _attention_inputs.fold(query, key, value, attn_mask, enable_gqa)
+    if scale is None:
+        width = query.shape[-1]
+        scale = 1.0 / math.sqrt(width) if width > 0 else 1.0
+    philox = None
+    if dropout_p > 0.0:
+        philox = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=query.device)
+    mask, bias = (mask4, None) if mask4 is None or mask4.dtype == torch.bool else (None, mask4)
+    arguments = (q4, k4, v4, mask, bias, philox, float(dropout_p), bool(is_causal), float(scale))
+    if _impl.reference_selected():
+        with torch.autocast(device, enabled=False):
+            output, _ = attention_reference(*arguments)
+    else:
+        output, _ = torch.ops.fastgan.attention(*arguments)
+    return output.reshape(*lead, query.shape[-2], value.shape[-1])
+
 
 # ---- gan_loss ----
 
