@@ -2,5 +2,6 @@
 
 from fastgan.nn import functional
 from fastgan.nn.gan_loss import DiscriminatorHeadLoss
+from fastgan.nn.linear_cross_entropy import LinearCrossEntropyLoss
 
-__all__ = ["DiscriminatorHeadLoss", "functional"]
+__all__ = ["DiscriminatorHeadLoss", "LinearCrossEntropyLoss", "functional"]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgan import _impl
 from fastgan.ops import gan_loss as _gan_loss
+from fastgan.ops import linear_cross_entropy as _linear_cross_entropy
 
 # ---- gan_loss ----
 
@@ -281,3 +282,123 @@ def _broadcastable(
             f"{name} must be real, {either}broadcastable to the logits' shape {tuple(shape)}, got {_describe(tensor)}"
         )
     return tensor.to(dtype)
+
+
+# ---- linear_cross_entropy ----
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    *,
+    z_loss: float = 0.0,
+    adversarial_radius: float = 0.0,
+) -> Tensor:
+    """A language model's head and its loss, the (tokens, vocabulary) logits never stored whole.
+
+    Equals ``cross_entropy(linear(input, weight, bias), target, ...)`` in value and in derivatives of any order. Tokens
+    whose target is ``ignore_index`` cost nothing. When a gradient will be wanted, the forward computes it along with the
+    loss, so the backward of "mean" and "sum" only scales it.
+
+    Args:
+        input: features (H,) or (..., H), any strides; float32, float64, bfloat16 or float16.
+        weight: (V, H), of input's dtype; a tied embedding's weight as it is. (V, d1, ..., H) computes d1 × ... losses a
+            token, as ``torch.nn.functional.linear_cross_entropy`` does, through plain PyTorch.
+        target: classes, int64 or uint8, of input's shape without H; or probabilities, floating-point, with V in
+            H's place, through plain PyTorch.
+        bias: (V,) or None.
+        ignore_index: tokens of this target have no loss and no gradient, and the mean does not count them.
+        label_smoothing: in [0, 1], spread over all classes; not counting ignored tokens.
+        reduction: "mean" over the tokens that are not ignored (nan where there is none, as in torch), "sum" or "none".
+        z_loss: adds z_loss · logsumexp(logits)² to each token's loss (PaLM, Chowdhery et al. 2022, section 5).
+        adversarial_radius: the target's embedding is moved by so much in the direction that raises the loss most: its
+            logit is lowered by radius · ‖input‖ (Wang, Gong and Liu, ICML 2019). Needs classes as target.
+
+    Returns:
+        The loss in input's dtype (computed in float32 for the 16-bit types; float32 under autocast), a scalar or, for
+        "none", of target's shape.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit, or label_smoothing outside [0, 1].
+        ValueError: another number of targets than tokens, an unknown reduction, a negative z_loss or radius.
+        IndexError: a class outside [0, V) that is not ``ignore_index``.
+    """
+    ignore_index = -100 if ignore_index is None else ignore_index
+    _check_linear_cross_entropy(input, weight, target, bias, label_smoothing, reduction, z_loss, adversarial_radius)
+    index = _linear_cross_entropy.REDUCTIONS.index(reduction)
+    if weight.dim() > 2 or target.is_floating_point():
+        return _linear_cross_entropy.composed(
+            input, weight, target, bias, ignore_index, label_smoothing, index, z_loss, adversarial_radius
+        )
+    tokens = (input.reshape(-1, input.shape[-1]), weight, target.reshape(-1).long(), bias)
+    settings = (ignore_index, float(label_smoothing), index, float(z_loss), float(adversarial_radius))
+    if _impl.reference_selected() or input.device.type != "cpu":
+        loss = _linear_cross_entropy.reference(*tokens, *settings, [False] * 3)[0]
+    else:
+        gradients = _linear_cross_entropy.gradients_to_expect(input, weight, bias, index)
+        loss = _linear_cross_entropy.linear_cross_entropy(*tokens, *settings, gradients)[0]
+    return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def _check_linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    label_smoothing: float,
+    reduction: str,
+    z_loss: float,
+    adversarial_radius: float,
+) -> None:
+    if reduction not in _linear_cross_entropy.REDUCTIONS:
+        raise ValueError(f"reduction must be one of {_linear_cross_entropy.REDUCTIONS}, got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0, got {label_smoothing}")
+    if not z_loss >= 0.0:
+        raise ValueError(f"z_loss must not be negative, got {z_loss}")
+    if not adversarial_radius >= 0.0:
+        raise ValueError(f"adversarial_radius must not be negative, got {adversarial_radius}")
+    if input.dim() < 1 or weight.dim() < 2 or input.shape[-1] != weight.shape[-1]:
+        raise RuntimeError(
+            f"input must have shape (..., H) and weight (V, H) with the same H, "
+            f"got {tuple(input.shape)} and {tuple(weight.shape)}"
+        )
+    if weight.dim() > 2 and input.dim() != 2:
+        raise RuntimeError(f"input must have shape (N, H) where weight has more than two dimensions, got {input.dim()}")
+    if not input.is_floating_point():
+        raise RuntimeError(f"input must be float32, float64, bfloat16 or float16, got {input.dtype}")
+    for name, tensor in (("weight", weight), ("bias", bias), ("target", target)):
+        if tensor is not None and tensor.device != input.device:
+            raise RuntimeError(f"{name} must be on input's device {input.device}, got {tensor.device}")
+    autocast = input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type)
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tensor.dtype != input.dtype and not (autocast and tensor.is_floating_point()):
+            raise RuntimeError(f"{name} must have input's dtype {input.dtype}, got {tensor.dtype}")
+    if bias is not None and bias.shape != weight.shape[:-1]:
+        raise RuntimeError(f"bias must have shape {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}")
+    _check_classes(input, weight, target, adversarial_radius)
+
+
+def _check_classes(input: Tensor, weight: Tensor, target: Tensor, adversarial_radius: float) -> None:
+    places = (*input.shape[:-1], *weight.shape[1:-1])
+    if target.is_floating_point():
+        shape = (*input.shape[:-1], *weight.shape[:-1])
+        if tuple(target.shape) != shape:
+            raise RuntimeError(
+                f"target must be int64 classes of shape {places} or probabilities of shape {shape}, "
+                f"got {_describe(target)}"
+            )
+        if adversarial_radius != 0.0:
+            raise ValueError("adversarial_radius needs classes as target, got probabilities")
+        return
+    if target.dtype not in (torch.int64, torch.uint8):
+        raise RuntimeError(f"target must be int64 or uint8 classes or floating-point probabilities, got {target.dtype}")
+    if target.shape != places:
+        # torch's cross_entropy: ValueError for another number of tokens, RuntimeError for another rank
+        kind = ValueError if target.dim() == len(places) else RuntimeError
+        raise kind(f"target must have input's shape without its last dimension: {places}, got {tuple(target.shape)}")
