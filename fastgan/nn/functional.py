@@ -5,12 +5,79 @@ What a caller can get wrong is refused here, by shapes and dtypes alone so that 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from fastgan import _impl
+from fastgan.nn import _attention_inputs, _linear_cross_entropy_inputs
 from fastgan.ops import gan_loss as _gan_loss
 from fastgan.ops import linear_cross_entropy as _linear_cross_entropy
+from fastgan.ops.attention import attention_reference
+
+# ---- attention ----
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(query keyᵀ · scale + mask) value: torch's function, twice differentiable, in linear memory.
+
+    Args:
+        query: (..., H, L, E), float32, float64, bfloat16 or float16; any strides.
+        key: (..., K, S, E). Leading dimensions broadcast against query's, as in torch.
+        value: (..., K, S, V).
+        attn_mask: whatever broadcasts to the scores (..., H, L, S). Boolean: True takes part. Floating (query's
+            dtype or float32): added to the scores; it may require a gradient.
+        dropout_p: in [0, 1]; applied whenever it is above zero. Drawn from torch's generator of query's device.
+        is_causal: row i sees columns 0..i, counted from the upper left corner; a mask applies as well.
+        scale: 1 / sqrt(E) by default.
+        enable_gqa: allow K to be a divisor of H; query head h reads key head h // (H / K).
+
+    Returns:
+        (..., H, L, V) in query's dtype. A row with nothing to attend to is zero, and so are its gradients.
+
+    Raises:
+        RuntimeError: ranks, sizes, dtypes or devices that do not fit, dropout_p outside [0, 1].
+        TypeError: an argument that is not a tensor.
+
+    Source: tiles with a running softmax as in Dao et al., FlashAttention (2022); the log-sum-exp is kept and the
+    backward recomputes the tiles. Sparse, nested and complex tensors, and devices without a kernel, go to torch's own.
+    """
+    _attention_inputs.check_types(query, key, value, attn_mask, dropout_p)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        lower = torch.get_autocast_dtype(device)
+        query, key, value, attn_mask = (_attention_inputs.autocast(t, lower) for t in (query, key, value, attn_mask))
+    _attention_inputs.check(query, key, value, attn_mask)
+    if not _attention_inputs.has_kernel(query, key, value, attn_mask):
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    lead, (q4, k4, v4, mask4) = _attention_inputs.fold(query, key, value, attn_mask, enable_gqa)
+    if scale is None:
+        width = query.shape[-1]
+        scale = 1.0 / math.sqrt(width) if width > 0 else 1.0
+    philox = None
+    if dropout_p > 0.0:
+        philox = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=query.device)
+    mask, bias = (mask4, None) if mask4 is None or mask4.dtype == torch.bool else (None, mask4)
+    arguments = (q4, k4, v4, mask, bias, philox, float(dropout_p), bool(is_causal), float(scale))
+    if _impl.reference_selected():
+        with torch.autocast(device, enabled=False):
+            output, _ = attention_reference(*arguments)
+    else:
+        output, _ = torch.ops.fastgan.attention(*arguments)
+    return output.reshape(*lead, query.shape[-2], value.shape[-1])
+
 
 # ---- gan_loss ----
 
@@ -302,8 +369,8 @@ def linear_cross_entropy(
     """A language model's head and its loss, the (tokens, vocabulary) logits never stored whole.
 
     Equals ``cross_entropy(linear(input, weight, bias), target, ...)`` in value and in derivatives of any order. Tokens
-    whose target is ``ignore_index`` cost nothing. When a gradient will be wanted, the forward computes it along with the
-    loss, so the backward of "mean" and "sum" only scales it.
+    whose target is ``ignore_index`` cost nothing. Where a gradient will be wanted, the forward computes it along with
+    the loss; the backward of "mean" and "sum" only scales it.
 
     Args:
         input: features (H,) or (..., H), any strides; float32, float64, bfloat16 or float16.
@@ -329,76 +396,27 @@ def linear_cross_entropy(
         IndexError: a class outside [0, V) that is not ``ignore_index``.
     """
     ignore_index = -100 if ignore_index is None else ignore_index
-    _check_linear_cross_entropy(input, weight, target, bias, label_smoothing, reduction, z_loss, adversarial_radius)
+    _linear_cross_entropy_inputs.check(
+        input, weight, target, bias, label_smoothing, reduction, z_loss, adversarial_radius
+    )
+    device = input.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        # torch's own: the product in the lower type, the loss in float32. Here all of it is float32.
+        input, weight = input.to(_float32(input)), weight.to(_float32(weight))
+        bias = None if bias is None else bias.to(_float32(bias))
     index = _linear_cross_entropy.REDUCTIONS.index(reduction)
-    if weight.dim() > 2 or target.is_floating_point():
-        return _linear_cross_entropy.composed(
-            input, weight, target, bias, ignore_index, label_smoothing, index, z_loss, adversarial_radius
-        )
-    tokens = (input.reshape(-1, input.shape[-1]), weight, target.reshape(-1).long(), bias)
     settings = (ignore_index, float(label_smoothing), index, float(z_loss), float(adversarial_radius))
-    if _impl.reference_selected() or input.device.type != "cpu":
-        loss = _linear_cross_entropy.reference(*tokens, *settings, [False] * 3)[0]
+    if weight.dim() > 2 or target.is_floating_point():
+        return _linear_cross_entropy.composed(input, weight, target, bias, *settings)
+    tokens = (input.reshape(-1, input.shape[-1]), weight, target.reshape(-1).long(), bias)
+    if _impl.reference_selected() or device != "cpu":
+        with torch.autocast(device, enabled=False):
+            loss = _linear_cross_entropy.reference(*tokens, *settings, [False] * 3)[0]
     else:
         gradients = _linear_cross_entropy.gradients_to_expect(input, weight, bias, index)
         loss = _linear_cross_entropy.linear_cross_entropy(*tokens, *settings, gradients)[0]
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 
-def _check_linear_cross_entropy(
-    input: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    label_smoothing: float,
-    reduction: str,
-    z_loss: float,
-    adversarial_radius: float,
-) -> None:
-    if reduction not in _linear_cross_entropy.REDUCTIONS:
-        raise ValueError(f"reduction must be one of {_linear_cross_entropy.REDUCTIONS}, got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0, got {label_smoothing}")
-    if not z_loss >= 0.0:
-        raise ValueError(f"z_loss must not be negative, got {z_loss}")
-    if not adversarial_radius >= 0.0:
-        raise ValueError(f"adversarial_radius must not be negative, got {adversarial_radius}")
-    if input.dim() < 1 or weight.dim() < 2 or input.shape[-1] != weight.shape[-1]:
-        raise RuntimeError(
-            f"input must have shape (..., H) and weight (V, H) with the same H, "
-            f"got {tuple(input.shape)} and {tuple(weight.shape)}"
-        )
-    if weight.dim() > 2 and input.dim() != 2:
-        raise RuntimeError(f"input must have shape (N, H) where weight has more than two dimensions, got {input.dim()}")
-    if not input.is_floating_point():
-        raise RuntimeError(f"input must be float32, float64, bfloat16 or float16, got {input.dtype}")
-    for name, tensor in (("weight", weight), ("bias", bias), ("target", target)):
-        if tensor is not None and tensor.device != input.device:
-            raise RuntimeError(f"{name} must be on input's device {input.device}, got {tensor.device}")
-    autocast = input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tensor.dtype != input.dtype and not (autocast and tensor.is_floating_point()):
-            raise RuntimeError(f"{name} must have input's dtype {input.dtype}, got {tensor.dtype}")
-    if bias is not None and bias.shape != weight.shape[:-1]:
-        raise RuntimeError(f"bias must have shape {tuple(weight.shape[:-1])}, got {tuple(bias.shape)}")
-    _check_classes(input, weight, target, adversarial_radius)
-
-
-def _check_classes(input: Tensor, weight: Tensor, target: Tensor, adversarial_radius: float) -> None:
-    places = (*input.shape[:-1], *weight.shape[1:-1])
-    if target.is_floating_point():
-        shape = (*input.shape[:-1], *weight.shape[:-1])
-        if tuple(target.shape) != shape:
-            raise RuntimeError(
-                f"target must be int64 classes of shape {places} or probabilities of shape {shape}, "
-                f"got {_describe(target)}"
-            )
-        if adversarial_radius != 0.0:
-            raise ValueError("adversarial_radius needs classes as target, got probabilities")
-        return
-    if target.dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(f"target must be int64 or uint8 classes or floating-point probabilities, got {target.dtype}")
-    if target.shape != places:
-        # torch's cross_entropy: ValueError for another number of tokens, RuntimeError for another rank
-        kind = ValueError if target.dim() == len(places) else RuntimeError
-        raise kind(f"target must have input's shape without its last dimension: {places}, got {tuple(target.shape)}")
+def _float32(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

@@ -1,4 +1,4 @@
-"""``linear_cross_entropy``: a language model's head and its loss; the (tokens, vocabulary) logits are never stored whole.
+"""``linear_cross_entropy``: a language model's head and its loss; the (tokens, vocabulary) logits are never whole.
 
 For a token with features h, class y, logits x = W h + b and lse = log sum exp x, the loss is
 
