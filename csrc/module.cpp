@@ -1,5 +1,5 @@
-// The pybind11 module fastgan._C. Importing it registers the CPU kernels of torch.ops.fastgan (each *_op.cpp does so in
-// a static constructor); what it exports itself is only about the build and the machine.
+// The pybind11 module fastgan._C. Importing it registers the CPU kernels of torch.ops.fastgan (each *_op.cpp
+// does so in a static constructor); what it exports itself is only about the build and the machine.
 #include <pybind11/pybind11.h>
 
 #include <chrono>
@@ -31,7 +31,8 @@ PYBIND11_MODULE(_C, m) {
     for (const std::string& each : available()) names[i++] = py::str(each);
     return names;
   });
-  // How many different threads run a loop of `count` short sleeps: what tests use to see that loops are parallel.
+  // How many different threads run a loop of `count` short sleeps: what tests use to see that loops are
+  // parallel.
   m.def("threads_used", [](int count) {
     std::vector<std::thread::id> ids(static_cast<size_t>(count));
     {

@@ -7,7 +7,6 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
 
 import torch  # noqa: F401  first: fastgan._C finds torch's libraries already in the process
 
@@ -20,12 +19,9 @@ _impl.load_extension()
 from fastgan import nn, ops  # noqa: E402  the kernels are registered first
 from fastgan._info import info  # noqa: E402
 
-if TYPE_CHECKING:
-    from fastgan import adversarial, cli, data, hf, metrics, models, training
+_LAZY = ("cli", "data", "hf", "models", "training")
 
-_LAZY = ("adversarial", "cli", "data", "hf", "metrics", "models", "training")
-
-__all__ = [*_LAZY, "__version__", "info", "nn", "ops", "use"]
+__all__ = ["__version__", "info", "nn", "ops", "use"]
 
 
 def __getattr__(name: str):
@@ -35,4 +31,4 @@ def __getattr__(name: str):
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted([*__all__, *_LAZY])

@@ -54,8 +54,8 @@ def load_extension() -> None:
         extension_error = str(error)
         if _selected != "reference":
             warnings.warn(
-                f"fastgan's compiled kernels could not be loaded ({error}); the slower pure-PyTorch reference runs instead. "
-                "`fastgan info` tells what is missing and how to get it.",
+                f"fastgan's compiled kernels could not be loaded ({error}); the slower pure-PyTorch reference runs "
+                "instead. `fastgan info` tells what is missing and how to get it.",
                 RuntimeWarning,
                 stacklevel=3,
             )

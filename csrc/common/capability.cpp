@@ -11,13 +11,17 @@ namespace {
 bool runs_here(Capability wanted) {
 #if defined(__x86_64__)
   switch (wanted) {
-    case Capability::baseline: return true;
+    case Capability::baseline:
+      return true;
     case Capability::avx2:
-      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+      return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+             __builtin_cpu_supports("f16c");
     case Capability::avx512:
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") && runs_here(Capability::avx2);
-    default: return false;
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+             runs_here(Capability::avx2);
+    default:
+      return false;
   }
 #elif defined(__aarch64__)
   return wanted == Capability::neon;
@@ -35,7 +39,8 @@ Capability best() {
   return found;
 }
 
-// Not thrown at load, where it would end the import: an unknown or impossible name is kept for Python to report.
+// Not thrown at load, where it would end the import: an unknown or impossible name is kept for Python to
+// report.
 Capability& current() {
   static Capability value = [] {
     const char* forced = std::getenv("FASTGAN_CPU_CAPABILITY");
@@ -52,10 +57,14 @@ Capability capability() { return current(); }
 
 const char* capability_name(Capability which) {
   switch (which) {
-    case Capability::baseline: return "baseline";
-    case Capability::avx2: return "avx2";
-    case Capability::avx512: return "avx512";
-    case Capability::neon: return "neon";
+    case Capability::baseline:
+      return "baseline";
+    case Capability::avx2:
+      return "avx2";
+    case Capability::avx512:
+      return "avx512";
+    case Capability::neon:
+      return "neon";
   }
   return "baseline";
 }
@@ -73,7 +82,8 @@ const char* const* available_capabilities() {
 void set_capability(const char* name) {
   for (Capability each : kAll) {
     if (std::strcmp(name, capability_name(each)) != 0) continue;
-    if (!runs_here(each)) throw std::runtime_error(std::string("this machine cannot run capability '") + name + "'");
+    if (!runs_here(each))
+      throw std::runtime_error(std::string("this machine cannot run capability '") + name + "'");
     current() = each;
     return;
   }

@@ -1,6 +1,6 @@
-// One kernel source, several instruction sets: FASTGAN_KERNEL names the function that a kernel file defines (the suffix
-// comes from CMake), FASTGAN_DECLARE_KERNEL declares all of them in the contract header, and FASTGAN_SELECT gives the
-// one for this machine. The choice is made once, when the module is loaded.
+// One kernel source, several instruction sets: FASTGAN_KERNEL names the function that a kernel file defines
+// (the suffix comes from CMake), FASTGAN_DECLARE_KERNEL declares all of them in the contract header, and
+// FASTGAN_SELECT gives the one for this machine. The choice is made once, when the module is loaded.
 #pragma once
 #include "common/threads.h"
 
@@ -23,30 +23,33 @@ const char* const* available_capabilities();
 }  // namespace fastgan
 
 #if defined(__x86_64__)
-#define FASTGAN_DECLARE_KERNEL(name, Arguments)                                      \
-  extern "C" {                                                                       \
-  void fastgan_##name##_baseline(const Arguments&, const fastgan::Threads&);         \
-  void fastgan_##name##_avx2(const Arguments&, const fastgan::Threads&);             \
-  void fastgan_##name##_avx512(const Arguments&, const fastgan::Threads&);           \
-  }                                                                                  \
+#define FASTGAN_DECLARE_KERNEL(name, Arguments)                                              \
+  extern "C" {                                                                               \
+  void fastgan_##name##_baseline(const Arguments&, const fastgan::Threads&);                 \
+  void fastgan_##name##_avx2(const Arguments&, const fastgan::Threads&);                     \
+  void fastgan_##name##_avx512(const Arguments&, const fastgan::Threads&);                   \
+  }                                                                                          \
   static inline void (*fastgan_select_##name())(const Arguments&, const fastgan::Threads&) { \
-    switch (fastgan::capability()) {                                                 \
-      case fastgan::Capability::avx512: return fastgan_##name##_avx512;              \
-      case fastgan::Capability::avx2: return fastgan_##name##_avx2;                  \
-      default: return fastgan_##name##_baseline;                                     \
-    }                                                                                \
+    switch (fastgan::capability()) {                                                         \
+      case fastgan::Capability::avx512:                                                      \
+        return fastgan_##name##_avx512;                                                      \
+      case fastgan::Capability::avx2:                                                        \
+        return fastgan_##name##_avx2;                                                        \
+      default:                                                                               \
+        return fastgan_##name##_baseline;                                                    \
+    }                                                                                        \
   }
 #elif defined(__aarch64__)
-#define FASTGAN_DECLARE_KERNEL(name, Arguments)                                      \
-  extern "C" void fastgan_##name##_neon(const Arguments&, const fastgan::Threads&);  \
+#define FASTGAN_DECLARE_KERNEL(name, Arguments)                                              \
+  extern "C" void fastgan_##name##_neon(const Arguments&, const fastgan::Threads&);          \
   static inline void (*fastgan_select_##name())(const Arguments&, const fastgan::Threads&) { \
-    return fastgan_##name##_neon;                                                    \
+    return fastgan_##name##_neon;                                                            \
   }
 #else
-#define FASTGAN_DECLARE_KERNEL(name, Arguments)                                         \
-  extern "C" void fastgan_##name##_baseline(const Arguments&, const fastgan::Threads&); \
+#define FASTGAN_DECLARE_KERNEL(name, Arguments)                                              \
+  extern "C" void fastgan_##name##_baseline(const Arguments&, const fastgan::Threads&);      \
   static inline void (*fastgan_select_##name())(const Arguments&, const fastgan::Threads&) { \
-    return fastgan_##name##_baseline;                                                   \
+    return fastgan_##name##_baseline;                                                        \
   }
 #endif
 

@@ -13,16 +13,17 @@
 #include "common/threads.h"
 #include "common/types.h"
 
-// Guards memory; what a user can get wrong is refused in fastgan/nn/functional.py, with torch's exception types.
-#define FASTGAN_CHECK(condition, ...)                                  \
-  do {                                                                 \
+// Guards memory; what a user can get wrong is refused in fastgan/nn/functional.py, with torch's exception
+// types.
+#define FASTGAN_CHECK(condition, ...)                                          \
+  do {                                                                         \
     if (!(condition)) throw std::runtime_error(fastgan::message(__VA_ARGS__)); \
   } while (false)
 
 namespace fastgan {
 
-using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 template <class... Parts>
 inline std::string message(const Parts&... parts) {
@@ -34,18 +35,24 @@ inline std::string message(const Parts&... parts) {
 // torch's own thread pool; ranges never smaller than the grain, except the last.
 inline const Threads& torch_threads() {
   static const Threads threads{[](int64_t count, int64_t grain, RangeBody body, void* context) {
-    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) { body(begin, end, context); });
+    torch::stable::parallel_for(0, count, grain,
+                                [&](int64_t begin, int64_t end) { body(begin, end, context); });
   }};
   return threads;
 }
 
 inline Dtype dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Dtype::float32;
-    case ScalarType::Double: return Dtype::float64;
-    case ScalarType::BFloat16: return Dtype::bfloat16;
-    case ScalarType::Half: return Dtype::float16;
-    default: throw std::runtime_error("expected a tensor of float32, float64, bfloat16 or float16");
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    case ScalarType::Half:
+      return Dtype::float16;
+    default:
+      throw std::runtime_error("expected a tensor of float32, float64, bfloat16 or float16");
   }
 }
 

@@ -1,11 +1,12 @@
-// Vectors for kernel files, on the compiler's own vector types: the width is a compile-time constant of the instruction
-// set that the file is compiled for, arithmetic is written with operators, and comparisons give integer masks.
+// Vectors for kernel files, on the compiler's own vector types: the width is a compile-time constant of the
+// instruction set that the file is compiled for, arithmetic is written with operators, and comparisons give
+// integer masks.
 //
 //   Vec<T>             T is float or double; lanes<T> elements
-//   load<T>(pointer)   reads lanes<T> elements of any storage type (float, double, bfloat16, float16) as Vec<T>;
-//   store(pointer, v)  rounds to nearest even; the *_partial forms touch `count` elements and read zero beyond
-//   select(mask, a, b) a where the mask is set
-//   exp(v)             float: at most 1 ulp from the exact value on [-87, 88] (tests/ops/test_vector.py), 0 below -104,
+//   load<T>(pointer)   reads lanes<T> elements of any storage type (float, double, bfloat16, float16) as
+//   Vec<T>; store(pointer, v)  rounds to nearest even; the *_partial forms touch `count` elements and read
+//   zero beyond select(mask, a, b) a where the mask is set exp(v)             float: at most 1 ulp from the
+//   exact value on [-87, 88] (tests/kernel_harness/vector_harness.cpp), 0 below -104,
 //                      +inf above 88.73, NaN stays NaN; double: libm lane by lane
 //
 // Everything is in an unnamed namespace so that no symbol is shared between instruction sets (see threads.h).
@@ -74,8 +75,9 @@ FASTGAN_INLINE float to_float(float16 x) {
 #if defined(__F16C__)
   return _cvtsh_ss(x.bits);
 #else
-  // Shift the half's exponent and fraction under the float's and let a multiplication by 2^112 mend the bias: exact,
-  // denormals included. What was infinite or NaN is then at 2^16 or above and gets the float's own exponent.
+  // Shift the half's exponent and fraction under the float's and let a multiplication by 2^112 mend the bias:
+  // exact, denormals included. What was infinite or NaN is then at 2^16 or above and gets the float's own
+  // exponent.
   uint32_t bits = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
   float out;
   std::memcpy(&out, &bits, 4);
@@ -110,13 +112,21 @@ FASTGAN_INLINE float16 to_float16(float x) {
 }
 
 template <class T>
-FASTGAN_INLINE T load1(const float* p) { return T(*p); }
+FASTGAN_INLINE T load1(const float* p) {
+  return T(*p);
+}
 template <class T>
-FASTGAN_INLINE T load1(const double* p) { return T(*p); }
+FASTGAN_INLINE T load1(const double* p) {
+  return T(*p);
+}
 template <class T>
-FASTGAN_INLINE T load1(const bfloat16* p) { return T(to_float(*p)); }
+FASTGAN_INLINE T load1(const bfloat16* p) {
+  return T(to_float(*p));
+}
 template <class T>
-FASTGAN_INLINE T load1(const float16* p) { return T(to_float(*p)); }
+FASTGAN_INLINE T load1(const float16* p) {
+  return T(to_float(*p));
+}
 FASTGAN_INLINE void store1(float* p, float x) { *p = x; }
 FASTGAN_INLINE void store1(double* p, double x) { *p = x; }
 FASTGAN_INLINE void store1(bfloat16* p, float x) { *p = to_bfloat16(x); }
@@ -124,21 +134,31 @@ FASTGAN_INLINE void store1(float16* p, float x) { *p = to_float16(x); }
 
 // What sums are kept in for each storage type.
 template <class Storage>
-struct AccumulateOf { using type = float; };
+struct AccumulateOf {
+  using type = float;
+};
 template <>
-struct AccumulateOf<double> { using type = double; };
+struct AccumulateOf<double> {
+  using type = double;
+};
 template <class Storage>
 using Accumulate = typename AccumulateOf<Storage>::type;
 
 // ---- vectors ----
 
 template <class T>
-FASTGAN_INLINE Vec<T> splat(T x) { return Vec<T>{} + x; }
+FASTGAN_INLINE Vec<T> splat(T x) {
+  return Vec<T>{} + x;
+}
 
 template <class T>
-FASTGAN_INLINE Vec<T> load(const T* p) { return *reinterpret_cast<const typename VecOf<T>::unaligned*>(p); }
+FASTGAN_INLINE Vec<T> load(const T* p) {
+  return *reinterpret_cast<const typename VecOf<T>::unaligned*>(p);
+}
 template <class T>
-FASTGAN_INLINE void store(T* p, Vec<T> v) { *reinterpret_cast<typename VecOf<T>::unaligned*>(p) = v; }
+FASTGAN_INLINE void store(T* p, Vec<T> v) {
+  *reinterpret_cast<typename VecOf<T>::unaligned*>(p) = v;
+}
 
 typedef uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
 typedef uint32_t WordBits __attribute__((vector_size(kVectorBytes)));
@@ -153,7 +173,7 @@ FASTGAN_INLINE void store(bfloat16* p, Vec<float> v) {
   WordBits bits = (WordBits)v;
   WordBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
   Mask<float> nan = v != v;
-  WordBits out = (WordBits)(nan) & ((bits >> 16) | 0x40) | ~(WordBits)(nan)&rounded;
+  WordBits out = ((WordBits)nan & ((bits >> 16) | 0x40)) | (~(WordBits)nan & rounded);
   HalfBits half = __builtin_convertvector(out, HalfBits);
   std::memcpy(p, &half, sizeof half);
 }
@@ -180,7 +200,8 @@ FASTGAN_INLINE void store(float16* p, Vec<float> v) {
 #endif
 }
 
-// `load<Compute>(pointer)` for every storage type: the first template argument is the compute type throughout.
+// `load<Compute>(pointer)` for every storage type: the first template argument is the compute type
+// throughout.
 template <class T, class Storage>
 FASTGAN_INLINE Vec<T> load_partial(const Storage* p, int count) {
   Storage buffer[lanes<T>] = {};
@@ -199,9 +220,13 @@ FASTGAN_INLINE Vec<double> select(Mask<double> mask, Vec<double> a, Vec<double> 
 
 // a where a > b, else b: a NaN in b is kept, one in a is lost.
 template <class V>
-FASTGAN_INLINE V max(V a, V b) { return a > b ? a : b; }
+FASTGAN_INLINE V max(V a, V b) {
+  return a > b ? a : b;
+}
 template <class V>
-FASTGAN_INLINE V min(V a, V b) { return a < b ? a : b; }
+FASTGAN_INLINE V min(V a, V b) {
+  return a < b ? a : b;
+}
 
 template <class T>
 FASTGAN_INLINE T sum(Vec<T> v) {

@@ -1,5 +1,6 @@
 """Modules that take the place of torch's own, with the same parameters and state dicts."""
 
 from fastgan.nn import functional
+from fastgan.nn.gan_loss import DiscriminatorHeadLoss
 
-__all__ = ["functional"]
+__all__ = ["DiscriminatorHeadLoss", "functional"]

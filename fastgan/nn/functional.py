@@ -2,3 +2,349 @@
 
 What a caller can get wrong is refused here, by shapes and dtypes alone so that ``torch.compile`` traces through.
 """
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastgan import _impl
+from fastgan.nn import _attention_inputs
+from fastgan.ops import gan_loss as _gan_loss
+from fastgan.ops.attention import attention_reference
+
+# ---- attention ----
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """softmax(query keyᵀ · scale + mask) value: torch's function, twice differentiable, in linear memory.
+
+    Args:
+        query: (..., H, L, E), float32, float64, bfloat16 or float16; any strides.
+        key: (..., K, S, E). Leading dimensions broadcast against query's, as in torch.
+        value: (..., K, S, V).
+        attn_mask: whatever broadcasts to the scores (..., H, L, S). Boolean: True takes part. Floating (query's
+            dtype or float32): added to the scores; it may require a gradient.
+        dropout_p: in [0, 1]; applied whenever it is above zero. Drawn from torch's generator of query's device.
+        is_causal: row i sees columns 0..i, counted from the upper left corner; a mask applies as well.
+        scale: 1 / sqrt(E) by default.
+        enable_gqa: allow K to be a divisor of H; query head h reads key head h // (H / K).
+
+    Returns:
+        (..., H, L, V) in query's dtype. A row with nothing to attend to is zero, and so are its gradients.
+
+    Raises:
+        RuntimeError: ranks, sizes, dtypes or devices that do not fit, dropout_p outside [0, 1].
+        TypeError: an argument that is not a tensor.
+
+    Source: tiles with a running softmax as in Dao et al., FlashAttention (2022); the log-sum-exp is kept and the
+    backward recomputes the tiles. Sparse, nested and complex tensors, and devices without a kernel, go to torch's own.
+    """
+    _attention_inputs.check_types(query, key, value, attn_mask, dropout_p)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        lower = torch.get_autocast_dtype(device)
+        query, key, value, attn_mask = (_attention_inputs.autocast(t, lower) for t in (query, key, value, attn_mask))
+    _attention_inputs.check(query, key, value, attn_mask)
+    if not _attention_inputs.has_kernel(query, key, value, attn_mask):
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    lead, (q4, k4, v4, mask4) = _attention_inputs.fold(query, key, value, attn_mask, enable_gqa)
+    if scale is None:
+        width = query.shape[-1]
+        scale = 1.0 / math.sqrt(width) if width > 0 else 1.0
+    philox = None
+    if dropout_p > 0.0:
+        philox = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=query.device)
+    mask, bias = (mask4, None) if mask4 is None or mask4.dtype == torch.bool else (None, mask4)
+    arguments = (q4, k4, v4, mask, bias, philox, float(dropout_p), bool(is_causal), float(scale))
+    if _impl.reference_selected():
+        with torch.autocast(device, enabled=False):
+            output, _ = attention_reference(*arguments)
+    else:
+        output, _ = torch.ops.fastgan.attention(*arguments)
+    return output.reshape(*lead, query.shape[-2], value.shape[-1])
+
+
+# ---- gan_loss ----
+
+
+def conv_bce_with_logits(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor | float,
+    *,
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    sample_weight: Tensor | None = None,
+    pos_weight: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor]:
+    """A discriminator's last convolution, sigmoid and binary cross-entropy as one kernel: ``(loss, logits)``.
+
+    Equals ``logits = conv2d(input, weight, bias, stride, padding)`` and
+    ``binary_cross_entropy_with_logits(logits, target, sample_weight, pos_weight=pos_weight, reduction=reduction)``; see
+    ``conv_gan_loss`` for arguments, shapes and errors. Loss and gradient are exact for confident discriminators too:
+    nothing is clamped and nothing cancels.
+    """
+    return conv_gan_loss(
+        input,
+        weight,
+        bias,
+        target,
+        loss="bce",
+        stride=stride,
+        padding=padding,
+        sample_weight=sample_weight,
+        pos_weight=pos_weight,
+        label_smoothing=label_smoothing,
+        reduction=reduction,
+    )
+
+
+def conv_gan_loss(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor | float,
+    *,
+    loss: str = "bce",
+    stride: int | tuple[int, int] = 1,
+    padding: int | tuple[int, int] | str = 0,
+    sample_weight: Tensor | None = None,
+    pos_weight: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> tuple[Tensor, Tensor]:
+    """A discriminator's last convolution and its GAN loss as one kernel: ``(loss, logits)``, both differentiable.
+
+    Args:
+        input: features (N, C, H, W), any strides; float32, float64, bfloat16 or float16.
+        weight: (K, C, kh, kw), of input's dtype.
+        bias: (K,) or None.
+        target: 1 is real, 0 is fake. One number (or a tensor of no dimension) for every logit; a label an image, shape
+            (N,), for each of its image's logits; or a target of the logits' shape (N, K, H', W'). "bce", "hinge" and
+            "wasserstein" want it in [0, 1], "lsgan" takes any finite number.
+        loss: with x a logit and t its target, "bce": t softplus(-x) + (1-t) softplus(x); "hinge" (the
+            discriminator's): t relu(1-x) + (1-t) relu(1+x); "wasserstein": (1-2t) x, so -x for real and x for fake (with
+            target 1 it is also the generator's part of the hinge loss); "lsgan": (x-t)^2, as Mao et al. (2017) without
+            their factor 1/2.
+        stride, padding: as ``torch.nn.functional.conv2d``'s.
+        sample_weight: multiplies each logit's loss; shape (N,), an image each, or broadcastable to the logits. As in
+            torch, the mean divides by the number of logits, not by the sum of the weights.
+        pos_weight: multiplies the real term, broadcastable to the logits or a number; not for "lsgan".
+        label_smoothing: s in [0, 1] turns each target t into t (1-s) + s/2.
+        reduction: "mean" over all logits, also where there are several an image; "sum"; or "none".
+
+    Returns:
+        The loss, a scalar or for "none" of the logits' shape, in the logits' dtype (computed in float32 for the 16-bit
+        types; under autocast it is float32, as torch's losses are), and the logits (N, K, H', W').
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit; a tensor target with values outside [0, 1].
+        ValueError: a number outside its range, or an unknown loss or reduction.
+    """
+    stride, padding = _pair(stride, "stride"), _padding_pair(padding, weight, stride)
+    _check_convolution(input, weight, bias, stride, padding)
+    loss_index, reduction_index = _check_loss(loss, reduction, label_smoothing, pos_weight)
+    autocast = input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type)
+    if autocast:
+        # As torch: the convolution in the lower type, the loss in float32.
+        lower = torch.get_autocast_dtype(input.device.type)
+        input, weight = _lowered(input, lower), _lowered(weight, lower)
+        bias = None if bias is None else _lowered(bias, lower)
+    shape = _gan_loss.output_shape(input, weight, stride, padding)
+    accumulate = _gan_loss.accumulate_dtype(input.dtype)
+    target, target_value = _check_target(target, shape, loss, accumulate, input.device)
+    weights = _broadcastable("sample_weight", sample_weight, shape, accumulate, input.device, per_image=True)
+    if isinstance(pos_weight, (int, float)):
+        pos_weight = torch.full((), pos_weight, dtype=accumulate, device=input.device)
+    positive = _broadcastable("pos_weight", pos_weight, shape, accumulate, input.device)
+    parts = (target, target_value, weights, positive, loss_index)
+    settings = (float(label_smoothing), reduction_index, autocast)
+    if _impl.reference_selected() or input.device.type != "cpu":
+        _check_target_values(target, loss)
+        return _gan_loss.reference(input, weight, bias, *parts, stride, padding, *settings)
+    return _gan_loss.conv_gan_loss(input, weight, bias, *parts, stride, padding, *settings)
+
+
+def gan_loss_with_logits(
+    logits: Tensor,
+    target: Tensor | float,
+    *,
+    loss: str = "bce",
+    sample_weight: Tensor | None = None,
+    pos_weight: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """The loss of ``conv_gan_loss`` for logits (N, ...) that come from another layer; the same arguments and errors."""
+    if logits.dim() == 0 or not logits.is_floating_point():
+        raise RuntimeError(f"logits must be floating-point of shape (N, ...), got {_describe(logits)}")
+    loss_index, reduction_index = _check_loss(loss, reduction, label_smoothing, pos_weight)
+    shape, accumulate = list(logits.shape), _gan_loss.accumulate_dtype(logits.dtype)
+    target, target_value = _check_target(target, shape, loss, accumulate, logits.device)
+    weights = _broadcastable("sample_weight", sample_weight, shape, accumulate, logits.device, per_image=True)
+    if isinstance(pos_weight, (int, float)):
+        pos_weight = torch.full((), pos_weight, dtype=accumulate, device=logits.device)
+    positive = _broadcastable("pos_weight", pos_weight, shape, accumulate, logits.device)
+    _check_target_values(target, loss)
+    autocast = logits.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(logits.device.type)
+    return _gan_loss.loss_of_logits(
+        logits, target, target_value, weights, positive, loss_index, float(label_smoothing), reduction_index, autocast
+    )
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
+
+
+def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+
+def _pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
+    if isinstance(value, int):
+        return value, value
+    if len(value) == 1:
+        return value[0], value[0]
+    if len(value) != 2:
+        raise RuntimeError(f"{name} must be one integer or two, got {tuple(value)}")
+    return value[0], value[1]
+
+
+def _padding_pair(padding: int | tuple[int, int] | str, weight: Tensor, stride: tuple[int, int]) -> tuple[int, int]:
+    if not isinstance(padding, str):
+        return _pair(padding, "padding")
+    if padding == "valid":
+        return 0, 0
+    if padding != "same":
+        raise RuntimeError(f"padding must be integers, 'valid' or 'same', got {padding!r}")
+    if stride != (1, 1):
+        raise RuntimeError(f"padding='same' needs stride 1, got {stride}")
+    if weight.dim() == 4 and (weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0):
+        raise RuntimeError(f"padding='same' needs odd kernel sizes here, got {tuple(weight.shape[2:])}")
+    return weight.shape[-2] // 2, weight.shape[-1] // 2
+
+
+def _check_convolution(
+    input: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
+) -> None:
+    if input.dim() != 4 or weight.dim() != 4:
+        raise RuntimeError(
+            f"input must have 4 dimensions (N, C, H, W) and weight 4 (K, C, kh, kw), "
+            f"got shapes {tuple(input.shape)} and {tuple(weight.shape)}"
+        )
+    if not input.is_floating_point():
+        raise RuntimeError(f"input must be float32, float64, bfloat16 or float16, got {_describe(input)}")
+    if weight.device != input.device or (bias is not None and bias.device != input.device):
+        where = "" if bias is None else f" and {bias.device}"
+        raise RuntimeError(f"weight and bias must be on input's device {input.device}, got {weight.device}{where}")
+    lowered = input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type)
+    if not lowered and (weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype)):
+        kind = "" if bias is None else f" and {bias.dtype}"
+        raise RuntimeError(f"weight and bias must have input's dtype {input.dtype}, got {weight.dtype}{kind}")
+    if input.shape[1] != weight.shape[1]:
+        raise RuntimeError(
+            f"input must have as many channels as weight of shape {tuple(weight.shape)}: {weight.shape[1]}, "
+            f"got input of shape {tuple(input.shape)}"
+        )
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
+        raise RuntimeError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
+    if min(stride) <= 0:
+        raise RuntimeError(f"stride must be positive, got {stride}")
+    if min(padding) < 0:
+        raise RuntimeError(f"padding must not be negative, got {padding}")
+    padded = input.shape[2] + 2 * padding[0], input.shape[3] + 2 * padding[1]
+    if min(weight.shape) < 1 or padded[0] < weight.shape[2] or padded[1] < weight.shape[3]:
+        raise RuntimeError(
+            f"weight's kernel {tuple(weight.shape[2:])} must not be larger than the padded input {padded}, nor weight be "
+            f"empty: input {tuple(input.shape)}, weight {tuple(weight.shape)}"
+        )
+
+
+def _check_loss(loss: str, reduction: str, label_smoothing: float, pos_weight: object) -> tuple[int, int]:
+    if loss not in _gan_loss.LOSSES:
+        raise ValueError(f"loss must be one of {_gan_loss.LOSSES}, got {loss!r}")
+    if reduction not in _gan_loss.REDUCTIONS:
+        raise ValueError(f"reduction must be one of {_gan_loss.REDUCTIONS}, got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if loss == "lsgan" and pos_weight is not None:
+        raise ValueError("pos_weight multiplies the real term of a loss with two; 'lsgan' has one, use sample_weight")
+    return _gan_loss.LOSSES.index(loss), _gan_loss.REDUCTIONS.index(reduction)
+
+
+def _check_target(
+    target: Tensor | float, shape: list[int], loss: str, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor | None, float]:
+    """The operator's ``target, target_value``."""
+    if not isinstance(target, Tensor):
+        if not isinstance(target, (int, float)):
+            raise TypeError(f"target must be a tensor or a number, got {type(target).__name__}")
+        if loss != "lsgan" and not 0.0 <= target <= 1.0:
+            raise ValueError(f"target must be in [0, 1] for loss={loss!r}, got {target}")
+        return None, float(target)
+    if target.is_complex():
+        raise RuntimeError(f"target must be real, got {_describe(target)}")
+    if target.device != device:
+        raise RuntimeError(f"target must be on input's device {device}, got {target.device}")
+    if target.dim() == 1 and target.shape[0] == shape[0]:
+        target = target.reshape(-1, *(1 for _ in shape[1:]))
+    elif target.dim() != 0 and list(target.shape) != shape:
+        raise RuntimeError(
+            f"target must be a number, a label an image of shape ({shape[0]},), or have the logits' shape "
+            f"{tuple(shape)}, got shape {tuple(target.shape)}"
+        )
+    return target.to(dtype), 0.0
+
+
+def _check_target_values(target: Tensor | None, loss: str) -> None:
+    """The kernels look at the values themselves; where they do not run, eager calls do it here."""
+    if target is None or loss == "lsgan" or torch.compiler.is_compiling() or target.is_meta or target.numel() == 0:
+        return
+    if torch._C._functorch.is_functorch_wrapped_tensor(target) or type(target) not in (Tensor, torch.nn.Parameter):
+        return
+    if bool(((target < 0) | (target > 1)).any()):
+        raise RuntimeError(f"target must be in [0, 1] for loss={loss!r}, got values outside")
+
+
+def _broadcastable(
+    name: str,
+    tensor: Tensor | None,
+    shape: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+    per_image: bool = False,
+) -> Tensor | None:
+    if tensor is None:
+        return None
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.device != device:
+        raise RuntimeError(f"{name} must be on input's device {device}, got {tensor.device}")
+    if per_image and tensor.dim() == 1 and tensor.shape[0] == shape[0]:
+        tensor = tensor.reshape(-1, *(1 for _ in shape[1:]))
+    fits = tensor.dim() <= len(shape) and all(
+        have == 1 or have == want for have, want in zip(tensor.shape, shape[len(shape) - tensor.dim() :], strict=True)
+    )
+    if not fits or tensor.is_complex():
+        either = f"of shape ({shape[0]},) or " if per_image else ""
+        raise RuntimeError(
+            f"{name} must be real, {either}broadcastable to the logits' shape {tuple(shape)}, got {_describe(tensor)}"
+        )
+    return tensor.to(dtype)

@@ -27,3 +27,5 @@ def _tag_compile_caches() -> None:
 
 
 _tag_compile_caches()
+
+from fastgan.ops import attention  # noqa: E402, F401  importing it registers its operators

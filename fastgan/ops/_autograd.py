@@ -34,7 +34,9 @@ from torch.autograd.function import _SingleLevelFunction
 LIBRARY = torch.library.Library("fastgan", "DEF")
 
 #: what a backward formula gets: arguments, saved outputs, gradients of the outputs, and which arguments want a gradient
-Backward = Callable[[Sequence[Any], Sequence[torch.Tensor], Sequence[torch.Tensor | None], Sequence[bool]], Sequence[Any]]
+Backward = Callable[
+    [Sequence[Any], Sequence[torch.Tensor], Sequence[torch.Tensor | None], Sequence[bool]], Sequence[Any]
+]
 
 
 @contextmanager
@@ -130,7 +132,10 @@ def define(
             if backward is not None:
                 return tuple(backward(args, outputs, grads, needs))
             where = [i for i, value in enumerate(args) if _is_differentiable(value) and needs[i]]
-            primal_outputs, pull = torch.func.vjp(_as_function_of(where, args), *[args[i] for i in where])
+            if not where:
+                return (None,) * len(args)
+            vjp: Any = torch.func.vjp(_as_function_of(where, args), *[args[i] for i in where])
+            primal_outputs, pull = vjp
             if ctx.is_single:
                 gradients = pull(grads[0])
             else:
@@ -179,7 +184,7 @@ def define(
                 a.view_as(a) if isinstance(a, torch.Tensor) and a.requires_grad and a.is_leaf else a for a in args
             )
         with enable_single_level_autograd_function():
-            return Node.apply(*args)
+            return Node.apply(*args)  # type: ignore[attr-defined]
 
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgan::{name}", fake)

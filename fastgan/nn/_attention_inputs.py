@@ -1,0 +1,159 @@
+"""What scaled_dot_product_attention accepts, and how its tensors become the operator's four-dimensional ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _shapes(**tensors: Tensor) -> str:
+    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+
+
+def autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    # as torch's autocast: float64 and what is not floating are left alone
+    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(dtype)
+
+
+def check_types(query, key, value, attn_mask, dropout_p) -> None:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"scaled_dot_product_attention: {name} must be a Tensor, got {type(tensor).__name__}")
+    if attn_mask is not None and not isinstance(attn_mask, Tensor):
+        raise TypeError(
+            f"scaled_dot_product_attention: attn_mask must be a Tensor or None, got {type(attn_mask).__name__}"
+        )
+    if isinstance(dropout_p, (str, bytes)) or dropout_p is None:
+        raise TypeError(f"scaled_dot_product_attention: dropout_p must be a number, got {type(dropout_p).__name__}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise RuntimeError(f"scaled_dot_product_attention: dropout_p must be between 0 and 1, got {dropout_p}")
+
+
+def check(query, key, value, attn_mask) -> None:
+    if min(query.dim(), key.dim(), value.dim()) < 2:
+        raise RuntimeError(
+            "scaled_dot_product_attention: query, key and value must have at least 2 dimensions, got "
+            + _shapes(query=query, key=key, value=value)
+        )
+    if not query.dtype == key.dtype == value.dtype:
+        raise RuntimeError(
+            "scaled_dot_product_attention: query, key and value must have one dtype, got "
+            f"query {query.dtype}, key {key.dtype}, value {value.dtype}"
+        )
+    if not query.device == key.device == value.device or (attn_mask is not None and attn_mask.device != query.device):
+        raise RuntimeError(
+            "scaled_dot_product_attention: all tensors must be on one device, got "
+            f"query {query.device}, key {key.device}, value {value.device}"
+            + ("" if attn_mask is None else f", attn_mask {attn_mask.device}")
+        )
+    if attn_mask is not None and attn_mask.dtype not in (torch.bool, torch.float32, query.dtype):
+        raise RuntimeError(
+            f"scaled_dot_product_attention: attn_mask must be bool, float32 or query's {query.dtype}, "
+            f"got {attn_mask.dtype}"
+        )
+    if not (query.is_floating_point() or query.is_complex()):
+        raise RuntimeError(f"scaled_dot_product_attention: query must be of a floating dtype, got {query.dtype}")
+
+
+def has_kernel(query, key, value, attn_mask) -> bool:
+    for tensor in (query, key, value, attn_mask):
+        if tensor is not None and (tensor.is_nested or tensor.layout != torch.strided):
+            return False
+    return query.device.type in ("cpu", "meta") and query.dtype in _KERNEL_DTYPES
+
+
+def fold(query, key, value, attn_mask, enable_gqa):
+    """Leading dimensions, and the four tensors as views of four dimensions where that is possible without a copy.
+
+    (..., H, L, E) becomes (B, H, L, E). A broadcast batch is expanded, with stride 0; a key head that all query heads
+    share is left as one, since the operator groups heads.
+    """
+    if query.shape[-1] != key.shape[-1]:
+        raise RuntimeError(
+            "scaled_dot_product_attention: the last dimensions of query and key must be equal, got "
+            + _shapes(query=query, key=key)
+        )
+    if key.shape[-2] != value.shape[-2]:
+        raise RuntimeError(
+            "scaled_dot_product_attention: key and value must be of equal length (dimension -2), got "
+            + _shapes(key=key, value=value)
+        )
+    if enable_gqa and min(query.dim(), key.dim(), value.dim()) < 3:
+        raise IndexError(
+            "scaled_dot_product_attention: enable_gqa needs a head dimension (-3), got "
+            + _shapes(query=query, key=key, value=value)
+        )
+    ranked = max(query.dim(), key.dim(), value.dim()) >= 4 or enable_gqa
+    leads = []
+    for tensor in (query, key, value):
+        lead = list(tensor.shape[:-2])
+        # (N, L, E) is a batch of one head each: its result is contiguous, as torch's.
+        leads.append(lead if ranked else [*lead, 1])
+    heads = [lead[-1] if lead else 1 for lead in leads]
+    try:
+        batch = list(torch.broadcast_shapes(*[lead[:-1] for lead in leads]))
+        head_count = heads[0] if enable_gqa else torch.broadcast_shapes(*[(h,) for h in heads])[0]
+    except RuntimeError:
+        raise RuntimeError(
+            "scaled_dot_product_attention: the leading dimensions do not broadcast, got "
+            + _shapes(query=query, key=key, value=value)
+            + ("" if enable_gqa else "; enable_gqa=True lets the heads of key and value divide those of query")
+        ) from None
+    if enable_gqa and any((head_count % h if h else head_count) != 0 for h in heads[1:]):
+        raise RuntimeError(
+            "scaled_dot_product_attention: the number of heads (dimension -3) of key and value must divide "
+            "that of query, got " + _shapes(query=query, key=key, value=value)
+        )
+    if heads[1] == heads[2] and heads[1] != 0:
+        kv_heads = heads[1]
+    else:
+        kv_heads = head_count
+    q4 = _fold_to_4d(query, leads[0], batch, head_count)
+    k4 = _fold_to_4d(_repeat_heads(key, heads[1], kv_heads), leads[1], batch, kv_heads)
+    v4 = _fold_to_4d(_repeat_heads(value, heads[2], kv_heads), leads[2], batch, kv_heads)
+    full = [*batch, head_count] if ranked else batch
+    mask4 = None
+    if attn_mask is not None:
+        mask4 = _fold_mask_to_4d(attn_mask, full, batch, head_count, ranked, query.shape[-2], key.shape[-2])
+    return full, (q4, k4, v4, mask4)
+
+
+def _repeat_heads(tensor: Tensor, heads: int, wanted: int) -> Tensor:
+    if heads == wanted or heads <= 1:
+        return tensor
+    return tensor.repeat_interleave(wanted // heads, dim=-3)
+
+
+def _fold_to_4d(tensor: Tensor, lead: list[int], batch: list[int], heads: int) -> Tensor:
+    rows, width = tensor.shape[-2:]
+    own = list(tensor.shape[:-2])
+    if len(own) < len(lead):
+        tensor = tensor.unsqueeze(-3)
+    if tensor.dim() != 4 or list(tensor.shape[:-2]) != [*batch, heads]:
+        tensor = tensor.expand(*batch, heads, rows, width)
+    if len(batch) == 1:
+        return tensor
+    return tensor.unsqueeze(0) if not batch else tensor.flatten(0, len(batch) - 1)
+
+
+def _fold_mask_to_4d(mask, full, batch, heads, ranked, rows, columns):
+    wanted = [*full, rows, columns]
+    shape = [1] * (len(wanted) - mask.dim()) + list(mask.shape)
+    if len(shape) != len(wanted) or any(m not in (1, w) for m, w in zip(shape, wanted, strict=True)):
+        raise RuntimeError(
+            f"scaled_dot_product_attention: attn_mask must broadcast to the scores {tuple(wanted)}, "
+            f"got {tuple(mask.shape)}"
+        )
+    mask = mask.reshape(shape)  # in front of its own dimensions: a view
+    if not ranked:
+        mask = mask.unsqueeze(-3)
+    lead = list(mask.shape[:-3])
+    if len(lead) == 1:
+        return mask
+    if all(n == 1 for n in lead):
+        return mask.reshape(1, *mask.shape[-3:])
+    return mask.expand(*batch, *mask.shape[-3:]).flatten(0, len(batch) - 1)

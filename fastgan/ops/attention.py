@@ -1,0 +1,331 @@
+"""Attention: softmax(query keyᵀ · scale + bias) value, with masks, grouped heads and dropout, in one operator.
+
+    output, logsumexp = torch.ops.fastgan.attention(query, key, value, mask, bias, philox, dropout_p, is_causal, scale)
+
+    query (B, H, L, E)   key (B, K, S, E)   value (B, K, S, V)   ->   output (B, H, L, V)   logsumexp (B, H, L)
+
+K divides H; query head h reads key head h // (H / K). ``mask`` (bool, True takes part) and ``bias`` (added to the
+scores; of query's dtype or float32) are four-dimensional, each size 1 or the scores' own, and both may be given:
+joining them would make the (L, S) tensor that the kernel avoids. ``is_causal`` is torch's: the upper left corner, and a mask
+applies as well. A row with nothing to attend to, all its scores −inf, gives zero output and zero gradients.
+
+Dropout is a pure function of ``philox`` = (seed, offset), int64: row r, column c of head h of batch b is kept if word
+c % 4 of Philox4x32-10(counter = (offset, b·H + h, r, c // 4), key = seed) is at least p · 2³², so that the mask is
+recomputed and never stored. (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011.)
+
+logsumexp is that of the scores before dropout, −inf in a dead row; float32 where the inputs are of half precision. It
+has no derivative of its own.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgan.ops._autograd import define
+
+_WORD = 0xFFFFFFFF
+
+
+def philox4x32(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four 32-bit words in int64 tensors for each counter; the same bits as csrc/common/philox.h."""
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(10):
+        # int64 products wrap modulo 2⁶⁴, which keeps all the bits that the two halves are taken from
+        p0, p1 = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (
+            ((p1 >> 32) & _WORD) ^ c1 ^ k0,
+            p1 & _WORD,
+            ((p0 >> 32) & _WORD) ^ c3 ^ k1,
+            p0 & _WORD,
+        )
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """A word below this is dropped; 2³² drops all."""
+    return int(dropout_p * 4294967296.0)
+
+
+def dropout_mask(philox: Tensor, batch: int, heads: int, rows: int, columns: int, dropout_p: float) -> Tensor:
+    """What is kept, bool (batch, heads, rows, columns)."""
+
+    def index(n: int, *shape: int) -> Tensor:
+        return torch.arange(n, device=philox.device, dtype=torch.int64).view(shape)
+
+    fours = (columns + 3) // 4
+    words = philox4x32(
+        philox[0],
+        philox[1] & _WORD,
+        index(batch * heads, -1, 1, 1),
+        index(rows, 1, -1, 1),
+        index(fours, 1, 1, -1),
+    )
+    words = torch.stack([w.expand(batch * heads, rows, fours) for w in words], dim=-1)
+    kept = words.reshape(batch, heads, rows, fours * 4)[..., :columns] >= dropout_threshold(dropout_p)
+    return kept
+
+
+def _kept_scale(dropout_p: float) -> float:
+    return 0.0 if dropout_p >= 1.0 else 1.0 / (1.0 - dropout_p)
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+
+
+def _heads_inside(like: Tensor) -> bool:
+    # (B, L, H, E) in memory, as a projection split into heads leaves it: the result goes back the same way, uncopied.
+    return 0 < like.stride(1) < like.stride(2)
+
+
+def _in_layout_of(tensor: Tensor, like: Tensor) -> Tensor:
+    if _heads_inside(like):
+        return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+    return tensor.contiguous()
+
+
+def _empty_like(like: Tensor, width: int) -> Tensor:
+    batch, heads, rows, _ = like.shape
+    if _heads_inside(like):
+        return like.new_empty((batch, rows, heads, width)).transpose(1, 2)
+    return like.new_empty((batch, heads, rows, width))
+
+
+def _probabilities(
+    query: Tensor, key: Tensor, mask: Tensor | None, bias: Tensor | None, is_causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """softmax of the scores in the accumulation dtype, (B, H, L, S), and their log-sum-exp, (B, H, L)."""
+    heads, rows, kv_heads, columns = query.shape[1], query.shape[2], key.shape[1], key.shape[2]
+    dtype = _accumulate_dtype(query.dtype)
+    grouped = query.to(dtype).reshape(query.shape[0], kv_heads, heads // max(kv_heads, 1), rows, query.shape[3])
+    scores = (grouped @ key.to(dtype).unsqueeze(2).transpose(-1, -2)).flatten(1, 2) * scale
+    if bias is not None:
+        scores = scores + bias.to(dtype)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    if is_causal:
+        below = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril()
+        scores = scores.masked_fill(~below, float("-inf"))
+    if columns == 0:
+        return scores, scores.new_full(scores.shape[:-1], float("-inf"))
+    # softmax does not depend on what is subtracted, so that this is a constant in every derivative. Minus infinity
+    # is not subtracted: −inf − (−inf) is NaN, and a row of it is dead, not undefined.
+    maximum = scores.detach().amax(-1, keepdim=True)
+    maximum = maximum.masked_fill(maximum == float("-inf"), 0.0)
+    weights = torch.exp(scores - maximum)
+    total = weights.sum(-1, keepdim=True)
+    dead = total == 0
+    live = total.masked_fill(dead, 1.0)
+    logsumexp = (torch.log(live) + maximum).masked_fill(dead, float("-inf")).squeeze(-1)
+    return weights / live, logsumexp
+
+
+def _times_value(weights: Tensor, value: Tensor) -> Tensor:
+    kv_heads = value.shape[1]
+    grouped = weights.unflatten(1, (kv_heads, weights.shape[1] // kv_heads)) if kv_heads else weights.unsqueeze(2)
+    return (grouped @ value.to(weights.dtype).unsqueeze(2)).flatten(1, 2)
+
+
+def attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    philox: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """The operator in plain PyTorch, the (B, H, L, S) matrix stored: slow, obvious, differentiable to any order."""
+    weights, logsumexp = _probabilities(query, key, mask, bias, is_causal, scale)
+    if philox is not None:
+        kept = dropout_mask(philox, *weights.shape, dropout_p=dropout_p)
+        weights = (weights * _kept_scale(dropout_p)).masked_fill(~kept, 0.0)
+    output = _times_value(weights, value).to(query.dtype)
+    return _in_layout_of(output, query), logsumexp.detach()
+
+
+def attention_backward_reference(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    philox: Tensor | None,
+    output: Tensor,
+    logsumexp: Tensor,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of query, key, value and bias; the last summed over broadcast dimensions, or empty if not asked for.
+
+    ``output`` and ``logsumexp`` are not looked at: they depend on the inputs, and a second derivative must see that.
+    """
+    weights, _ = _probabilities(query, key, mask, bias, is_causal, scale)
+    heads, kv_heads = query.shape[1], key.shape[1]
+    groups = heads // max(kv_heads, 1)
+    dtype = weights.dtype
+    grad = grad_output.to(dtype)
+
+    def sum_groups(tensor: Tensor) -> Tensor:
+        return tensor.reshape(tensor.shape[0], kv_heads, groups, *tensor.shape[2:]).sum(2)
+
+    grad_weights = _times_value(grad, value.transpose(-1, -2))
+    used = weights
+    if philox is not None:
+        kept = dropout_mask(philox, *weights.shape, dropout_p=dropout_p)
+        used = (weights * _kept_scale(dropout_p)).masked_fill(~kept, 0.0)
+        grad_weights = (grad_weights * _kept_scale(dropout_p)).masked_fill(~kept, 0.0)
+    grad_value = sum_groups(used.transpose(-1, -2) @ grad)
+    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
+    grad_query = _times_value(grad_scores, key) * scale
+    grad_key = sum_groups(grad_scores.transpose(-1, -2) @ query.to(dtype)) * scale
+    if bias is not None and bias_gradient:
+        grad_bias = grad_scores.sum_to_size(bias.shape).to(bias.dtype).contiguous()
+    else:
+        grad_bias = query.new_empty((0,))
+    return (
+        _in_layout_of(grad_query.to(query.dtype), query),
+        _in_layout_of(grad_key.to(key.dtype), key),
+        _in_layout_of(grad_value.to(value.dtype), value),
+        grad_bias,
+    )
+
+
+def _fake(query, key, value, mask, bias, philox, dropout_p, is_causal, scale):
+    logsumexp = query.new_empty(query.shape[:3], dtype=_accumulate_dtype(query.dtype))
+    return _empty_like(query, value.shape[3]), logsumexp
+
+
+def _fake_backward(
+    grad_output, query, key, value, mask, bias, philox, output, logsumexp, dropout_p, is_causal, scale, bias_gradient
+):
+    if bias is not None and bias_gradient:
+        grad_bias = bias.new_empty(bias.shape)
+    else:
+        grad_bias = query.new_empty((0,))
+    return (
+        _empty_like(query, query.shape[3]),
+        _empty_like(key, key.shape[3]),
+        _empty_like(value, value.shape[3]),
+        grad_bias,
+    )
+
+
+def _backward(args, saved, grads, needs):
+    query, key, value, mask, bias, philox, dropout_p, is_causal, scale = args
+    output, logsumexp = saved
+    if grads[0] is None:
+        return (None,) * len(args)
+    # Constants for the operator: its derivative by them is zero by construction, and not worth an attention backward.
+    output, logsumexp = output.detach(), logsumexp.detach()
+    grad_query, grad_key, grad_value, grad_bias = torch.ops.fastgan.attention_backward(
+        grads[0], query, key, value, mask, bias, philox, output, logsumexp, dropout_p, is_causal, scale, needs[4]
+    )
+    return (
+        grad_query if needs[0] else None,
+        grad_key if needs[1] else None,
+        grad_value if needs[2] else None,
+        None,
+        grad_bias if needs[4] else None,
+        None,
+        None,
+        None,
+        None,
+    )
+
+
+# ---- vmap: the mapped dimension becomes part of the batch ----
+
+
+def _fold(info, tensor: Tensor, dim: int | None, batch: int) -> Tensor:
+    """(N, B, ...) -> (N·B, ...); what is not mapped, or has one batch for all, is expanded first."""
+    if dim is None:
+        tensor = tensor.unsqueeze(0).expand(info.batch_size, *tensor.shape)
+    else:
+        tensor = tensor.movedim(dim, 0)
+    return tensor.expand(tensor.shape[0], batch, *tensor.shape[2:]).reshape(-1, *tensor.shape[2:])
+
+
+def _fold_mask(info, mask: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
+    if mask is None or (dim is None and mask.shape[0] == 1):
+        return mask
+    return _fold(info, mask, dim, batch)
+
+
+def _batch_of(tensor: Tensor, dim: int | None) -> int:
+    return tensor.shape[0] if dim is None else tensor.movedim(dim, 0).shape[1]
+
+
+def _sample_by_sample(operator, info, in_dims, args):
+    """With dropout: the counter holds the index within a sample's own batch, so that nothing may be folded."""
+
+    def of(i):
+        return [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
+
+    results = [operator(*of(i)) for i in range(info.batch_size)]
+    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+    return stacked, (0,) * len(stacked)
+
+
+def _vmap_forward(info, in_dims, *args):
+    query, key, value, mask, bias, philox, *rest = args
+    if philox is not None:
+        return _sample_by_sample(torch.ops.fastgan.attention, info, in_dims, args)
+    batch = _batch_of(query, in_dims[0])
+    folded = [_fold(info, t, d, batch) for t, d in zip((query, key, value), in_dims[:3], strict=True)]
+    folded += [_fold_mask(info, t, d, batch) for t, d in zip((mask, bias), in_dims[3:5], strict=True)]
+    results = torch.ops.fastgan.attention(*folded, None, *rest)
+    return tuple(t.unflatten(0, (info.batch_size, batch)) for t in results), (0, 0)
+
+
+def _vmap_backward(info, in_dims, *args):
+    grad, query, key, value, mask, bias, philox, output, logsumexp, dropout_p, is_causal, scale, bias_gradient = args
+    if philox is not None:
+        return _sample_by_sample(torch.ops.fastgan.attention_backward, info, in_dims, args)
+    batch = _batch_of(query, in_dims[1])
+    tensors = (grad, query, key, value, output, logsumexp)
+    tensors = [_fold(info, t, d, batch) for t, d in zip(tensors, (*in_dims[:4], *in_dims[7:9]), strict=True)]
+    mask = _fold_mask(info, mask, in_dims[4], batch)
+    bias_gradient = bias is not None and bias_gradient
+    one_bias = bias_gradient and _batch_of(bias, in_dims[5]) == 1
+    if bias_gradient:  # each sample has its own gradient of the bias, even of one that all share
+        bias = _fold(info, bias, in_dims[5], batch)
+    else:
+        bias = _fold_mask(info, bias, in_dims[5], batch)
+    results = torch.ops.fastgan.attention_backward(
+        *tensors[:4], mask, bias, None, *tensors[4:], dropout_p, is_causal, scale, bias_gradient
+    )
+    *gradients, grad_bias = results
+    out = [t.unflatten(0, (info.batch_size, batch)) for t in gradients]
+    if not bias_gradient:
+        return (*out, grad_bias), (0, 0, 0, None)
+    grad_bias = grad_bias.unflatten(0, (info.batch_size, batch))
+    return (*out, grad_bias.sum(1, keepdim=True) if one_bias else grad_bias), (0, 0, 0, 0)
+
+
+define(
+    "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? philox, float dropout_p,"
+    " bool is_causal, float scale) -> (Tensor output, Tensor logsumexp)",
+    reference=attention_reference,
+    fake=_fake,
+    backward=_backward,
+    save_outputs=(0, 1),
+    nondifferentiable_outputs=(1,),
+    vmap=_vmap_forward,
+    autocast="lower",
+)
+define(
+    "attention_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias,"
+    " Tensor? philox, Tensor output, Tensor logsumexp, float dropout_p, bool is_causal, float scale,"
+    " bool bias_gradient) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)",
+    reference=attention_backward_reference,
+    fake=_fake_backward,
+    vmap=_vmap_backward,
+)

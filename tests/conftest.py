@@ -1,0 +1,56 @@
+"""Settings that hold for every test, and the fixtures that several files share."""
+
+import os
+from pathlib import Path
+
+# The compile caches on disk do not know our Python formulas: an old gradient would come back after a change.
+os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _same_start():
+    """Each test draws the same random numbers whatever ran before it, and leaves torch's settings alone."""
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder of real data sets; the test is skipped where it is absent."""
+    folder = Path(os.environ.get("FASTGAN_DATA", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no data at {folder} (FASTGAN_DATA names the folder)")
+    return folder
+
+
+def _capabilities() -> tuple[str, ...]:
+    from fastgan import _impl
+
+    if _impl.extension_error is not None:
+        return ()
+    from fastgan import _C
+
+    return _C.available_capabilities()
+
+
+@pytest.fixture(params=["baseline", "avx2", "avx512", "neon"])
+def capability(request):
+    """Runs the test once for each instruction set; those that this machine lacks are skipped, and say so."""
+    if request.param not in _capabilities():
+        pytest.skip(f"this machine and build have {', '.join(_capabilities()) or 'no kernels'}, not {request.param}")
+    from fastgan import _C
+
+    before = _C.capability()
+    _C.set_capability(request.param)
+    yield request.param
+    _C.set_capability(before)
