@@ -160,7 +160,8 @@ class MultiheadAttention(nn.MultiheadAttention):
                 raise AssertionError(f"{name}'s last dimension must be {size}; got shape {tuple(x.shape)}")
         if key.shape[:-1] != value.shape[:-1]:
             raise AssertionError(
-                f"key and value must have the same length and batch; got shapes {tuple(key.shape)} and {tuple(value.shape)}"
+                f"key and value must have the same length and batch; got shapes {tuple(key.shape)} and "
+                f"{tuple(value.shape)}"
             )
         at = 0 if self.batch_first else 1
         batch = query.shape[at] if rank == 3 else 1
