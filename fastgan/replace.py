@@ -11,6 +11,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -176,7 +177,7 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
             target = _FUSED[kind]
             row = Row(name, type(module).__name__, "will be swapped", target.__name__, "in the norm before it")
             yield _Decision(module, row, target)
-        elif kind in _SWAPS and not (obstacle := _obstacle(module)):
+        elif kind in _SWAPS and not _obstacle(module):
             target, attributes, reason = _SWAPS[kind], {}, ""
             if id(module) in after:
                 act = after[id(module)]
@@ -213,7 +214,7 @@ def _norms_with_activation(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Mo
     if type(module).forward is not nn.Sequential.forward or type(module).__iter__ is not nn.Sequential.__iter__:
         return
     children = [child for child in module._modules.values() if child is not None]
-    for norm, act in zip(children, children[1:], strict=False):
+    for norm, act in pairwise(children):
         if _torch_type(norm) in (nn.BatchNorm2d, BatchNormAct2d) and type(act) in _FUSED:
             yield norm, act
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class FusedReLU(nn.ReLU):
-    """Returns its input: the ``BatchNormAct2d`` before it has applied the ReLU. Its hooks fire; it has no parameters."""
+    """Returns its input: the ``BatchNormAct2d`` before it has applied the ReLU; its own hooks fire."""
 
     def forward(self, input: Tensor) -> Tensor:
         return input

@@ -39,12 +39,22 @@ class MultiheadAttention(nn.MultiheadAttention):
     @property
     def _qkv_same_embed_dim(self) -> bool:
         # nn.TransformerEncoderLayer and nn.TransformerEncoder ask this before they take their inference path, which
-        # reads the weights and never calls this module: other numbers, and no hooks. Nothing else here uses the answer.
-        return False
+        # reads the weights and never calls this module: other numbers, and no hooks. So the answer is no, except to
+        # torch's constructor, which makes out_proj after it has asked. Nothing else in this class asks.
+        return "out_proj" not in self._modules and self.__dict__["_qkv_same_embed_dim"]
 
     @_qkv_same_embed_dim.setter
     def _qkv_same_embed_dim(self, value: bool) -> None:
-        self.__dict__["_qkv_same_embed_dim"] = value  # torch's own class, which knows no property, finds it there
+        self.__dict__["_qkv_same_embed_dim"] = value  # where torch's own class, which has no property, finds it
+
+    def _plain(self) -> nn.MultiheadAttention:
+        """This module's state seen through torch's class."""
+        plain = nn.MultiheadAttention.__new__(nn.MultiheadAttention)
+        plain.__dict__ = self.__dict__
+        return plain
+
+    def _reset_parameters(self) -> None:
+        nn.MultiheadAttention._reset_parameters(self._plain())
 
     def forward(
         self,
@@ -59,10 +69,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor | None]:
         """``(output, weights or None)``; see the class."""
         if query.is_nested or key.is_nested or value.is_nested:
-            plain = nn.MultiheadAttention.__new__(nn.MultiheadAttention)
-            plain.__dict__ = self.__dict__
-            return nn.MultiheadAttention.forward(
-                plain, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+            forward = self._plain().forward
+            return forward(
+                query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
             )
         batched = self._check(query, key, value, key_padding_mask, attn_mask)
 

@@ -81,20 +81,9 @@ def masks(kind, batched=True):
     }[kind]
 
 
-KINDS = list(
-    [
-        "none",
-        "padding",
-        "padding-float",
-        "mask",
-        "mask3",
-        "bias",
-        "bias3",
-        "mask+padding",
-        "mask3+padding",
-        "bias+padding",
-        "bias3+padding",
-    ]
+KINDS = (
+    *("none", "padding", "padding-float", "mask", "mask3", "bias", "bias3"),
+    *("mask+padding", "mask3+padding", "bias+padding", "bias3+padding"),
 )
 WEIGHTS = [
     {"need_weights": False},
