@@ -1,6 +1,7 @@
 """Modules that take the place of torch's own, with the same parameters and state dicts."""
 
 from fastgan.nn import functional
+from fastgan.nn.attention import MultiheadAttention
 from fastgan.nn.conv import Conv2d, ConvTranspose2d
 from fastgan.nn.gan_loss import DiscriminatorHeadLoss
 from fastgan.nn.linear_cross_entropy import LinearCrossEntropyLoss
@@ -12,5 +13,6 @@ __all__ = [
     "ConvTranspose2d",
     "DiscriminatorHeadLoss",
     "LinearCrossEntropyLoss",
+    "MultiheadAttention",
     "functional",
 ]
