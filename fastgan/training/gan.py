@@ -175,7 +175,7 @@ class GANTrainer:
         else:
             # The usual loop's own order, so that whatever draws random numbers in a forward draws the same ones.
             with self._autocast():
-                logits_real = self._outputs(real)
+                logits_real = self._outputs_of_real(real)
                 loss_real = self._loss(logits_real, self.real_label)
             loss_real.backward()
             with self._autocast():
@@ -196,6 +196,16 @@ class GANTrainer:
             loss = loss + penalty.detach()
         assert len(fake) == count
         return fake, loss, logits_real, logits_fake
+
+    def _outputs_of_real(self, real: Tensor) -> Tensor:
+        try:
+            return self._outputs(real)
+        except RuntimeError as error:
+            # The layer that failed says nothing about `real`; the generator knows what it should have been.
+            expected = self.sample(1).shape[1:]
+            if real.shape[1:] != expected:
+                raise _wrong_shape(real, expected) from error
+            raise
 
     def _loss(self, logits: Tensor, target: float) -> Tensor:
         """The discriminator's loss of one half, the mean over all logits."""
@@ -267,10 +277,7 @@ class GANTrainer:
                 ) from error
             raise
         if fake.shape != real.shape:
-            raise ValueError(
-                f"real must be shaped as the generator's pictures, (N, {', '.join(map(str, fake.shape[1:]))}); "
-                f"got {tuple(real.shape)}"
-            )
+            raise _wrong_shape(real, fake.shape[1:])
         return fake
 
     @torch.no_grad()
@@ -379,6 +386,11 @@ def mixed_seed(seed: int, use: int, number: int) -> int:
 
 
 _MASK = (1 << 64) - 1
+
+
+def _wrong_shape(real: Tensor, expected: torch.Size) -> ValueError:
+    sizes = ", ".join(map(str, expected))
+    return ValueError(f"real must be shaped as the generator's pictures, (N, {sizes}); got {tuple(real.shape)}")
 
 
 def _latent_shape(generator: nn.Module, latent_shape: Sequence[int] | None) -> tuple[int, ...]:
