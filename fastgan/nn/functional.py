@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as _F
 from torch import Tensor
 
 from fastgan import _impl
 from fastgan.nn import _attention_inputs, _linear_cross_entropy_inputs
+from fastgan.ops import conv as _conv
 from fastgan.ops import gan_loss as _gan_loss
 from fastgan.ops import linear_cross_entropy as _linear_cross_entropy
+from fastgan.ops import norm_act as _norm_act
 from fastgan.ops.attention import attention_reference
 
 # ---- attention ----
@@ -77,6 +80,297 @@ def scaled_dot_product_attention(
     else:
         output, _ = torch.ops.fastgan.attention(*arguments)
     return output.reshape(*lead, query.shape[-2], value.shape[-1])
+
+
+# ---- conv ----
+
+_Pair = int | tuple[int, int] | list[int]
+
+
+def conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: _Pair = 1,
+    padding: _Pair | str = 0,
+    dilation: _Pair = 1,
+    groups: int = 1,
+) -> Tensor:
+    """As ``torch.nn.functional.conv2d``; the arithmetic is torch's for now (see ``fastgan/ops/conv.py``).
+
+    Args:
+        input: (N, C, H, W) or (C, H, W); weight: (K, C / groups, R, S); bias: (K,) or None.
+        stride, padding, dilation: one integer or two; padding also "valid" or "same".
+        groups: divides C and K.
+
+    Returns:
+        (N, K, H', W'), or (K, H', W') for an unbatched input.
+
+    Raises:
+        RuntimeError: ranks, sizes, dtypes or devices that do not fit, or no output left; the message names the argument.
+    """
+    if _is_plain_convolution(input, weight, bias):
+        _check_convolution_arguments(input, weight, bias, stride, dilation, groups)
+        if not isinstance(padding, str):
+            pads = _pair(padding, "padding")
+            if min(pads) < 0:
+                raise RuntimeError(f"padding must not be negative, got {padding}")
+            size = _conv.output_size(
+                input.shape[-2:], weight.shape[2:], _pair(stride, "stride"), pads, _pair(dilation, "dilation")
+            )
+            if min(size) < 1:
+                raise RuntimeError(
+                    f"input of shape {tuple(input.shape)} is smaller than the kernel: weight of shape {tuple(weight.shape)} "
+                    f"with stride={stride}, padding={padding}, dilation={dilation} leaves an output of {size[0]} x {size[1]}"
+                )
+    return _conv.convolution(input, weight, bias, stride, padding, dilation, groups)
+
+
+def conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: _Pair = 1,
+    padding: _Pair = 0,
+    output_padding: _Pair = 0,
+    groups: int = 1,
+    dilation: _Pair = 1,
+) -> Tensor:
+    """As ``torch.nn.functional.conv_transpose2d``; the arithmetic is torch's for now (see ``fastgan/ops/conv.py``).
+
+    Args:
+        input: (N, C, H, W) or (C, H, W); weight: (C, K / groups, R, S); bias: (K,) or None.
+        stride, padding, dilation: one integer or two. groups: divides C and K.
+        output_padding: added to one side of the output; smaller than stride or dilation in each direction.
+
+    Returns:
+        (N, K, H', W'), or (K, H', W') for an unbatched input.
+
+    Raises:
+        RuntimeError: ranks, sizes, dtypes or devices that do not fit, an impossible output_padding, or no output left.
+    """
+    if _is_plain_convolution(input, weight, bias):
+        _check_convolution_arguments(input, weight, bias, stride, dilation, groups, transposed=True)
+        strides, pads, dilations = _pair(stride, "stride"), _pair(padding, "padding"), _pair(dilation, "dilation")
+        extra = _pair(output_padding, "output_padding")
+        if min(pads) < 0:
+            raise RuntimeError(f"padding must not be negative, got {padding}")
+        if min(extra) < 0 or any(e >= max(s, d) for e, s, d in zip(extra, strides, dilations, strict=True)):
+            raise RuntimeError(
+                "output_padding must not be negative and must be smaller than stride or dilation, "
+                f"got output_padding={output_padding} with stride={stride}, dilation={dilation}"
+            )
+        size = _conv.transposed_output_size(input.shape[-2:], weight.shape[2:], strides, pads, extra, dilations)
+        if min(size) < 1:
+            raise RuntimeError(
+                f"padding={padding} leaves no output: input of shape {tuple(input.shape)}, weight of shape "
+                f"{tuple(weight.shape)}, stride={stride} give {size[0]} x {size[1]}"
+            )
+    return _conv.transposed_convolution(input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+def _is_plain_convolution(*tensors: Tensor | None) -> bool:
+    """Real tensors of the usual ranks: what is refused here by name. All else is torch's to judge."""
+    return all(t is None or isinstance(t, Tensor) for t in tensors) and not any(
+        t is not None and (t.is_quantized or t.layout != torch.strided) for t in tensors
+    )
+
+
+def _check_convolution_arguments(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: _Pair,
+    dilation: _Pair,
+    groups: int,
+    transposed: bool = False,
+) -> None:
+    if input.dim() not in (3, 4) or weight.dim() != 4:
+        raise RuntimeError(
+            "input must have 4 dimensions (N, C, H, W) or 3 (C, H, W) and weight 4, "
+            f"got input of shape {tuple(input.shape)} and weight of shape {tuple(weight.shape)}"
+        )
+    for name, value in (("stride", stride), ("dilation", dilation)):
+        if min(_pair(value, name)) < 1:
+            raise RuntimeError(f"{name} must be positive, got {value}")
+    if groups < 1:
+        raise RuntimeError(f"groups must be positive, got {groups}")
+    channels = weight.shape[0] if transposed else weight.shape[1] * groups
+    if input.shape[-3] != channels:
+        raise RuntimeError(
+            f"input must have {channels} channels for weight of shape {tuple(weight.shape)} and groups={groups}, "
+            f"got {input.shape[-3]} in input of shape {tuple(input.shape)}"
+        )
+    if weight.shape[0] % groups != 0:
+        raise RuntimeError(
+            f"groups must divide weight's first dimension, got groups={groups}, weight {tuple(weight.shape)}"
+        )
+    outputs = weight.shape[1] * groups if transposed else weight.shape[0]
+    if bias is not None and (bias.dim() != 1 or bias.shape[0] != outputs):
+        raise RuntimeError(f"bias must have shape ({outputs},), got {tuple(bias.shape)}")
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None:
+            continue
+        if tensor.device != input.device:
+            raise RuntimeError(f"{name} must be on input's device {input.device}, got {tensor.device}")
+        autocast = input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type)
+        if tensor.dtype != input.dtype and not autocast:
+            raise RuntimeError(f"{name} must have input's dtype {input.dtype}, got {tensor.dtype}")
+
+
+# ---- norm_act ----
+
+
+def batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    act: str = "none",
+    negative_slope: float = 0.01,
+    groups: int = 1,
+) -> Tensor:
+    """Batch norm and activation in one pass: ``act(torch.nn.functional.batch_norm(input, ...))``.
+
+    Args:
+        input: (N, C, ...), any rank >= 2 and any strides; float32, float64, bfloat16 or float16.
+        running_mean, running_var: (C,), both or neither; training moves them in place (the unbiased variance), and
+            evaluation normalises by them.
+        weight, bias: (C,) or None. These four have input's dtype, or are all float32 beside a half-precision input.
+        training: normalise by the batch's own statistics.
+        momentum: weight of the batch in the running statistics.
+        eps: added to the variance; positive, or zero in evaluation.
+        act: "none", "relu" or "leaky_relu", with ``negative_slope`` for the last.
+        groups: in training, cuts the batch into so many equal parts with statistics of their own: a batch of real and
+            fake (``groups=2``) equals two calls, the running statistics moving for the first half, then for the second.
+
+    Returns:
+        Of input's shape and dtype; channels_last if input is, contiguous otherwise.
+
+    Raises:
+        ValueError: one value a channel in training, eps out of range, an unknown act, groups that do not divide the
+            batch, or one of the running statistics without the other.
+        RuntimeError: sizes, dtypes or devices that do not fit.
+
+    Source: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
+    """
+    _check_batch_norm(input, running_mean, running_var, weight, bias, training, eps, act, groups)
+    groups = groups if training else 1
+    if input.device.type not in ("cpu", "meta") or input.dtype not in _NORM_DTYPES:
+        return _composed_batch_norm_act(
+            input, running_mean, running_var, weight, bias, training, momentum, eps, act, negative_slope, groups
+        )
+    reference = _impl.reference_selected()
+    eps, negative_slope = float(eps), float(negative_slope)
+    if not training:
+        evaluate = _norm_act.norm_act_eval_reference if reference else _norm_act.norm_act_eval
+        assert running_mean is not None and running_var is not None
+        return evaluate(input, running_mean.detach(), running_var.detach(), weight, bias, eps, act, negative_slope)
+    train = _norm_act.norm_act_reference if reference else _norm_act.norm_act
+    output, mean, var = train(input, weight, bias, eps, act, negative_slope, groups)
+    if running_mean is not None and running_var is not None and input.numel() > 0:
+        count = input.numel() // (input.shape[1] * groups)
+        with torch.no_grad():
+            for group in range(groups):
+                _move(running_mean, mean[group], 1.0, momentum)
+                _move(running_var, var[group], count / (count - 1), momentum)
+    return output
+
+
+_NORM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _move(running: Tensor, statistic: Tensor, factor: float, momentum: float) -> None:
+    if running.dtype in (torch.bfloat16, torch.float16):  # rounded once
+        running.copy_(running.double() * (1 - momentum) + statistic * (factor * momentum))
+    else:
+        running.mul_(1 - momentum).add_(statistic.to(running.dtype), alpha=factor * momentum)
+
+
+def _composed_batch_norm_act(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    act: str,
+    negative_slope: float,
+    groups: int,
+) -> Tensor:
+    """torch's own functions, for what the operators do not take."""
+    parts = [
+        _F.batch_norm(part, running_mean, running_var, weight, bias, training, momentum, eps)
+        for part in input.chunk(groups)
+    ]
+    output = parts[0] if groups == 1 else torch.cat(parts)
+    if act == "relu":
+        return _F.relu(output)
+    return _F.leaky_relu(output, negative_slope) if act == "leaky_relu" else output
+
+
+def _check_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    eps: float,
+    act: str,
+    groups: int,
+) -> None:
+    if act not in _norm_act.ACTIVATIONS:
+        raise ValueError(f"act must be one of {_norm_act.ACTIVATIONS}, got {act!r}")
+    if input.dim() < 2:
+        raise RuntimeError(f"input must have at least 2 dimensions (N, C, ...), got shape {tuple(input.shape)}")
+    if (running_mean is None) != (running_var is None):
+        raise ValueError("running_mean and running_var must be both given or both None, got one of them")
+    channels = input.shape[1]
+    if training:
+        if groups < 1 or input.shape[0] % groups != 0:
+            raise ValueError(
+                f"groups must be positive and divide the batch, got groups={groups} and a batch of {input.shape[0]} "
+                f"(input of shape {tuple(input.shape)})"
+            )
+        if eps <= 0:
+            raise ValueError(f"eps must be positive in training, got {eps}")
+        if input.numel() > 0 and input.numel() == channels * groups:
+            of = "" if groups == 1 else f" in {groups} groups"
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {input.shape}{of}")
+    elif eps < 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    elif running_mean is None:
+        raise RuntimeError("running_mean and running_var must be given in evaluation (training=False), got None")
+    given = [
+        (name, tensor)
+        for name, tensor in (
+            ("running_mean", running_mean),
+            ("running_var", running_var),
+            ("weight", weight),
+            ("bias", bias),
+        )
+        if tensor is not None
+    ]
+    half = input.dtype in (torch.bfloat16, torch.float16)
+    mixed = half and len(given) > 0 and given[0][1].dtype == torch.float32
+    expected = torch.float32 if mixed else input.dtype
+    for name, tensor in given:
+        if tensor.dim() != 1 or tensor.shape[0] != channels:
+            raise RuntimeError(
+                f"{name} must have shape ({channels},) for input of shape {tuple(input.shape)}, got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != expected:
+            also = ", or all of running_mean, running_var, weight and bias float32" if half else ""
+            raise RuntimeError(f"{name} must have input's dtype {input.dtype}{also}, got {tensor.dtype}")
+        if tensor.device != input.device:
+            raise RuntimeError(f"{name} must be on input's device {input.device}, got {tensor.device}")
 
 
 # ---- gan_loss ----

@@ -1,0 +1,70 @@
+"""Convolution modules: torch's own classes with ``fastgan.nn.functional`` in their forward."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgan.nn import functional
+
+
+class Conv2d(nn.Conv2d):
+    """``torch.nn.Conv2d``, the same in arguments, defaults, parameters, state dict and errors.
+
+    It adds no state, so an existing module becomes one by ``Conv2d.from_torch(module)``.
+    """
+
+    @classmethod
+    def from_torch(cls, module: nn.Conv2d) -> Conv2d:
+        """Turns ``module``, a ``torch.nn.Conv2d``, into one of this class in place; parameters and hooks stay as they are.
+
+        Raises TypeError for anything else: a subclass may compute something else.
+        """
+        if type(module) not in (nn.Conv2d, cls):
+            raise TypeError(f"module must be a torch.nn.Conv2d, got {type(module).__name__}")
+        module.__class__ = cls
+        return module  # type: ignore[return-value]
+
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
+            padding = (0, 0)
+        return functional.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]
+
+
+class ConvTranspose2d(nn.ConvTranspose2d):
+    """``torch.nn.ConvTranspose2d``, the same in arguments, defaults, parameters, state dict and errors.
+
+    It adds no state, so an existing module becomes one by ``ConvTranspose2d.from_torch(module)``.
+    """
+
+    @classmethod
+    def from_torch(cls, module: nn.ConvTranspose2d) -> ConvTranspose2d:
+        """Turns ``module``, a ``torch.nn.ConvTranspose2d``, into one of this class in place; see ``Conv2d.from_torch``."""
+        if type(module) not in (nn.ConvTranspose2d, cls):
+            raise TypeError(f"module must be a torch.nn.ConvTranspose2d, got {type(module).__name__}")
+        module.__class__ = cls
+        return module  # type: ignore[return-value]
+
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """``output_size`` (H, W) chooses among the sizes that stride makes ambiguous, as in torch."""
+        output_padding = self._output_padding(
+            input,
+            output_size,
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            self.kernel_size,  # type: ignore[arg-type]
+            2,
+            self.dilation,  # type: ignore[arg-type]
+        )
+        return functional.conv_transpose2d(
+            input,
+            self.weight,
+            self.bias,
+            self.stride,  # type: ignore[arg-type]
+            self.padding,  # type: ignore[arg-type]
+            output_padding,
+            self.groups,
+            self.dilation,  # type: ignore[arg-type]
+        )
