@@ -27,7 +27,7 @@ DECODER_VERSION = 1
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 #: the only formats tried: no format that starts another program (EPS) or that is not a picture
-FORMATS = ("PNG", "JPEG", "MPO", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "PCX", "QOI")
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "PCX", "QOI")
 SUFFIXES = frozenset(
     f".{suffix}"
     for line in (
@@ -57,11 +57,13 @@ def decode(data: bytes | np.ndarray | Image.Image, image_size: int, channels: in
         return _decode_array(data, image_size, channels)
     if channels not in MODES:
         raise ValueError(f"a picture file gives 1 to 4 channels, not {channels}; .npy files hold any number")
+    Image.init()  # with formats= given, open() knows none but those already loaded; costs nothing a second time
+    formats = [name for name in FORMATS if name in Image.OPEN]  # not every build of Pillow has all of them
     with warnings.catch_warnings():
         # Pillow warns from 89 million pixels on and refuses from twice as many; a large photograph is no attack.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-        image = Image.open(io.BytesIO(data), formats=FORMATS) if isinstance(data, bytes) else data
+        image = Image.open(io.BytesIO(data), formats=formats) if isinstance(data, bytes) else data
         image.load()
         image = to_mode(_upright(image), MODES[channels])
     return to_array(resize_and_crop(image, image_size))
