@@ -18,10 +18,11 @@ _impl.load_extension()
 
 from fastgan import nn, ops  # noqa: E402  the kernels are registered first
 from fastgan._info import info  # noqa: E402
+from fastgan.replace import explain, replace_modules  # noqa: E402
 
 _LAZY = ("cli", "data", "hf", "models", "training")
 
-__all__ = ["__version__", "info", "nn", "ops", "use"]
+__all__ = ["__version__", "explain", "info", "nn", "ops", "replace_modules", "use"]
 
 
 def __getattr__(name: str):
