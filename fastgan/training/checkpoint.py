@@ -131,7 +131,9 @@ def save_checkpoint(trainer: GANTrainer, folder: Path, config_digest: str) -> Pa
         _point_last_at(folder, target)
     except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise OSError(error.errno, f"{error.strerror} (the last good checkpoint is untouched)", error.filename) from error
+        raise OSError(
+            error.errno, f"{error.strerror} (the last good checkpoint is untouched)", error.filename
+        ) from error
     for other in place.iterdir():
         if other != target:
             shutil.rmtree(other, ignore_errors=True)
@@ -194,7 +196,11 @@ def read_checkpoint(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Ten
     for name in ("generator.safetensors", "discriminator.safetensors", "optimizers.safetensors"):
         expected = header["files"].get(name)
         data = _read(path / name)
-        if not isinstance(expected, dict) or len(data) != expected.get("bytes") or sha256(data) != expected.get("sha256"):
+        if (
+            not isinstance(expected, dict)
+            or len(data) != expected.get("bytes")
+            or sha256(data) != expected.get("sha256")
+        ):
             raise RunError(f"{path / name}: damaged or changed, its content is not what trainer.json recorded")
         try:
             tensors[name.partition(".")[0]] = load(data)
@@ -280,5 +286,9 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> 
         for parameter in group["params"]:
             entries = optimizer.state.get(parameter, {})
             for key, value in entries.items():
-                if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                if (
+                    isinstance(value, Tensor)
+                    and value.shape == parameter.shape
+                    and value.stride() != parameter.stride()
+                ):
                     entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

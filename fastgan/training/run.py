@@ -1,7 +1,7 @@
 """Training a DCGAN in a run folder: saved whole, resumed bit for bit.
 
-Everything random is a pure function of the seed and the step (weights, the order of the pictures, flips, noise), so that
-a checkpoint holds weights, optimizer and step, and nothing else is needed to go on exactly.
+Everything random is a pure function of the seed and the step (weights, the order of the pictures, flips, noise), so
+that a checkpoint holds weights, optimizer and step, and nothing else is needed to go on exactly.
 """
 
 from __future__ import annotations
@@ -181,8 +181,8 @@ def resume_dcgan(
 ) -> Result:
     """Goes on with the run in ``out`` from its last checkpoint, with the same bits as if it had never stopped.
 
-    ``changes`` may name ``epochs``, ``max_steps``, ``checkpoint_every`` and ``sample_every``; another field must be as it
-    was. A finished run is left as it is. Everything is checked before any file is changed; arguments and errors
+    ``changes`` may name ``epochs``, ``max_steps``, ``checkpoint_every`` and ``sample_every``; another field must be as
+    it was. A finished run is left as it is. Everything is checked before any file is changed; arguments and errors
     otherwise as ``run_dcgan``'s.
     """
     folder = RunFolder(out)
@@ -194,8 +194,8 @@ def resume_dcgan(
             config = dataclasses.replace(config, **{name: value})
         elif getattr(before, name) != value:
             raise RunError(
-                f"{folder.path}: this run has {name} = {getattr(before, name)!r}, not {value!r}; a resumed run may change "
-                f"only {', '.join(CHANGEABLE)}"
+                f"{folder.path}: this run has {name} = {getattr(before, name)!r}, not {value!r}; a resumed run may "
+                f"change only {', '.join(CHANGEABLE)}"
             )
     folder.lock()
     try:

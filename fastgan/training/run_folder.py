@@ -90,7 +90,7 @@ class RunFolder:
     # ---- metrics.jsonl ----
 
     def start_metrics(self, step: int) -> None:
-        """Opens metrics.jsonl, cut back to ``step``: what a killed process wrote beyond its checkpoint is made again."""
+        """Opens metrics.jsonl, cut back to ``step``: what was written after the checkpoint is made again."""
         path = self.path / "metrics.jsonl"
         kept = b""
         self._rows = []
