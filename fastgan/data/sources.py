@@ -199,7 +199,7 @@ def _read_cifar10() -> Iterator[tuple[str, Callable[[], Any]]]:
         reason = (str(error).splitlines() or ["no reason given"])[0]
         raise RuntimeError(
             f"CIFAR-10 could not be loaded from the Hugging Face hub ({type(error).__name__}: {reason}). Without "
-            "internet, give a folder or a zip of pictures, or name in FASTGAN_DATA a folder that holds cifar10-train-10k.zip."
+            "internet, give a folder or a zip of pictures, or name in FASTGAN_DATA a folder with cifar10-train-10k.zip."
         ) from error
     column = next(name for name in ("img", "image") if name in rows.column_names)
     for index in range(len(rows)):

@@ -12,9 +12,10 @@ import torch.nn.functional as _F
 from torch import Tensor
 
 from fastgan import _impl
-from fastgan.nn import _attention_inputs
+from fastgan.nn import _attention_inputs, _linear_cross_entropy_inputs
 from fastgan.ops import conv as _conv
 from fastgan.ops import gan_loss as _gan_loss
+from fastgan.ops import linear_cross_entropy as _linear_cross_entropy
 from fastgan.ops import norm_act as _norm_act
 from fastgan.ops.attention import attention_reference
 
@@ -642,3 +643,74 @@ def _broadcastable(
             f"{name} must be real, {either}broadcastable to the logits' shape {tuple(shape)}, got {_describe(tensor)}"
         )
     return tensor.to(dtype)
+
+
+# ---- linear_cross_entropy ----
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    *,
+    z_loss: float = 0.0,
+    adversarial_radius: float = 0.0,
+) -> Tensor:
+    """A language model's head and its loss, the (tokens, vocabulary) logits never stored whole.
+
+    Equals ``cross_entropy(linear(input, weight, bias), target, ...)`` in value and in derivatives of any order. Tokens
+    whose target is ``ignore_index`` cost nothing. Where a gradient will be wanted, the forward computes it along with
+    the loss; the backward of "mean" and "sum" only scales it.
+
+    Args:
+        input: features (H,) or (..., H), any strides; float32, float64, bfloat16 or float16.
+        weight: (V, H), of input's dtype; a tied embedding's weight as it is. (V, d1, ..., H) computes d1 × ... losses a
+            token, as ``torch.nn.functional.linear_cross_entropy`` does, through plain PyTorch.
+        target: classes, int64 or uint8, of input's shape without H; or probabilities, floating-point, with V in
+            H's place, through plain PyTorch.
+        bias: (V,) or None.
+        ignore_index: tokens of this target have no loss and no gradient, and the mean does not count them.
+        label_smoothing: in [0, 1], spread over all classes; not counting ignored tokens.
+        reduction: "mean" over the tokens that are not ignored (nan where there is none, as in torch), "sum" or "none".
+        z_loss: adds z_loss · logsumexp(logits)² to each token's loss (PaLM, Chowdhery et al. 2022, section 5).
+        adversarial_radius: the target's embedding is moved by so much in the direction that raises the loss most: its
+            logit is lowered by radius · ‖input‖ (Wang, Gong and Liu, ICML 2019). Needs classes as target.
+
+    Returns:
+        The loss in input's dtype (computed in float32 for the 16-bit types; float32 under autocast), a scalar or, for
+        "none", of target's shape.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit, or label_smoothing outside [0, 1].
+        ValueError: another number of targets than tokens, an unknown reduction, a negative z_loss or radius.
+        IndexError: a class outside [0, V) that is not ``ignore_index``.
+    """
+    ignore_index = -100 if ignore_index is None else ignore_index
+    _linear_cross_entropy_inputs.check(
+        input, weight, target, bias, label_smoothing, reduction, z_loss, adversarial_radius
+    )
+    device = input.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        # torch's own: the product in the lower type, the loss in float32. Here all of it is float32.
+        input, weight = input.to(_float32(input)), weight.to(_float32(weight))
+        bias = None if bias is None else bias.to(_float32(bias))
+    index = _linear_cross_entropy.REDUCTIONS.index(reduction)
+    settings = (ignore_index, float(label_smoothing), index, float(z_loss), float(adversarial_radius))
+    if weight.dim() > 2 or target.is_floating_point():
+        return _linear_cross_entropy.composed(input, weight, target, bias, *settings)
+    tokens = (input.reshape(-1, input.shape[-1]), weight, target.reshape(-1).long(), bias)
+    if _impl.reference_selected() or device != "cpu":
+        with torch.autocast(device, enabled=False):
+            loss = _linear_cross_entropy.reference(*tokens, *settings, [False] * 3)[0]
+    else:
+        gradients = _linear_cross_entropy.gradients_to_expect(input, weight, bias, index)
+        loss = _linear_cross_entropy.linear_cross_entropy(*tokens, *settings, gradients)[0]
+    return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def _float32(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

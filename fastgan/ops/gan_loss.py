@@ -12,8 +12,8 @@ lsgan        ``(x - t)^2``                             Mao et al. 2017, without 
 
 The operators take ``target``, ``sample_weight`` and ``pos_weight`` in the accumulate type (float32, or float64 for
 float64 inputs), broadcastable to the logits ``(N, K, H', W')``; without a target tensor ``target_value`` counts.
-``loss`` indexes ``LOSSES``, ``reduction`` is 0 (none), 1 (mean) or 2 (sum). The loss comes in the logits' dtype, or with
-``float32_loss`` in float32 (autocast).
+``loss`` indexes ``LOSSES``, ``reduction`` is 0 (none), 1 (mean) or 2 (sum). The loss comes in the logits' dtype, or
+with ``float32_loss`` in the accumulate type (autocast).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def loss_of_logits(
         each = each.mean()
     elif REDUCTIONS[reduction] == "sum":
         each = each.sum()
-    return each if float32_loss else each.to(logits.dtype)
+    return each if float32_loss else each.to(logits.dtype)  # `each` is in the accumulate type
 
 
 def _derivative(x: Tensor, real: Tensor | float, fake: Tensor | float, loss: int) -> Tensor:
@@ -173,7 +173,7 @@ def backward_reference(
     grad: Tensor | None = None
     if grad_loss is not None:
         real, fake = _coefficients(target, target_value, pos_weight, label_smoothing)
-        scale = grad_loss.to(x.dtype)
+        scale = grad_loss
         if REDUCTIONS[reduction] == "mean":
             scale = scale / max(x.numel(), 1)
         grad = scale * _derivative(x, real, fake, loss)
@@ -198,9 +198,12 @@ def _backward_fake(
     grad_loss, grad_logits, input, weight, bias, logits, target, target_value, sample_weight, pos_weight, loss, stride,
     padding, smoothing, reduction, needs,
 ):  # fmt: skip
+    grad_input = input.new_empty(input.shape if needs[0] else 0)
+    if needs[0] and not input.is_contiguous() and input.is_contiguous(memory_format=torch.channels_last):
+        grad_input = grad_input.to(memory_format=torch.channels_last)
     return (
-        torch.empty_like(input) if needs[0] else input.new_empty(0),
-        torch.empty_like(weight) if needs[1] else weight.new_empty(0),
+        grad_input,
+        weight.new_empty(weight.shape if needs[1] else 0),
         weight.new_empty(weight.shape[0]) if needs[2] else weight.new_empty(0),
     )
 
@@ -219,8 +222,9 @@ def _backward(args, saved, grads, needs):
     loss, stride, padding, label_smoothing, reduction, _ = rest
     out = [None] * len(args)
     if any(needs[:3]):
+        grad_loss = None if grads[0] is None else grads[0].to(accumulate_dtype(input.dtype))
         gradients = _backward_operator(
-            grads[0], grads[1], input, weight, bias, saved[0].detach(), target, target_value, sample_weight, pos_weight,
+            grad_loss, grads[1], input, weight, bias, saved[0].detach(), target, target_value, sample_weight, pos_weight,
             loss, stride, padding, label_smoothing, reduction, [needs[0], needs[1], needs[2]],
         )  # fmt: skip
         out[:3] = [gradient if need else None for gradient, need in zip(gradients, needs[:3], strict=True)]
