@@ -106,7 +106,7 @@ def test_without_weight_bias_or_running_statistics(shape, training):
     for affine in ((weight, None), (None, bias), (None, None)):
         check_against_float64((x, running_mean, running_var, *affine), training=training, act="leaky_relu")
     if training:
-        check_against_float64((x, None, None, weight, bias), act="relu")
+        check_against_float64((x, None, None, weight, bias), training=True, act="relu")
 
 
 @pytest.mark.parametrize("mean", [1e4, -1e6])
@@ -229,12 +229,16 @@ def test_opcheck(dtype):
         each = each.clone().requires_grad_()
         settings = (1e-5, "leaky_relu", SLOPE)
         torch.library.opcheck(torch.ops.fastgan.norm_act, (each, weight, bias, *settings, 2))
-        torch.library.opcheck(torch.ops.fastgan.norm_act_eval, (each, running_mean, running_var, weight, None, *settings))
+        torch.library.opcheck(
+            torch.ops.fastgan.norm_act_eval, (each, running_mean, running_var, weight, None, *settings)
+        )
     statistics = torch.zeros(2, 3).double(), torch.ones(2, 3).double()
     needs = [True, True, False]
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(
-        torch.ops.fastgan.norm_act_backward, (x, x, weight, bias, *statistics, *settings, 2, needs), test_utils=tests[:2]
+        torch.ops.fastgan.norm_act_backward,
+        (x, x, weight, bias, *statistics, *settings, 2, needs),
+        test_utils=tests[:2],
     )
     torch.library.opcheck(
         torch.ops.fastgan.norm_act_eval_backward,
