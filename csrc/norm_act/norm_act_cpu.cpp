@@ -27,6 +27,8 @@ constexpr int kMaxChannels = 64;   // of a unit, channels_first
 constexpr int64_t kStrip = 128;    // channels at a time, channels_last
 constexpr int64_t kGrain = 32768;  // values that are worth a thread
 
+#define FASTGAN_INLINE_LAMBDA __attribute__((always_inline))
+
 FASTGAN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTGAN_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 FASTGAN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -261,6 +263,8 @@ struct NormAct {
       if (args.batch_statistics) unit_statistics(g, c0, channels);
       Affine<T> coefficient[kMaxChannels];
       for (int64_t c = 0; c < channels; ++c) coefficient[c] = affine(g, c0 + c);
+      const int64_t HW = this->HW;  // not read again after each store
+      const T slope = this->slope;
       for (int64_t n = 0; n < N; ++n)
         for (int64_t c = 0; c < channels; ++c) {
           const S* in = plane(x, g, n, c0 + c);
@@ -328,6 +332,9 @@ struct NormAct {
       if (!dx) return;
       Gradient gradients[kMaxChannels];
       for (int64_t c = 0; c < channels; ++c) gradients[c] = gradient(g, c0 + c, sum[c], sum_x[c]);
+      const int64_t HW = this->HW;
+      const T slope = this->slope;
+      const bool batch_statistics = args.batch_statistics;
       for (int64_t n = 0; n < N; ++n)
         for (int64_t c = 0; c < channels; ++c) {
           const S *in = plane(x, g, n, c0 + c), *grad = plane(dy, g, n, c0 + c);
@@ -337,7 +344,7 @@ struct NormAct {
             constant = fastgan::splat<T>(gradients[c].constant);
           auto one = [&](V v, V d) {
             V dz = masked<A>(d, f(v), slope);
-            return args.batch_statistics ? dz * scale - (v - f.mean) * along - constant : dz * scale;
+            return batch_statistics ? dz * scale - (v - f.mean) * along - constant : dz * scale;
           };
           int64_t i = 0;
           for (; i + L <= HW; i += L) store(out + i, one(load<T>(in + i), load<T>(grad + i)));
@@ -365,37 +372,44 @@ struct NormAct {
                  });
   }
 
-  // The vector at channel c of a row, whole or the row's tail; what fills the tail is never looked at.
-  FASTGAN_INLINE V at(const S* row, int64_t c) const {
-    return c + L <= C ? load<T>(row + c) : load_partial<T>(row + c, int(C - c));
-  }
-  FASTGAN_INLINE void put(S* row, int64_t c, V v) const {
-    if (c + L <= C)
-      store(row + c, v);
-    else
-      store_partial<T>(row + c, v, int(C - c));
+  // A row's whole vectors and its tail are the same code twice: the tail's length is known before the loop
+  // over rows.
+  struct Whole {
+    FASTGAN_INLINE V get(const S* p) const { return load<T>(p); }
+    FASTGAN_INLINE void put(S* p, V v) const { store(p, v); }
+  };
+  struct Tail {
+    int length;
+    FASTGAN_INLINE V get(const S* p) const { return load_partial<T>(p, length); }
+    FASTGAN_INLINE void put(S* p, V v) const { store_partial<T>(p, v, length); }
+  };
+  // body(channel, Whole or Tail) for the vectors of channels [c0, c1)
+  template <class Body>
+  static FASTGAN_INLINE void for_vectors(int64_t c0, int64_t c1, const Body& body) {
+    int64_t c = c0;
+    for (; c + L <= c1; c += L) body(c, Whole{});
+    if (c < c1) body(c, Tail{int(c1 - c)});
   }
 
-  // Adds sums of (x - pivot) and its square over some rows, channels [c0, c1).
-  void add_row_moments(const S* rows, int64_t number, int64_t c0, int64_t c1, const T* pivot, T* s1,
-                       T* s2) const {
+  // Sums of (x - pivot) and its square over some rows, for the channels [c0, c1): four rows for one visit to
+  // the sums.
+  static void row_moments(const S* rows, int64_t number, int64_t C, int64_t c0, int64_t c1, const T* pivot,
+                          T* s1, T* s2) {
     for (int64_t c = 0; c < kStrip; ++c) s1[c] = s2[c] = T(0);
-    int64_t r = 0;
-    for (; r + 4 <= number; r += 4)
-      for (int64_t c = c0; c < c1; c += L) {
+    for (; number >= 4; number -= 4, rows += 4 * C)
+      for_vectors(c0, c1, [=](int64_t c, auto io) FASTGAN_INLINE_LAMBDA {
         V k = load<T>(pivot + c - c0), a = load<T>(s1 + c - c0), b = load<T>(s2 + c - c0);
-        const S* row = rows + r * C;
-        V d0 = at(row, c) - k, d1 = at(row + C, c) - k, d2 = at(row + 2 * C, c) - k,
-          d3 = at(row + 3 * C, c) - k;
+        const S* p = rows + c;
+        V d0 = io.get(p) - k, d1 = io.get(p + C) - k, d2 = io.get(p + 2 * C) - k, d3 = io.get(p + 3 * C) - k;
         store(s1 + c - c0, a + ((d0 + d1) + (d2 + d3)));
         store(s2 + c - c0, b + ((d0 * d0 + d1 * d1) + (d2 * d2 + d3 * d3)));
-      }
-    for (; r < number; ++r)
-      for (int64_t c = c0; c < c1; c += L) {
-        V d = at(rows + r * C, c) - load<T>(pivot + c - c0);
+      });
+    for (; number > 0; --number, rows += C)
+      for_vectors(c0, c1, [=](int64_t c, auto io) FASTGAN_INLINE_LAMBDA {
+        V d = io.get(rows + c) - load<T>(pivot + c - c0);
         store(s1 + c - c0, load<T>(s1 + c - c0) + d);
         store(s2 + c - c0, load<T>(s2 + c - c0) + d * d);
-      }
+      });
   }
 
   void block_statistics(int64_t g, int64_t block, int64_t first, int64_t rows) const {
@@ -407,14 +421,14 @@ struct NormAct {
       const S* base = x + first * C;
       for (int64_t c = 0; c < width; ++c) pivot[c] = load1<T>(base + c0 + c);
       int64_t head = least(step, rows);
-      add_row_moments(base, head, c0, c1, pivot, s1, s2);
+      row_moments(base, head, C, c0, c1, pivot, s1, s2);
       for (int64_t c = 0; c < width; ++c) {
         pivot[c] += s1[c] / T(head);
         mean[c0 + c] = square[c0 + c] = 0;
       }
       for (int64_t r = 0; r < rows; r += step) {
         int64_t now = least(step, rows - r);
-        add_row_moments(base + r * C, now, c0, c1, pivot, s1, s2);
+        row_moments(base + r * C, now, C, c0, c1, pivot, s1, s2);
         combine(width, double(r), double(now), pivot, s1, s2, mean + c0, square + c0);
         for (int64_t c = 0; c < width; ++c) pivot[c] = T(mean[c0 + c]);
       }
@@ -466,9 +480,17 @@ struct NormAct {
       }
   }
 
-  FASTGAN_INLINE AffineVec<T> affine_at(int64_t g, int64_t c) const {
-    return {load<T>(coefficients(g, 0) + c), load<T>(coefficients(g, 1) + c),
-            load<T>(coefficients(g, 2) + c)};
+  // Where the coefficients of a group lie, by value so that no store makes the compiler read it again.
+  struct Rows {
+    const T *mean, *scale, *shift, *along, *constant;
+    T slope;
+    FASTGAN_INLINE AffineVec<T> at(int64_t c) const {
+      return {load<T>(mean + c), load<T>(scale + c), load<T>(shift + c)};
+    }
+  };
+  Rows rows_of(int64_t g) const {
+    return {coefficients(g, 0), coefficients(g, 1), coefficients(g, 2),
+            coefficients(g, 3), coefficients(g, 4), slope};
   }
 
   void forward_channels_last() const {
@@ -480,55 +502,84 @@ struct NormAct {
     }
     fill_affine();
     for_blocks([&](int64_t g, int64_t, int64_t first, int64_t rows) {
-      const S* in = x + first * C;
-      S* out = y + first * C;
-      int64_t r = 0;
-      for (; r + 4 <= rows; r += 4)
-        for (int64_t c = 0; c < C; c += L) {
-          AffineVec<T> f = affine_at(g, c);
-          for (int64_t j = r; j < r + 4; ++j) put(out + j * C, c, activate<A>(f(at(in + j * C, c)), slope));
-        }
-      for (; r < rows; ++r)
-        for (int64_t c = 0; c < C; c += L)
-          put(out + r * C, c, activate<A>(affine_at(g, c)(at(in + r * C, c)), slope));
+      output_rows(x + first * C, y + first * C, rows, C, rows_of(g));
     });
+  }
+
+  static void output_rows(const S* in, S* out, int64_t rows, int64_t C, const Rows from) {
+    for (; rows >= 2; rows -= 2, in += 2 * C, out += 2 * C)
+      for_vectors(0, C, [=](int64_t c, auto io) FASTGAN_INLINE_LAMBDA {
+        AffineVec<T> f = from.at(c);
+        io.put(out + c, activate<A>(f(io.get(in + c)), from.slope));
+        io.put(out + C + c, activate<A>(f(io.get(in + C + c)), from.slope));
+      });
+    if (rows > 0)
+      for_vectors(0, C, [=](int64_t c, auto io) FASTGAN_INLINE_LAMBDA {
+        io.put(out + c, activate<A>(from.at(c)(io.get(in + c)), from.slope));
+      });
   }
 
   void block_gradients(int64_t g, int64_t block, int64_t first, int64_t rows) const {
     constexpr int64_t step = 32;
     double *sum = partial(g, block), *sum_x = sum + padded;
+    const Rows from = rows_of(g);
     for (int64_t c0 = 0; c0 < C; c0 += kStrip) {
       int64_t c1 = least(c0 + kStrip, C), width = c1 - c0;
       for (int64_t c = c0; c < c1; ++c) sum[c] = sum_x[c] = 0;
       for (int64_t r = 0; r < rows; r += step) {
         T s1[kStrip + 16] = {}, s2[kStrip + 16] = {};
-        int64_t now = least(step, rows - r), j = 0;
-        const S *in = x + (first + r) * C, *grad = dy + (first + r) * C;
-        for (; j + 4 <= now; j += 4)
-          for (int64_t c = c0; c < c1; c += L) {
-            AffineVec<T> f = affine_at(g, c);
-            V a = load<T>(s1 + c - c0), b = load<T>(s2 + c - c0);
-            for (int64_t k = j; k < j + 4; ++k) {
-              V v = at(in + k * C, c), dz = masked<A>(at(grad + k * C, c), f(v), slope);
-              a += dz;
-              b += dz * (v - f.mean);
-            }
-            store(s1 + c - c0, a);
-            store(s2 + c - c0, b);
-          }
-        for (; j < now; ++j)
-          for (int64_t c = c0; c < c1; c += L) {
-            AffineVec<T> f = affine_at(g, c);
-            V v = at(in + j * C, c), dz = masked<A>(at(grad + j * C, c), f(v), slope);
-            store(s1 + c - c0, load<T>(s1 + c - c0) + dz);
-            store(s2 + c - c0, load<T>(s2 + c - c0) + dz * (v - f.mean));
-          }
+        row_gradients(x + (first + r) * C, dy + (first + r) * C, least(step, rows - r), C, c0, c1, from, s1,
+                      s2);
         for (int64_t c = 0; c < width; ++c) {
           sum[c0 + c] += double(s1[c]);
           sum_x[c0 + c] += double(s2[c]);
         }
       }
     }
+  }
+
+  static void row_gradients(const S* in, const S* grad, int64_t number, int64_t C, int64_t c0, int64_t c1,
+                            const Rows from, T* s1, T* s2) {
+    for (; number >= 4; number -= 4, in += 4 * C, grad += 4 * C)
+      for_vectors(c0, c1, [=](int64_t c, auto io) FASTGAN_INLINE_LAMBDA {
+        AffineVec<T> f = from.at(c);
+        V a = load<T>(s1 + c - c0), b = load<T>(s2 + c - c0);
+        for (int j = 0; j < 4; ++j) {
+          V v = io.get(in + j * C + c), dz = masked<A>(io.get(grad + j * C + c), f(v), from.slope);
+          a += dz;
+          b += dz * (v - f.mean);
+        }
+        store(s1 + c - c0, a);
+        store(s2 + c - c0, b);
+      });
+    for (; number > 0; --number, in += C, grad += C)
+      for_vectors(c0, c1, [=](int64_t c, auto io) FASTGAN_INLINE_LAMBDA {
+        AffineVec<T> f = from.at(c);
+        V v = io.get(in + c), dz = masked<A>(io.get(grad + c), f(v), from.slope);
+        store(s1 + c - c0, load<T>(s1 + c - c0) + dz);
+        store(s2 + c - c0, load<T>(s2 + c - c0) + dz * (v - f.mean));
+      });
+  }
+
+  template <bool BatchStatistics>
+  static void gradient_rows(const S* in, const S* grad, S* out, int64_t rows, int64_t C, const Rows from) {
+    auto one = [](V v, V d, const AffineVec<T>& f, V along, V constant, T slope) FASTGAN_INLINE_LAMBDA {
+      V dz = masked<A>(d, f(v), slope);
+      // In evaluation x - mean has no part in it: infinity times the zero coefficient would be NaN.
+      return BatchStatistics ? dz * f.scale - (v - f.mean) * along - constant : dz * f.scale;
+    };
+    for (; rows >= 2; rows -= 2, in += 2 * C, grad += 2 * C, out += 2 * C)
+      for_vectors(0, C, [=](int64_t c, auto io) FASTGAN_INLINE_LAMBDA {
+        AffineVec<T> f = from.at(c);
+        V along = load<T>(from.along + c), constant = load<T>(from.constant + c);
+        io.put(out + c, one(io.get(in + c), io.get(grad + c), f, along, constant, from.slope));
+        io.put(out + C + c, one(io.get(in + C + c), io.get(grad + C + c), f, along, constant, from.slope));
+      });
+    if (rows > 0)
+      for_vectors(0, C, [=](int64_t c, auto io) FASTGAN_INLINE_LAMBDA {
+        V along = load<T>(from.along + c), constant = load<T>(from.constant + c);
+        io.put(out + c, one(io.get(in + c), io.get(grad + c), from.at(c), along, constant, from.slope));
+      });
   }
 
   void backward_channels_last() const {
@@ -557,21 +608,11 @@ struct NormAct {
         coefficients(g, 4)[c] = gradients.constant;
       }
     for_blocks([&](int64_t g, int64_t, int64_t first, int64_t rows) {
-      const S *in = x + first * C, *grad = dy + first * C;
-      S* out = dx + first * C;
-      for (int64_t r = 0; r < rows; r += 4) {
-        int64_t end = least(r + 4, rows);
-        for (int64_t c = 0; c < C; c += L) {
-          AffineVec<T> f = affine_at(g, c);
-          V along = load<T>(coefficients(g, 3) + c), constant = load<T>(coefficients(g, 4) + c);
-          for (int64_t j = r; j < end; ++j) {
-            V v = at(in + j * C, c), dz = masked<A>(at(grad + j * C, c), f(v), slope);
-            // In evaluation x - mean has no part in it: infinity times the zero coefficient would be NaN.
-            put(out + j * C, c,
-                args.batch_statistics ? dz * f.scale - (v - f.mean) * along - constant : dz * f.scale);
-          }
-        }
-      }
+      int64_t at = first * C;
+      if (args.batch_statistics)
+        gradient_rows<true>(x + at, dy + at, dx + at, rows, C, rows_of(g));
+      else
+        gradient_rows<false>(x + at, dy + at, dx + at, rows, C, rows_of(g));
     });
   }
 

@@ -110,7 +110,7 @@ def conv2d(
         (N, K, H', W'), or (K, H', W') for an unbatched input.
 
     Raises:
-        RuntimeError: ranks, sizes, dtypes or devices that do not fit, or no output left; the message names the argument.
+        RuntimeError: ranks, sizes, dtypes or devices that do not fit, or no output left.
     """
     if _is_plain_convolution(input, weight, bias):
         _check_convolution_arguments(input, weight, bias, stride, dilation, groups)
@@ -123,10 +123,11 @@ def conv2d(
             )
             if min(size) < 1:
                 raise RuntimeError(
-                    f"input of shape {tuple(input.shape)} is smaller than the kernel: weight of shape {tuple(weight.shape)} "
-                    f"with stride={stride}, padding={padding}, dilation={dilation} leaves an output of {size[0]} x {size[1]}"
+                    f"input of shape {tuple(input.shape)} is smaller than the kernel: weight of shape "
+                    f"{tuple(weight.shape)} with stride={stride}, padding={padding}, dilation={dilation} leaves an "
+                    f"output of {size[0]} x {size[1]}"
                 )
-    return _conv.convolution(input, weight, bias, stride, padding, dilation, groups)
+    return _conv.convolution(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
 
 
 def conv_transpose2d(
@@ -169,7 +170,9 @@ def conv_transpose2d(
                 f"padding={padding} leaves no output: input of shape {tuple(input.shape)}, weight of shape "
                 f"{tuple(weight.shape)}, stride={stride} give {size[0]} x {size[1]}"
             )
-    return _conv.transposed_convolution(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return _conv.transposed_convolution(  # type: ignore[arg-type]
+        input, weight, bias, stride, padding, output_padding, groups, dilation
+    )
 
 
 def _is_plain_convolution(*tensors: Tensor | None) -> bool:
@@ -261,9 +264,10 @@ def batch_norm_act(
 
     Source: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
     """
-    _check_batch_norm(input, running_mean, running_var, weight, bias, training, eps, act, groups)
+    if input.dim() != 1 or input.shape[0] > 0:  # torch lets an empty vector through
+        _check_batch_norm(input, running_mean, running_var, weight, bias, training, eps, act, groups)
     groups = groups if training else 1
-    if input.device.type not in ("cpu", "meta") or input.dtype not in _NORM_DTYPES:
+    if input.device.type not in ("cpu", "meta") or input.dtype not in _NORM_DTYPES or input.dim() < 2:
         return _composed_batch_norm_act(
             input, running_mean, running_var, weight, bias, training, momentum, eps, act, negative_slope, groups
         )
@@ -271,7 +275,8 @@ def batch_norm_act(
     eps, negative_slope = float(eps), float(negative_slope)
     if not training:
         evaluate = _norm_act.norm_act_eval_reference if reference else _norm_act.norm_act_eval
-        assert running_mean is not None and running_var is not None
+        assert running_mean is not None
+        assert running_var is not None
         return evaluate(input, running_mean.detach(), running_var.detach(), weight, bias, eps, act, negative_slope)
     train = _norm_act.norm_act_reference if reference else _norm_act.norm_act
     output, mean, var = train(input, weight, bias, eps, act, negative_slope, groups)
@@ -367,7 +372,8 @@ def _check_batch_norm(
     for name, tensor in given:
         if tensor.dim() != 1 or tensor.shape[0] != channels:
             raise RuntimeError(
-                f"{name} must have shape ({channels},) for input of shape {tuple(input.shape)}, got {tuple(tensor.shape)}"
+                f"{name} must have shape ({channels},) for input of shape {tuple(input.shape)}, "
+                f"got {tuple(tensor.shape)}"
             )
         if tensor.dtype != expected:
             also = ", or all of running_mean, running_var, weight and bias float32" if half else ""
