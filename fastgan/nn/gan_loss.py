@@ -73,7 +73,7 @@ class DiscriminatorHeadLoss(nn.Module):
                 conv.weight,
                 conv.bias,
                 target,
-                stride=conv.stride,  # type: ignore[arg-type]  a pair, which Conv2d's annotation does not say
+                stride=conv.stride,  # type: ignore[arg-type]
                 padding=conv.padding,  # type: ignore[arg-type]
                 **arguments,
             )

@@ -216,7 +216,7 @@ def test_gradcheck(loss):
 
 @pytest.mark.parametrize("loss", LOSSES)
 def test_derivative_matrix(loss):
-    _, weight, bias = (t.detach() for t in tensors((2, 4, 4, 4, 1, (3, 3), 1, 1), torch.float64))
+    weight, bias = torch.randn(1, 4, 4, 3, dtype=torch.float64), torch.randn(1, dtype=torch.float64)
 
     def through(function):
         def f(x):  # every differentiable argument depends on x
@@ -226,8 +226,8 @@ def test_derivative_matrix(loss):
         return f
 
     x = torch.randn(2, 4, 4, 3, dtype=torch.float64)
-    weight = weight[..., :1].expand(1, 4, 4, 3).contiguous()
-    check_derivatives(through(conv_gan_loss), through(plain), x)
+    backends = (None, "aot_eager") if loss == "bce" else (None,)
+    check_derivatives(through(conv_gan_loss), through(plain), x, backends=backends)
 
 
 def test_opcheck():
