@@ -416,7 +416,8 @@ void forward_tiles(const Args& a, const Threads& threads) {
   int64_t groups = up(a.channels, G), taps = a.kernel_height * a.kernel_width;
   T* weight = static_cast<T*>(a.workspace);
   pack_weight<S, T>(a, weight);
-  int64_t blocks = larger(up(a.out_height, rows_that_fit<T>(a)), smaller(a.out_height, up(8, larger(1, a.batch))));
+  int64_t blocks =
+      larger(up(a.out_height, rows_that_fit<T>(a)), smaller(a.out_height, up(8, larger(1, a.batch))));
   int64_t out_rows = up(a.out_height, blocks);
   blocks = up(a.out_height, out_rows);
   Tile t = tile_for<T>(a, out_rows, groups);
@@ -554,7 +555,7 @@ void input_gradient(const Args& a, const Threads& threads, const T* weight, cons
   int64_t width = a.width + 2 * a.padding[1] + a.kernel_width + a.stride[1] + kOutputs;
   int64_t row_bytes = a.width * G * int64_t(sizeof(T));
   int64_t rows = smaller(a.height, larger(1, kTileBytes / 2 / larger(row_bytes, 1)));
-  rows = smaller(rows, up(a.height, smaller(a.height, up(8, larger(1, a.batch)))));
+  rows = smaller(rows, up(a.height, larger(1, smaller(a.height, up(8, larger(1, a.batch))))));
   int64_t blocks = up(a.height, larger(rows, 1));
   const int64_t* s = a.grad_input_stride;
   parallel_for(threads, a.batch * blocks, 1, [&](int64_t begin, int64_t end) {

@@ -73,9 +73,9 @@ class DiscriminatorHeadLoss(nn.Module):
                 conv.weight,
                 conv.bias,
                 target,
-                stride=conv.stride,
-                padding=conv.padding,
-                **arguments,  # type: ignore[arg-type]
+                stride=conv.stride,  # type: ignore[arg-type]
+                padding=conv.padding,  # type: ignore[arg-type]
+                **arguments,
             )
         logits = conv(input)
         return functional.gan_loss_with_logits(logits, target, **arguments), logits
