@@ -3,8 +3,8 @@
     import fastgan.hf
     model = AutoModel.from_pretrained("bert-base-uncased", attn_implementation="fastgan")
 
-or, on a model that is there, ``model.set_attn_implementation("fastgan")`` (and ``"eager"`` back). Where transformers was
-imported before fastgan, ``import fastgan`` registers by itself. Needs transformers 5.24 or newer.
+or, on a model that is there, ``model.set_attn_implementation("fastgan")`` (and ``"eager"`` back). Where transformers
+was imported before fastgan, ``import fastgan`` registers by itself. Needs transformers 5.24 or newer.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention function: query (B, H, L, E), key and value (B, K, S, E) -> ((B, L, H, E), maps or None).
 
-    ``attention_mask`` is boolean (True takes part) or added to the scores, and broadcasts to (B, H, L, S). K may divide H
-    (grouped heads are read in place, not repeated). Where attention maps are asked for they are computed as in plain
+    ``attention_mask`` is boolean (True takes part) or added to the scores, and broadcasts to (B, H, L, S). K may divide
+    H: grouped heads are read in place, not repeated. Where attention maps are asked for they are computed as in plain
     PyTorch, and the output from them. Raises ValueError for ``softcap`` and ``s_aux``, which the kernel does not have.
     """
     for name in ("softcap", "s_aux"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -294,3 +295,34 @@ def test_an_old_or_missing_transformers_is_named(version, monkeypatch):
         monkeypatch.setattr(transformers, "__version__", version)
     with pytest.raises(ImportError, match=r"fastgan\.hf needs transformers.*pip install"):
         importlib.reload(fastgan.hf)
+
+
+def test_the_example_of_the_article_learns_its_sentences(tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "film", "warmth", "watch", "again", "cast", "wonderful"]
+    words += ["two", "hours", "not", "plot", "no", "sense", "dull", "loud", "long", "a", "of", "i", "the", "it", "."]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+    )
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    script = Path(__file__).parent.parent / "examples" / "bert_classification.py"
+    ran = subprocess.run(
+        [sys.executable, str(script), "--model", str(tmp_path), "--steps", "25", "--lr", "1e-2"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ran.returncode == 0, ran.stderr
+    losses = [float(line.split()[-1]) for line in ran.stdout.splitlines() if line.startswith("step")]
+    assert len(losses) == 25
+    assert losses[-1] < losses[0] / 2
+    assert "right: 6 of 6" in ran.stdout
