@@ -26,8 +26,8 @@ class GANTrainer:
 
     A step is the PyTorch tutorial's: the discriminator learns from real (label 1) and fake (label 0) pictures, their
     losses added; then the generator learns to have the same fakes called real by the updated discriminator. What
-    differs is the work: real and fake are one batch where every layer allows it (see ``fastgan.training.joining``; else two
-    passes, said once), the discriminator's weights get no gradients in the generator's step, and Adam is fused.
+    differs is the work: real and fake are one batch where every layer allows it (see ``fastgan.training.joining``; else
+    two passes, said once), the discriminator's weights get no gradients in the generator's step, and Adam is fused.
 
     Modules keep their training flags, ``requires_grad``, names and state dicts. The modules are changed in place.
 

@@ -251,7 +251,8 @@ def load_generator(folder: str | os.PathLike[str]) -> tuple[torch.nn.Module, DCG
                 raise
     model = DCGAN(config.image_size, config.channels, config.latent, config.ngf, config.ndf).generator
     check_state(model, tensors["generator"], checkpoint / "generator.safetensors")
-    model.to(next(iter(tensors["generator"].values())).dtype)
+    if config.precision == "float64":
+        model.double()
     model.load_state_dict(tensors["generator"])
     return model.eval(), config, int(header["step"])
 

@@ -21,7 +21,8 @@ from fastgan.training.presets import article, digits_demo
 from fastgan.training.run import Silent
 
 CONFIG = DCGANConfig(
-    image_size=8, channels=1, batch_size=4, latent=4, ngf=2, ndf=2, max_steps=6, checkpoint_every=2, sample_every=3, seed=3
+    image_size=8, channels=1, batch_size=4, latent=4, ngf=2, ndf=2, max_steps=6, seed=3, checkpoint_every=2,
+    sample_every=3,
 )  # fmt: skip
 
 
@@ -336,7 +337,7 @@ def test_a_second_process_is_refused(tmp_path):
         def update(self, step, metrics, images):
             if step == 3:
                 code = (
-                    "import sys; from fastgan.training.run_folder import RunFolder; from fastgan.training import RunError\n"
+                    "import sys\nfrom fastgan.training.run_folder import RunFolder, RunError\n"
                     "try: RunFolder(sys.argv[1]).lock()\n"
                     "except RunError as error: print(error); sys.exit(7)"
                 )
@@ -382,8 +383,17 @@ def test_R63_numbers_below_one_are_refused_by_name(name, value):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"image_size": 48}, {"lr": 0.0}, {"lr": float("nan")}, {"beta1": 1.0}, {"loss": "x"}, {"precision": "x"}, {"seed": -1}]
-)  # fmt: skip
+    "wrong",
+    [
+        {"image_size": 48},
+        {"lr": 0.0},
+        {"lr": float("nan")},
+        {"beta1": 1.0},
+        {"loss": "x"},
+        {"precision": "x"},
+        {"seed": -1},
+    ],
+)
 def test_other_settings_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         DCGANConfig(**wrong)
