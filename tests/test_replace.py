@@ -114,7 +114,7 @@ def assert_close(theirs, ours, **options):
         torch.testing.assert_close(b, a, msg=lambda text, name=name: f"{name}: {text}", **options)
 
 
-def assert_same_training(model, draw, steps=3, change=None, **options):
+def assert_same_training(model, draw, steps=2, change=None, **options):
     """Replaced and unreplaced, in float64: outputs, all gradients, parameters and buffers over several steps."""
     model = model.double()
     plain, ours = copy.deepcopy(model), copy.deepcopy(model)
@@ -737,6 +737,36 @@ def test_explain_before_and_after():
     assert "leaky_relu" in text
     assert repr(explain(nn.ReLU())).splitlines()[2].startswith("(the model)")
     assert str(explain(nn.Identity())).endswith("no modules")
+
+
+def test_a_large_table_is_folded():
+    text = str(explain(nn.Sequential(nn.Conv2d(1, 1, 1), *(nn.Dropout() for _ in range(70)))))
+    assert len(text.splitlines()) == 5
+    assert "fastgan has nothing for 70 Dropout" in text
+
+
+def test_transformers_attention_is_switched_where_fastgan_is_registered(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = transformers.BertConfig(vocab_size=9, **sizes)
+    model = transformers.BertModel(config)
+    model.set_attn_implementation("sdpa")
+    mapping = ALL_ATTENTION_FUNCTIONS._global_mapping
+
+    def states():
+        return [(row.state, row.reason) for row in explain(model) if row.name.endswith("attention.self")]
+
+    monkeypatch.delitem(mapping, "fastgan", raising=False)
+    assert states() == [("left", 'attn_implementation is "sdpa"; import fastgan.hf first')]
+    assert replace_modules(model).config._attn_implementation == "sdpa"
+    monkeypatch.setitem(mapping, "fastgan", mapping["sdpa"])
+    assert states() == [("will be swapped", "")]
+    assert replace_modules(model).config._attn_implementation == "fastgan"
+    assert states() == [("swapped", "")]
+    model.set_attn_implementation("eager")
+    assert replace_modules(model).config._attn_implementation == "eager"
 
 
 def test_names_are_exported():
