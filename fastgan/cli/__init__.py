@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from fastgan.cli import sample, train
+from fastgan.cli import demo, sample, train
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Adversarial training for PyTorch, made fast.")
 
@@ -34,6 +34,7 @@ def info() -> None:
 
 app.add_typer(train.app, name="train")
 app.command()(sample.sample)
+app.command()(demo.demo)
 
 
 def main() -> None:

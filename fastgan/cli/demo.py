@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,39 @@ def _title(number: int, text: str) -> None:
     _say(f"\n[{number}/4] {text}")
 
 
+def _gan(out: Path, data: str, seed: int, quick: bool) -> dict[str, Any]:
+    from fastgan.cli.progress import reporter
+    from fastgan.data import load_images
+    from fastgan.training import load_generator, run_dcgan
+    from fastgan.training.gan import GANTrainer
+    from fastgan.training.pictures import grid_png
+    from fastgan.training.presets import article, digits_demo
+
+    config = digits_demo(seed=seed) if data == "digits" else article(data, max_steps=300, seed=seed)
+    if quick:
+        config = replace(config, max_steps=6)
+    images = load_images(config.data, config.image_size, config.channels)
+    begin = time.perf_counter()
+    shown = reporter()
+    try:
+        result = run_dcgan(config, out, data=images, reporter=shown)
+    finally:
+        shown.close()
+    if result.interrupted:
+        raise typer.Exit(130)
+    seconds = time.perf_counter() - begin
+    generator, _, _ = load_generator(out)
+    pictures = GANTrainer.sample_from(generator, (config.latent, 1, 1), 64, seed)
+    (out / "samples.png").write_bytes(grid_png(pictures))
+    chosen = range(0, len(images), max(1, len(images) // 64))
+    (out / "real.png").write_bytes(grid_png(images.batch(list(chosen)[:64])))
+    _say(
+        f"      {len(images)} pictures at {config.image_size}×{config.image_size}, {result.step} steps of "
+        f"{config.batch_size} in {seconds:.0f} s: {result.step / seconds:.1f} steps/s"
+    )
+    return {"seconds": seconds, "steps": result.step, "image_size": config.image_size, "data": data}
+
+
 def _language(out: Path, seed: int, steps: int) -> dict[str, Any]:
     from fastgan.data.text import python_reference, train_tokenizer
     from fastgan.training.language import pretrain_bert
@@ -38,8 +72,8 @@ def _language(out: Path, seed: int, steps: int) -> dict[str, Any]:
     tokenizer = train_tokenizer(texts, vocab_size=4096)
     result = pretrain_bert(texts, tokenizer, out=out, steps=steps, probes=PROBES, seed=seed, progress=True)
     _say(
-        f"      {result.parameters / 1e6:.1f} million parameters, {result.steps} steps in {result.seconds:.0f} s: loss on "
-        f"held-out text {result.validation_before:.2f} before, {result.validation_after:.2f} after"
+        f"      {result.parameters / 1e6:.1f} million parameters, {result.steps} steps in {result.seconds:.0f} s: "
+        f"loss on held-out text {result.validation_before:.2f} before, {result.validation_after:.2f} after"
     )
     for probe, guesses in result.guesses.items():
         _say(f"      “{probe}”")
@@ -83,16 +117,12 @@ def _kernels(out: Path) -> list[dict[str, Any]]:
 
 
 def demo(
-    out: Path = typer.Option(
-        Path("runs/demo"), help="Folder for everything the demo writes; an earlier demo is replaced."
-    ),
+    out: Path = typer.Option(Path("runs/demo"), help="Folder for all it writes; an earlier demo is replaced."),
     data: str = typer.Option("digits", help="Pictures for part 1: digits, cifar10, or a folder or zip of pictures."),
     seed: int = typer.Option(0, help="Seed of every part."),
     quick: bool = typer.Option(False, help="A few steps of each part, to see that all of it runs."),
 ) -> None:
     """Train, fine-tune and measure on real input; a few minutes on two cores."""
-    from fastgan.cli.demo_gan import gan
-
     if out.exists():
         if any(out.iterdir()) and not (out / "summary.json").exists() and not (out / ".demo").exists():
             raise typer.BadParameter(f"{out} is not a demo's folder, and holds files", param_hint="--out")
@@ -103,7 +133,7 @@ def demo(
     summary: dict[str, Any] = {}
 
     _title(1, f"A DCGAN, trained through fastgan's kernels, learns to draw {data}.")
-    summary["gan"] = gan(out / "gan", data=data, seed=seed, quick=quick, say=_say)
+    summary["gan"] = _gan(out / "gan", data, seed, quick)
     _title(2, "A BERT, pretrained through fastgan's attention, learns to guess masked words of the Python reference.")
     summary["language"] = _language(out / "language", seed, steps=20 if quick else 700)
     _title(3, "The same BERT, fine-tuned, tells which chapter a sentence comes from.")
