@@ -374,7 +374,11 @@ void backward_tile(const AttentionArgs& a, BackwardScratch<T>& s, const Tile& t,
   pack_rows<T>(grad, a.grad_output.stride[2], a.grad_output.stride[3], t.rows, a.value_width, s.grad);
   pack_panels<T>(grad, a.grad_output.stride[2], a.grad_output.stride[3], t.rows, a.value_width,
                  s.grad_panels);
-  for (int64_t r = 0; r < t.rows; ++r)
+  // D in two ways. Where the tile has the whole row it is summed up from P ∘ dP, the numbers that it is
+  // subtracted from: a weight of 1 then has a gradient of exactly 0, as it must. Otherwise from dO ∘ O, equal
+  // but for rounding.
+  const bool whole_row = a.columns <= kBackwardKeys;
+  for (int64_t r = 0; !whole_row && r < t.rows; ++r)
     s.delta[r] = dot<T>(s.grad + r * a.value_width, at<Storage>(a.saved_output, t.batch, t.head, t.row + r),
                         a.saved_output.stride[3], a.value_width);
 
@@ -391,22 +395,22 @@ void backward_tile(const AttentionArgs& a, BackwardScratch<T>& s, const Tile& t,
   for (int64_t r = 0; r < t.rows; ++r) {
     T* scores = s.scores + r * s.stride;
     T* grads = s.grad_scores + r * s.stride;
-    T subtracted = logsumexp[r] == -infinity<T>() ? infinity<T>() : logsumexp[r], delta = s.delta[r];
-    if (!a.has_dropout) {
-      for (int64_t c = 0; c < padded; c += W) {
-        Vec<T> p = exp_of_difference(load<T>(scores + c) - subtracted);
-        store(scores + c, p);
-        store(grads + c, p * (load<T>(grads + c) - delta) * scale);
-      }
-      continue;
-    }
-    draw(a, t, r, s.words);
+    T subtracted = logsumexp[r] == -infinity<T>() ? infinity<T>() : logsumexp[r];
+    if (a.has_dropout) draw(a, t, r, s.words);
+    Vec<T> sums{};
     for (int64_t c = 0; c < padded; c += W) {
-      Mask<T> keep = kept<T>(s.words + c, a.threshold);
-      Vec<T> p = exp_of_difference(load<T>(scores + c) - subtracted);
-      Vec<T> g = select(keep, load<T>(grads + c) * kept_scale, Vec<T>{});
-      store(scores + c, select(keep, p * kept_scale, Vec<T>{}));
-      store(grads + c, p * (g - delta) * scale);
+      Vec<T> p = exp_of_difference(load<T>(scores + c) - subtracted), g = load<T>(grads + c);
+      if (a.has_dropout) g = select(kept<T>(s.words + c, a.threshold), g * kept_scale, Vec<T>{});
+      sums += p * g;
+      store(scores + c, p);
+      store(grads + c, g);
+    }
+    T delta = whole_row ? sum<T>(sums) : s.delta[r];
+    for (int64_t c = 0; c < padded; c += W) {
+      Vec<T> p = load<T>(scores + c);
+      store(grads + c, p * (load<T>(grads + c) - delta) * scale);
+      if (a.has_dropout)
+        store(scores + c, select(kept<T>(s.words + c, a.threshold), p * kept_scale, Vec<T>{}));
     }
   }
 }
