@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
 import torch  # noqa: F401  first: fastgan._C finds torch's libraries already in the process
 
@@ -33,3 +34,16 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted([*__all__, *_LAZY])
+
+
+def _register_with_transformers() -> None:
+    # attn_implementation="fastgan" then works without a second import line. A version that is too old is told about at
+    # `import fastgan.hf`, not here.
+    import contextlib
+
+    with contextlib.suppress(ImportError, AttributeError):
+        importlib.import_module("fastgan.hf")
+
+
+if "transformers" in sys.modules:
+    _register_with_transformers()

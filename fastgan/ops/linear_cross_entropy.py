@@ -25,14 +25,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgan.ops._autograd import define, in_functorch, take_saved
+from fastgan import _impl
+from fastgan.ops._autograd import LIBRARY, define, in_functorch, take_saved
 
 REDUCTIONS = ("none", "mean", "sum")
 NONE, MEAN, SUM = range(3)
 
 #: bytes of one chunk's logits. Below the 32 MiB from which malloc returns memory to the system at every free (and pays
 #: for its pages at every call), and enough tokens for the matrix products to run at their full rate.
-CHUNK_BYTES = 24 << 20
+CHUNK_BYTES = 30 << 20
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -261,7 +262,7 @@ def _chunked(
             out[1] = torch.zeros(classes, features, dtype=dtype)
         if wants_bias:
             out[2] = torch.zeros(classes, dtype=dtype)
-        return losses, count, out
+        return torch.zeros(tokens if want_loss else 0, dtype=dtype), count, out
     row_gradient = None
     if any(gradients):
         row_gradient = torch.ones(count, dtype=dtype) if upstream is None else upstream.to(dtype)
@@ -390,3 +391,12 @@ linear_cross_entropy_backward = define(
     fake=_fake_backward,
     autocast="float32",
 )
+
+# The row kernel, in place; only the two kernels below call it, beneath autograd.
+LIBRARY.define(
+    "linear_cross_entropy_rows(Tensor(a!) logits, Tensor target, Tensor? bias, Tensor? margin, Tensor? gradient, "
+    "Tensor(b!)? loss, float smoothing, float z) -> ()"
+)
+if _impl.extension_error is None:
+    LIBRARY.impl("linear_cross_entropy", _forward_kernel, "CPU")
+    LIBRARY.impl("linear_cross_entropy_backward", _backward_kernel, "CPU")
