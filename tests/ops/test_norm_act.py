@@ -187,7 +187,10 @@ def test_any_strides_and_empties(shape, order, step, expand, training, act):
     if expand and shape[0]:
         x = x[:1].expand_as(x)
     channels = x.shape[1]
-    if training and (x.numel() == channels or channels == 0):
+    if channels == 0:  # torch has no derivative there
+        assert ours(x, *[x.new_zeros(0)] * 4, training, act=act).shape == x.shape
+        return
+    if training and x.numel() == channels:
         return
     tensors = (x, torch.zeros(channels).double(), torch.ones(channels).double(), None, torch.randn(channels).double())
     grad = torch.randn(shape, dtype=torch.float64).transpose(0, -1).contiguous().transpose(0, -1)
@@ -273,7 +276,16 @@ def test_derivative_matrix(training):
 
         return call
 
-    check_derivatives(through(ours), through(torch_norm_act), x)
+    def composed(x, running_mean, running_var, weight, bias, training, act):
+        # Not F.batch_norm: torch 2.13's own grad of jvp and Hessian are wrong in training.
+        mean, var = running_mean, running_var
+        if training:
+            mean, var = x.mean((0, 2)), x.var((0, 2), correction=0)
+        column = lambda t: t.view(1, -1, 1)
+        z = (x - column(mean)) / (column(var) + 1e-5).sqrt() * column(weight) + column(bias)
+        return F.leaky_relu(z, SLOPE)
+
+    check_derivatives(through(ours), through(composed), x)
 
 
 def test_compiled_training_moves_running_statistics():
