@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 
 import torch  # noqa: F401  first: fastgan._C finds torch's libraries already in the process
 
@@ -18,10 +19,11 @@ _impl.load_extension()
 
 from fastgan import nn, ops  # noqa: E402  the kernels are registered first
 from fastgan._info import info  # noqa: E402
+from fastgan.replace import explain, replace_modules  # noqa: E402
 
 _LAZY = ("cli", "data", "hf", "models", "training")
 
-__all__ = ["__version__", "info", "nn", "ops", "use"]
+__all__ = ["__version__", "explain", "info", "nn", "ops", "replace_modules", "use"]
 
 
 def __getattr__(name: str):
@@ -32,3 +34,16 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted([*__all__, *_LAZY])
+
+
+def _register_with_transformers() -> None:
+    # attn_implementation="fastgan" then works without a second import line. A version that is too old is told about at
+    # `import fastgan.hf`, not here.
+    import contextlib
+
+    with contextlib.suppress(ImportError, AttributeError):
+        importlib.import_module("fastgan.hf")
+
+
+if "transformers" in sys.modules:
+    _register_with_transformers()

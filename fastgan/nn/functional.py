@@ -12,10 +12,11 @@ import torch.nn.functional as _F
 from torch import Tensor
 
 from fastgan import _impl
-from fastgan.nn import _attention_inputs, _gan_loss_inputs
+from fastgan.nn import _attention_inputs, _gan_loss_inputs, _linear_cross_entropy_inputs
 from fastgan.nn._gan_loss_inputs import pair as _pair
 from fastgan.ops import conv as _conv
 from fastgan.ops import gan_loss as _gan_loss
+from fastgan.ops import linear_cross_entropy as _linear_cross_entropy
 from fastgan.ops import norm_act as _norm_act
 from fastgan.ops.attention import attention_reference
 
@@ -73,6 +74,8 @@ def scaled_dot_product_attention(
     if dropout_p > 0.0:
         philox = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=query.device)
     mask, bias = (mask4, None) if mask4 is None or mask4.dtype == torch.bool else (None, mask4)
+    if bias is not None and query.dtype == torch.float64:
+        bias = bias.double()
     arguments = (q4, k4, v4, mask, bias, philox, float(dropout_p), bool(is_causal), float(scale))
     if _impl.reference_selected():
         with torch.autocast(device, enabled=False):
@@ -107,7 +110,7 @@ def conv2d(
         (N, K, H', W'), or (K, H', W') for an unbatched input.
 
     Raises:
-        RuntimeError: ranks, sizes, dtypes or devices that do not fit, or no output left; the message names the argument.
+        RuntimeError: ranks, sizes, dtypes or devices that do not fit, or no output left.
     """
     if _is_plain_convolution(input, weight, bias):
         _check_convolution_arguments(input, weight, bias, stride, dilation, groups)
@@ -120,10 +123,11 @@ def conv2d(
             )
             if min(size) < 1:
                 raise RuntimeError(
-                    f"input of shape {tuple(input.shape)} is smaller than the kernel: weight of shape {tuple(weight.shape)} "
-                    f"with stride={stride}, padding={padding}, dilation={dilation} leaves an output of {size[0]} x {size[1]}"
+                    f"input of shape {tuple(input.shape)} is smaller than the kernel: weight of shape "
+                    f"{tuple(weight.shape)} with stride={stride}, padding={padding}, dilation={dilation} leaves an "
+                    f"output of {size[0]} x {size[1]}"
                 )
-    return _conv.convolution(input, weight, bias, stride, padding, dilation, groups)
+    return _conv.convolution(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
 
 
 def conv_transpose2d(
@@ -166,7 +170,9 @@ def conv_transpose2d(
                 f"padding={padding} leaves no output: input of shape {tuple(input.shape)}, weight of shape "
                 f"{tuple(weight.shape)}, stride={stride} give {size[0]} x {size[1]}"
             )
-    return _conv.transposed_convolution(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return _conv.transposed_convolution(  # type: ignore[arg-type]
+        input, weight, bias, stride, padding, output_padding, groups, dilation
+    )
 
 
 def _is_plain_convolution(*tensors: Tensor | None) -> bool:
@@ -258,9 +264,10 @@ def batch_norm_act(
 
     Source: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
     """
-    _check_batch_norm(input, running_mean, running_var, weight, bias, training, eps, act, groups)
+    if input.dim() != 1 or input.shape[0] > 0:  # torch lets an empty vector through
+        _check_batch_norm(input, running_mean, running_var, weight, bias, training, eps, act, groups)
     groups = groups if training else 1
-    if input.device.type not in ("cpu", "meta") or input.dtype not in _NORM_DTYPES:
+    if input.device.type not in ("cpu", "meta") or input.dtype not in _NORM_DTYPES or input.dim() < 2:
         return _composed_batch_norm_act(
             input, running_mean, running_var, weight, bias, training, momentum, eps, act, negative_slope, groups
         )
@@ -268,7 +275,8 @@ def batch_norm_act(
     eps, negative_slope = float(eps), float(negative_slope)
     if not training:
         evaluate = _norm_act.norm_act_eval_reference if reference else _norm_act.norm_act_eval
-        assert running_mean is not None and running_var is not None
+        assert running_mean is not None
+        assert running_var is not None
         return evaluate(input, running_mean.detach(), running_var.detach(), weight, bias, eps, act, negative_slope)
     train = _norm_act.norm_act_reference if reference else _norm_act.norm_act
     output, mean, var = train(input, weight, bias, eps, act, negative_slope, groups)
@@ -364,7 +372,8 @@ def _check_batch_norm(
     for name, tensor in given:
         if tensor.dim() != 1 or tensor.shape[0] != channels:
             raise RuntimeError(
-                f"{name} must have shape ({channels},) for input of shape {tuple(input.shape)}, got {tuple(tensor.shape)}"
+                f"{name} must have shape ({channels},) for input of shape {tuple(input.shape)}, "
+                f"got {tuple(tensor.shape)}"
             )
         if tensor.dtype != expected:
             also = ", or all of running_mean, running_var, weight and bias float32" if half else ""
@@ -506,3 +515,74 @@ def gan_loss_with_logits(
     return _gan_loss.loss_of_logits(
         logits, target, target_value, weights, positive, loss_index, float(label_smoothing), reduction_index, autocast
     )
+
+
+# ---- linear_cross_entropy ----
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+    *,
+    z_loss: float = 0.0,
+    adversarial_radius: float = 0.0,
+) -> Tensor:
+    """A language model's head and its loss, the (tokens, vocabulary) logits never stored whole.
+
+    Equals ``cross_entropy(linear(input, weight, bias), target, ...)`` in value and in derivatives of any order. Tokens
+    whose target is ``ignore_index`` cost nothing. Where a gradient will be wanted, the forward computes it along with
+    the loss; the backward of "mean" and "sum" only scales it.
+
+    Args:
+        input: features (H,) or (..., H), any strides; float32, float64, bfloat16 or float16.
+        weight: (V, H), of input's dtype; a tied embedding's weight as it is. (V, d1, ..., H) computes d1 × ... losses a
+            token, as ``torch.nn.functional.linear_cross_entropy`` does, through plain PyTorch.
+        target: classes, int64 or uint8, of input's shape without H; or probabilities, floating-point, with V in
+            H's place, through plain PyTorch.
+        bias: (V,) or None.
+        ignore_index: tokens of this target have no loss and no gradient, and the mean does not count them.
+        label_smoothing: in [0, 1], spread over all classes; not counting ignored tokens.
+        reduction: "mean" over the tokens that are not ignored (nan where there is none, as in torch), "sum" or "none".
+        z_loss: adds z_loss · logsumexp(logits)² to each token's loss (PaLM, Chowdhery et al. 2022, section 5).
+        adversarial_radius: the target's embedding is moved by so much in the direction that raises the loss most: its
+            logit is lowered by radius · ‖input‖ (Wang, Gong and Liu, ICML 2019). Needs classes as target.
+
+    Returns:
+        The loss in input's dtype (computed in float32 for the 16-bit types; float32 under autocast), a scalar or, for
+        "none", of target's shape.
+
+    Raises:
+        RuntimeError: shapes or dtypes that do not fit, or label_smoothing outside [0, 1].
+        ValueError: another number of targets than tokens, an unknown reduction, a negative z_loss or radius.
+        IndexError: a class outside [0, V) that is not ``ignore_index``.
+    """
+    ignore_index = -100 if ignore_index is None else ignore_index
+    _linear_cross_entropy_inputs.check(
+        input, weight, target, bias, label_smoothing, reduction, z_loss, adversarial_radius
+    )
+    device = input.device.type
+    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        # torch's own: the product in the lower type, the loss in float32. Here all of it is float32.
+        input, weight = input.to(_float32(input)), weight.to(_float32(weight))
+        bias = None if bias is None else bias.to(_float32(bias))
+    index = _linear_cross_entropy.REDUCTIONS.index(reduction)
+    settings = (ignore_index, float(label_smoothing), index, float(z_loss), float(adversarial_radius))
+    if weight.dim() > 2 or target.is_floating_point():
+        return _linear_cross_entropy.composed(input, weight, target, bias, *settings)
+    tokens = (input.reshape(-1, input.shape[-1]), weight, target.reshape(-1).long(), bias)
+    if _impl.reference_selected() or device != "cpu":
+        with torch.autocast(device, enabled=False):
+            loss = _linear_cross_entropy.reference(*tokens, *settings, [False] * 3)[0]
+    else:
+        gradients = _linear_cross_entropy.gradients_to_expect(input, weight, bias, index)
+        loss = _linear_cross_entropy.linear_cross_entropy(*tokens, *settings, gradients)[0]
+    return loss.reshape(target.shape) if reduction == "none" else loss
+
+
+def _float32(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32

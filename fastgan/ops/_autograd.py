@@ -69,6 +69,31 @@ def _gradients_asked_for(ctx: Any, args: Sequence[Any]) -> list[bool]:
     return needs
 
 
+def in_functorch() -> bool:
+    """True inside torch.func's transforms (not seen while compiling)."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def take_saved(gradient: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``gradient * upstream``, for a scalar upstream and a gradient that the forward computed and saved.
+
+    In place where this backward frees the saved tensor anyway: the gradient of a vocabulary's weight is 100 MB, and the
+    pages of another 100 MB cost more than the multiplication. So such an output belongs to the operator's backward:
+    whoever calls the raw operator and keeps it sees it change.
+    """
+    consumed = (
+        not torch.compiler.is_compiling()
+        and type(gradient) is torch.Tensor
+        and type(upstream) is torch.Tensor
+        and gradient.dtype == dtype
+        and torch._C._current_graph_task_id() != -1
+        and not torch._C._autograd._get_current_graph_task_keep_graph()
+    )
+    if not consumed:
+        return (gradient * upstream).to(dtype)
+    return gradient if gradient.device.type == "cpu" and upstream.item() == 1.0 else gradient.mul_(upstream)
+
+
 def _tangent(output: torch.Tensor) -> torch.Tensor:
     tangent = unpack_dual(output, level=0).tangent
     return torch.zeros_like(output) if tangent is None else tangent

@@ -96,6 +96,7 @@ def test_R63_other_numbers_below_one_are_refused_by_name(name, value):
         DCGAN(32, **{name: value})
 
 
+@torch.no_grad()
 def test_first_values():
     torch.manual_seed(0)
     gan = DCGAN(32, ngf=32, ndf=32)

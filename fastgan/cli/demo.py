@@ -1,0 +1,118 @@
+"""``fastgan demo``: the main job on real input, in four parts, with pictures at the end.
+
+1. a DCGAN draws handwritten digits;
+2. a small BERT learns to guess masked words from the reference manual that every CPython carries;
+3. the same BERT is fine-tuned to tell which chapter a sentence comes from;
+4. each kernel is timed beside PyTorch's own.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import typer
+
+PROBES = (
+    "the function returns a new [MASK] .",
+    "if the attribute is not found , an attributeerror [MASK] is raised .",
+)
+
+
+def _say(text: str = "") -> None:
+    typer.echo(text)
+
+
+def _title(number: int, text: str) -> None:
+    _say(f"\n[{number}/4] {text}")
+
+
+def _language(out: Path, seed: int, steps: int) -> dict[str, Any]:
+    from fastgan.data.text import python_reference, train_tokenizer
+    from fastgan.training.language import pretrain_bert
+
+    texts = list(python_reference().values())
+    tokenizer = train_tokenizer(texts, vocab_size=4096)
+    result = pretrain_bert(texts, tokenizer, out=out, steps=steps, probes=PROBES, seed=seed, progress=True)
+    _say(
+        f"      {result.parameters / 1e6:.1f} million parameters, {result.steps} steps in {result.seconds:.0f} s: loss on "
+        f"held-out text {result.validation_before:.2f} before, {result.validation_after:.2f} after"
+    )
+    for probe, guesses in result.guesses.items():
+        _say(f"      “{probe}”")
+        for when in ("before", "after"):
+            _say(f"        {when:>6}: " + ", ".join(f"{word} {p:.0%}" for word, p in guesses[when]))
+    return {
+        "seconds": result.seconds,
+        "steps": result.steps,
+        "loss_first": result.validation_before,
+        "loss_last": result.validation_after,
+        "guesses": result.guesses,
+    }
+
+
+def _classification(model: Path, out: Path, seed: int, epochs: int) -> dict[str, Any]:
+    from fastgan.data.text import labelled_sentences
+    from fastgan.training.language import finetune_classifier
+
+    sentences, labels, names = labelled_sentences(per_chapter=180)
+    result = finetune_classifier(
+        model, sentences, labels, label_names=names, out=out, epochs=epochs, seed=seed, progress=True
+    )
+    _say(
+        f"      {len(names)} chapters, {result.training_sentences} sentences to learn from, {result.steps} steps in "
+        f"{result.seconds:.0f} s: {result.accuracy:.0%} of {result.validation_sentences} held-out sentences right "
+        f"(the commonest chapter alone: {result.commonest:.0%})"
+    )
+    return {"seconds": result.seconds, "accuracy": result.accuracy, "chance": result.commonest, "chapters": names}
+
+
+def _kernels(out: Path) -> list[dict[str, Any]]:
+    from fastgan.cli.kernels import cases, compare, plot, table
+
+    out.mkdir(parents=True, exist_ok=True)
+    timings = [compare(case) for case in cases()]
+    text = table(timings)
+    (out / "kernels.txt").write_text(text + "\n", encoding="utf-8")
+    plot(timings, out / "kernels.png")
+    _say("\n".join("      " + line for line in text.splitlines()))
+    return [vars(timing) for timing in timings]
+
+
+def demo(
+    out: Path = typer.Option(
+        Path("runs/demo"), help="Folder for everything the demo writes; an earlier demo is replaced."
+    ),
+    data: str = typer.Option("digits", help="Pictures for part 1: digits, cifar10, or a folder or zip of pictures."),
+    seed: int = typer.Option(0, help="Seed of every part."),
+    quick: bool = typer.Option(False, help="A few steps of each part, to see that all of it runs."),
+) -> None:
+    """Train, fine-tune and measure on real input; a few minutes on two cores."""
+    from fastgan.cli.demo_gan import gan
+
+    if out.exists():
+        if any(out.iterdir()) and not (out / "summary.json").exists() and not (out / ".demo").exists():
+            raise typer.BadParameter(f"{out} is not a demo's folder, and holds files", param_hint="--out")
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    (out / ".demo").touch()
+    begin = time.perf_counter()
+    summary: dict[str, Any] = {}
+
+    _title(1, f"A DCGAN, trained through fastgan's kernels, learns to draw {data}.")
+    summary["gan"] = gan(out / "gan", data=data, seed=seed, quick=quick, say=_say)
+    _title(2, "A BERT, pretrained through fastgan's attention, learns to guess masked words of the Python reference.")
+    summary["language"] = _language(out / "language", seed, steps=20 if quick else 700)
+    _title(3, "The same BERT, fine-tuned, tells which chapter a sentence comes from.")
+    summary["classification"] = _classification(out / "language", out / "classification", seed, 1 if quick else 4)
+    _title(4, "Each kernel beside PyTorch's own, in one run.")
+    summary["kernels"] = _kernels(out / "kernels")
+
+    summary["seconds"] = time.perf_counter() - begin
+    (out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    _say(f"\nDone in {summary['seconds'] / 60:.1f} minutes. Look at")
+    for picture in sorted(out.rglob("*.png")):
+        _say(f"  {picture}")

@@ -1,0 +1,139 @@
+"""Hugging Face transformers: importing this module registers the attention implementation ``"fastgan"``.
+
+    import fastgan.hf
+    model = AutoModel.from_pretrained("bert-base-uncased", attn_implementation="fastgan")
+
+or, on a model that is there, ``model.set_attn_implementation("fastgan")`` (and ``"eager"`` back). Where transformers
+was imported before fastgan, ``import fastgan`` registers by itself. Needs transformers 5.24 or newer.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgan import _impl
+from fastgan.nn import functional
+
+MINIMUM = (5, 24)
+_HOW = "pip install 'transformers>=5.24' (or fastgan[text])"
+
+try:
+    import transformers
+except ImportError as error:
+    raise ImportError(f"fastgan.hf needs transformers, which could not be imported ({error}): {_HOW}") from error
+if (
+    tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in transformers.__version__.split(".")[:2])
+    < MINIMUM
+):
+    raise ImportError(f"fastgan.hf needs transformers 5.24 or newer, found {transformers.__version__}: {_HOW}")
+
+from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
+from transformers.masking_utils import sdpa_mask  # noqa: E402
+from transformers.utils import output_capturing  # noqa: E402
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention function: query (B, H, L, E), key and value (B, K, S, E) -> ((B, L, H, E), maps or None).
+
+    ``attention_mask`` is boolean (True takes part) or added to the scores, and broadcasts to (B, H, L, S). K may divide
+    H: grouped heads are read in place, not repeated. Where attention maps are asked for they are computed as in plain
+    PyTorch, and the output from them. Raises ValueError for ``softcap`` and ``s_aux``, which the kernel does not have.
+    """
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise ValueError(f"attn_implementation='fastgan' does not support {name}; use 'eager' for this model")
+    rows, columns = query.shape[2], key.shape[2]
+    if attention_mask is not None and attention_mask.shape[-1] > columns:
+        attention_mask = attention_mask[..., :columns]
+    if is_causal is None:
+        is_causal = getattr(module, "is_causal", True)
+    # A mask that was made holds causality already; one query is the last position, which sees everything.
+    is_causal = bool(is_causal) and attention_mask is None and rows > 1
+    if is_causal and columns > rows:
+        # The first step into a cache of fixed length: what lies beyond the queries is not written yet.
+        key, value = key[:, :, :rows], value[:, :, :rows]
+        position_bias = None if position_bias is None else position_bias[..., :rows]
+    if scaling is None:
+        scaling = query.shape[-1] ** -0.5
+    dropout = float(dropout) if module.training else 0.0
+    if _maps_are_wanted(kwargs):
+        output, weights = _with_maps(query, key, value, attention_mask, position_bias, dropout, is_causal, scaling)
+    else:
+        weights = None
+        output = _attention(query, key, value, attention_mask, position_bias, dropout, is_causal, scaling)
+    return output.transpose(1, 2).contiguous(), weights
+
+
+def _attention(query, key, value, mask, bias, dropout, is_causal, scaling) -> Tensor:
+    if mask is not None and bias is not None:
+        if mask.dtype != torch.bool:
+            mask, bias = None, bias + mask
+        elif query.device.type != "cpu" or _impl.reference_selected() or bias.dtype not in (query.dtype, torch.float32):
+            mask, bias = None, torch.where(mask, bias, float("-inf"))
+    if mask is None or bias is None:
+        joined = mask if bias is None else bias
+        return functional.scaled_dot_product_attention(
+            query, key, value, joined, dropout, is_causal, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+        )
+    # T5: a boolean mask (B, 1, L, S) and a learned bias (1, H, L, S). The operator takes both; joined they would be one
+    # (B, H, L, S) tensor, kept for the backward.
+    philox = None
+    if dropout > 0.0:
+        philox = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=query.device)
+    return torch.ops.fastgan.attention(query, key, value, mask, bias, philox, dropout, is_causal, scaling)[0]
+
+
+def _maps_are_wanted(kwargs: dict) -> bool:
+    """Whether this call's attention maps will be collected.
+
+    transformers collects them with hooks on the attention modules; the module itself is not told. A map that is not
+    returned would leave an empty tuple in the model's output.
+    """
+    if kwargs.get("output_attentions"):
+        return True
+    if torch.compiler.is_compiling():
+        return False  # the hooks' context variable cannot be traced, so transformers collects nothing either
+    collected = output_capturing._active_collector.get()
+    return collected is not None and any("attentions" in name for name in collected)
+
+
+def _with_maps(query, key, value, mask, bias, dropout, is_causal, scaling) -> tuple[Tensor, Tensor]:
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scores = (query @ key.transpose(2, 3)) * scaling
+    if bias is not None:
+        scores = scores + bias
+    if is_causal:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    # In a row with nothing to attend to, softmax of -inf alone would be NaN; it is zero, as in the kernel.
+    dead = (scores == float("-inf")).all(-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(dead, 0.0), -1, dtype=torch.float32).to(query.dtype)
+    weights = torch.nn.functional.dropout(weights.masked_fill(dead, 0.0), dropout)
+    return weights @ value, weights
+
+
+def register() -> None:
+    """Register ``attn_implementation="fastgan"``: the function, and the mask that goes with it.
+
+    Without the mask function transformers makes no mask at all, and a causal model sees the future.
+    """
+    AttentionInterface.register("fastgan", attention_forward)
+    AttentionMaskInterface.register("fastgan", sdpa_mask)
+
+
+register()

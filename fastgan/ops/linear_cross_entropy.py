@@ -1,0 +1,402 @@
+"""``linear_cross_entropy``: a language model's head and its loss; the (tokens, vocabulary) logits are never whole.
+
+For a token with features h, class y, logits x = W h + b and lse = log sum exp x, the loss is
+
+    (1 - s) (lse - x_y) + s (lse - mean x) + z lse²        s: label_smoothing (Szegedy et al. 2016), z: z_loss (PaLM)
+
+With an adversarial radius r, x_y is first lowered by r ‖h‖: the closed form of the worst perturbation of the target's
+embedding within a ball of radius r (Wang, Gong and Liu, "Improving neural language modeling via adversarial training",
+ICML 2019). Ignored tokens have neither loss nor gradient, and the mean divides by the number of the others.
+
+On the CPU the tokens that count are gathered first (of masked-word prediction's batch, 15 % remain) and go through in
+chunks: a matrix product into one buffer that is used again for each chunk; the row kernel
+(csrc/linear_cross_entropy), which leaves losses and, in the buffer itself, the gradient of the logits; and a product
+for each gradient that will be wanted. So a forward that expects a backward does all of the work at once, for an
+upstream gradient of 1; the backward multiplies. Where each token has an upstream gradient of its own
+(``reduction="none"``), or where the backward is to be differentiated, ``linear_cross_entropy_backward`` computes the
+chunks again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fastgan import _impl
+from fastgan.ops._autograd import LIBRARY, define, in_functorch, take_saved
+
+REDUCTIONS = ("none", "mean", "sum")
+NONE, MEAN, SUM = range(3)
+
+#: bytes of one chunk's logits. Below the 32 MiB from which malloc returns memory to the system at every free (and pays
+#: for its pages at every call), and enough tokens for the matrix products to run at their full rate.
+CHUNK_BYTES = 30 << 20
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for the 16-bit types, the type itself otherwise."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# ---- references ----
+
+
+def _logits(input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, radius: float) -> Tensor:
+    dtype = accumulate_dtype(input.dtype)
+    logits = F.linear(input.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    if radius != 0.0:
+        logits = logits - _one_hot(target, weight) * (radius * _norm(input.to(dtype)))[:, None]
+    return logits
+
+
+def _one_hot(target: Tensor, weight: Tensor) -> Tensor:
+    return torch.arange(weight.shape[0], device=target.device) == target[:, None]
+
+
+def _norm(input: Tensor) -> Tensor:
+    """Norms of the rows (tokens, features), with zero instead of NaN for every derivative of a row of zeros."""
+    square = input.square().sum(-1)
+    zero = square == 0
+    return torch.where(zero, 0.0, torch.where(zero, 1.0, square).sqrt())
+
+
+def _per_token(values: Tensor, kept: Tensor, reduction: int) -> Tensor:
+    """A gradient for each token from the upstream one: zero for the ignored."""
+    if reduction == MEAN:
+        values = values / kept.sum()
+    return torch.where(kept, values, 0.0)
+
+
+def reference(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    reduction: int,
+    z_loss: float,
+    adversarial_radius: float,
+    gradients: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Input (T, H), weight (V, H), target (T,) and bias (V,) or None → the loss and the gradients asked for."""
+    logits = _logits(input, weight, target, bias, adversarial_radius)
+    kept = target != ignore_index
+    lse = logits.logsumexp(-1)
+    # nll_loss picks the target's entry and refuses an impossible target as torch does.
+    loss = lse + F.nll_loss(logits, target, ignore_index=ignore_index, reduction="none")
+    if label_smoothing != 0.0:
+        loss = (1.0 - label_smoothing) * loss + label_smoothing * (lse - logits.mean(-1))
+    if z_loss != 0.0:
+        loss = loss + z_loss * lse.square()
+    loss = torch.where(kept, loss, 0.0)
+    if reduction != NONE:
+        loss = loss.sum()
+    if reduction == MEAN:
+        loss = loss / kept.sum()
+    if any(gradients):
+        with torch.no_grad():
+            settings = (ignore_index, label_smoothing, reduction, z_loss, adversarial_radius)
+            one = torch.ones((), dtype=accumulate_dtype(input.dtype), device=input.device)
+            precomputed = _gradients(one, input, weight, target, bias, *settings, gradients)
+    else:
+        precomputed = [input.new_empty(0, dtype=accumulate_dtype(input.dtype)) for _ in range(3)]
+    return loss.to(input.dtype), *precomputed
+
+
+def _gradients(
+    grad, input, weight, target, bias, ignore_index, label_smoothing, reduction, z_loss, adversarial_radius, gradients
+) -> list[Tensor]:
+    dtype = accumulate_dtype(input.dtype)
+    x = input.to(dtype)
+    logits = _logits(input, weight, target, bias, adversarial_radius)
+    kept = target != ignore_index
+    per_token = _per_token(grad.to(dtype), kept, reduction)
+    softmax, hot = logits.softmax(-1), _one_hot(target, weight).to(dtype)
+    inner = softmax if z_loss == 0.0 else softmax * (1.0 + 2.0 * z_loss * logits.logsumexp(-1, keepdim=True))
+    inner = inner - (1.0 - label_smoothing) * hot
+    if label_smoothing != 0.0:
+        inner = inner - label_smoothing / weight.shape[0]
+    dlogits = torch.where(kept[:, None], inner * per_token[:, None], 0.0)
+    out = [input.new_empty(0, dtype=dtype) for _ in range(3)]
+    if gradients[0]:
+        out[0] = dlogits @ weight.to(dtype)
+        if adversarial_radius != 0.0:
+            norm = _norm(x)
+            inverse = torch.where(norm == 0, 0.0, 1.0 / torch.where(norm == 0, 1.0, norm))
+            out[0] = out[0] - (adversarial_radius * (dlogits * hot).sum(-1) * inverse)[:, None] * x
+    if gradients[1]:
+        out[1] = dlogits.t() @ x
+    if gradients[2]:
+        out[2] = dlogits.sum(0)
+    return out
+
+
+def backward_reference(grad: Tensor, input: Tensor, *args) -> tuple[Tensor, ...]:
+    """The gradients of input, weight and bias for an upstream gradient: a scalar, or (T,) without reduction."""
+    return tuple(gradient.to(input.dtype) for gradient in _gradients(grad, input, *args))
+
+
+def composed(
+    input, weight, target, bias, ignore_index, label_smoothing, reduction, z_loss, adversarial_radius
+) -> Tensor:
+    """What the operator does not take: probabilities as targets, and weights (V, d1, ..., H)."""
+    if adversarial_radius != 0.0:
+        raise ValueError(f"adversarial_radius needs a weight of shape (V, H), got {tuple(weight.shape)}")
+    features = weight.shape[-1]
+    logits = F.linear(input, weight.reshape(-1, features), None if bias is None else bias.reshape(-1))
+    logits = logits.reshape(*input.shape[:-1], *weight.shape[:-1])
+    shape = logits.shape
+    if weight.dim() == 2:
+        logits = logits.reshape(-1, shape[-1])
+        target = target.reshape(-1, shape[-1]) if target.is_floating_point() else target.reshape(-1)
+    loss = F.cross_entropy(
+        logits, target, ignore_index=ignore_index, label_smoothing=label_smoothing, reduction=REDUCTIONS[reduction]
+    )
+    if reduction == NONE and weight.dim() == 2:
+        loss = loss.reshape(shape[:-1])
+    if z_loss == 0.0:
+        return loss
+    square = z_loss * logits.logsumexp(1).square()
+    kept = torch.ones_like(square, dtype=torch.bool) if target.is_floating_point() else target != ignore_index
+    square = torch.where(kept, square, 0.0)
+    if reduction == NONE:
+        return loss + square.reshape(loss.shape)
+    return loss + (square.sum() / kept.sum() if reduction == MEAN else square.sum())
+
+
+def gradients_to_expect(input: Tensor, weight: Tensor, bias: Tensor | None, reduction: int) -> list[bool]:
+    """Of input, weight and bias: which gradients the forward computes along with the loss.
+
+    Only a hint: the backward computes what it does not find. Under torch.func every backward can be differentiated
+    again, so what the forward had computed would not be used.
+    """
+    if reduction == NONE or not torch.is_grad_enabled() or in_functorch():
+        return [False] * 3
+    return [tensor is not None and tensor.requires_grad for tensor in (input, weight, bias)]
+
+
+# ---- kernels ----
+
+
+def _rows_per_chunk(tokens: int, classes: int, dtype: torch.dtype) -> int:
+    """Chunks of equal size within the budget; by shape only."""
+    most = max(16, CHUNK_BYTES // max(1, classes * dtype.itemsize))
+    chunks = -(-tokens // most)
+    return -(-tokens // max(1, chunks))
+
+
+class _Weight:
+    """The weight of the products; 16-bit ones are widened a block of classes at a time."""
+
+    def __init__(self, weight: Tensor, dtype: torch.dtype):
+        if weight.stride(0) != 1 and weight.stride(1) != 1:
+            weight = weight.contiguous()  # a matrix product would copy it for every chunk
+        self.weight = weight
+        self.block = weight.shape[0]
+        if weight.dtype != dtype:
+            self.block = max(16, CHUNK_BYTES // max(1, 4 * weight.shape[1]))
+        self.dtype = dtype
+
+    def _blocks(self):
+        for begin in range(0, self.weight.shape[0], self.block):
+            part = slice(begin, begin + self.block)
+            yield part, self.weight[part].to(self.dtype)
+
+    def project(self, x: Tensor, logits: Tensor) -> None:
+        """logits (t, V) = x (t, H) @ weightᵀ"""
+        for part, weight in self._blocks():
+            torch.mm(x, weight.t(), out=logits[:, part])
+
+    def project_back(self, dlogits: Tensor, out: Tensor) -> None:
+        """out (t, H) = dlogits (t, V) @ weight"""
+        for number, (part, weight) in enumerate(self._blocks()):
+            if number == 0:
+                torch.mm(dlogits[:, part], weight, out=out)
+            else:
+                out.addmm_(dlogits[:, part], weight)
+
+
+def _check_targets(target: Tensor, classes: int) -> None:
+    if target.numel() == 0:
+        return
+    low, high = (int(bound) for bound in target.aminmax())
+    if low < 0 or high >= classes:
+        raise IndexError(f"Target {low if low < 0 else high} is out of bounds: target must be in [0, {classes})")
+
+
+def _chunked(
+    input: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    adversarial_radius: float,
+    upstream: Tensor | None,
+    mean: bool,
+    gradients: Sequence[bool],
+    want_loss: bool,
+) -> tuple[Tensor, int, list[Tensor]]:
+    """Loss of each token, how many count, and the gradients for ``upstream`` (a scalar or one a token, None is 1)."""
+    (tokens, features), classes, dtype = input.shape, weight.shape[0], accumulate_dtype(input.dtype)
+    target = target.contiguous()
+    kept = (target != ignore_index).nonzero().squeeze(-1)
+    count = kept.numel()
+    whole = count == tokens
+    if not whole:
+        target = target[kept]
+    _check_targets(target, classes)
+    wants_input, wants_weight, wants_bias = gradients
+    losses = torch.empty(count if want_loss else 0, dtype=dtype)
+    out = [input.new_empty(0, dtype=dtype) for _ in range(3)]
+    if wants_input:
+        # Ignored tokens keep their zeros; the others are all written.
+        out[0] = torch.empty(tokens, features, dtype=dtype) if whole else torch.zeros(tokens, features, dtype=dtype)
+    if count == 0:
+        if wants_weight:
+            out[1] = torch.zeros(classes, features, dtype=dtype)
+        if wants_bias:
+            out[2] = torch.zeros(classes, dtype=dtype)
+        return torch.zeros(tokens if want_loss else 0, dtype=dtype), count, out
+    row_gradient = None
+    if any(gradients):
+        row_gradient = torch.ones(count, dtype=dtype) if upstream is None else upstream.to(dtype)
+        if row_gradient.dim() == 1 and upstream is not None and not whole:
+            row_gradient = row_gradient[kept]
+        if mean:
+            row_gradient = row_gradient / count
+        row_gradient = row_gradient.expand(count).contiguous()
+    head = _Weight(weight, dtype)
+    offset = None if bias is None else bias.to(dtype).contiguous()
+    rows = _rows_per_chunk(count, classes, dtype)
+    buffer = torch.empty(rows, classes, dtype=dtype)
+    rows_kernel = torch.ops.fastgan.linear_cross_entropy_rows.default
+    for begin in range(0, count, rows):
+        part = slice(begin, min(begin + rows, count))
+        x = (input[part] if whole else input[kept[part]]).to(dtype)
+        logits = buffer[: x.shape[0]]
+        head.project(x, logits)
+        margin = torch.linalg.vector_norm(x, dim=-1).mul_(adversarial_radius) if adversarial_radius != 0.0 else None
+        upstream_part = None if row_gradient is None else row_gradient[part]
+        loss_part = losses[part] if want_loss else None
+        rows_kernel(logits, target[part], offset, margin, upstream_part, loss_part, label_smoothing, z_loss)
+        if wants_input:
+            dx = out[0][part] if whole else torch.empty_like(x)
+            head.project_back(logits, dx)
+            if margin is not None:
+                at_target = logits.gather(1, target[part, None])
+                slope = torch.where(margin == 0, 0.0, adversarial_radius**2 / margin)
+                dx.sub_(at_target * slope[:, None] * x)
+            if not whole:
+                out[0].index_copy_(0, kept[part], dx)
+        if wants_weight:
+            if begin == 0:
+                out[1] = torch.mm(logits.t(), x)
+            else:
+                out[1].addmm_(logits.t(), x)
+        if wants_bias:
+            if begin == 0:
+                out[2] = logits.sum(0)
+            else:
+                out[2].add_(logits.sum(0))
+    if want_loss and not whole:
+        losses = torch.zeros(tokens, dtype=dtype).index_copy_(0, kept, losses)
+    return losses, count, out
+
+
+def _forward_kernel(
+    input, weight, target, bias, ignore_index, label_smoothing, reduction, z_loss, adversarial_radius, gradients
+):
+    settings = (ignore_index, label_smoothing, z_loss, adversarial_radius)
+    loss, count, out = _chunked(
+        input, weight, target, bias, *settings, None, reduction == MEAN, gradients, want_loss=True
+    )
+    if reduction != NONE:
+        loss = loss.sum()
+    if reduction == MEAN:
+        loss = loss / count  # no token that counts: nan, as torch has it
+    return loss.to(input.dtype), *out
+
+
+def _backward_kernel(
+    grad, input, weight, target, bias, ignore_index, label_smoothing, reduction, z_loss, adversarial_radius, gradients
+):
+    settings = (ignore_index, label_smoothing, z_loss, adversarial_radius)
+    _, _, out = _chunked(input, weight, target, bias, *settings, grad, reduction == MEAN, gradients, want_loss=False)
+    return tuple(gradient.to(input.dtype) for gradient in out)
+
+
+# ---- operators ----
+
+
+def _fake_gradients(input: Tensor, weight: Tensor, gradients: Sequence[bool], dtype: torch.dtype) -> list[Tensor]:
+    shapes = (input.shape, weight.shape, weight.shape[:1])
+    return [
+        input.new_empty(shape if wanted else (0,), dtype=dtype) for shape, wanted in zip(shapes, gradients, strict=True)
+    ]
+
+
+def _fake(input, weight, target, bias, ignore_index, label_smoothing, reduction, z_loss, adversarial_radius, gradients):
+    loss = input.new_empty(target.shape if reduction == NONE else ())
+    return loss, *_fake_gradients(input, weight, gradients, accumulate_dtype(input.dtype))
+
+
+def _fake_backward(grad, input, weight, *args):
+    return tuple(_fake_gradients(input, weight, args[-1], input.dtype))
+
+
+def _backward(args, saved, grads, needs):
+    input, weight, target, bias, *settings, precomputed = args
+    wanted = [needs[0], needs[1], needs[3]]
+    reduction = settings[2]
+    none = (None,) * 6
+    if (
+        not torch.is_grad_enabled()
+        and reduction != NONE
+        and all(have or not want for have, want in zip(precomputed, wanted, strict=True))
+    ):
+        out = [
+            take_saved(gradient, grads[0], input.dtype) if want else None
+            for gradient, want in zip(saved, wanted, strict=True)
+        ]
+    else:
+        # The backward will itself be differentiated, or each token has an upstream gradient of its own.
+        out = linear_cross_entropy_backward(grads[0], input, weight, target, bias, *settings, wanted)
+        out = [gradient if want else None for gradient, want in zip(out, wanted, strict=True)]
+    return out[0], out[1], None, out[2], *none
+
+
+_SETTINGS = "int ignore_index, float label_smoothing, int reduction, float z_loss, float adversarial_radius"
+
+linear_cross_entropy = define(
+    f"linear_cross_entropy(Tensor input, Tensor weight, Tensor target, Tensor? bias, {_SETTINGS}, bool[] gradients)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    reference=reference,
+    fake=_fake,
+    backward=_backward,
+    save_outputs=(1, 2, 3),
+    nondifferentiable_outputs=(1, 2, 3),
+    autocast="float32",
+)
+
+linear_cross_entropy_backward = define(
+    "linear_cross_entropy_backward(Tensor grad, Tensor input, Tensor weight, Tensor target, Tensor? bias, "
+    f"{_SETTINGS}, bool[] gradients) -> (Tensor, Tensor, Tensor)",
+    reference=backward_reference,
+    fake=_fake_backward,
+    autocast="float32",
+)
+
+# The row kernel, in place; only the two kernels below call it, beneath autograd.
+LIBRARY.define(
+    "linear_cross_entropy_rows(Tensor(a!) logits, Tensor target, Tensor? bias, Tensor? margin, Tensor? gradient, "
+    "Tensor(b!)? loss, float smoothing, float z) -> ()"
+)
+if _impl.extension_error is None:
+    LIBRARY.impl("linear_cross_entropy", _forward_kernel, "CPU")
+    LIBRARY.impl("linear_cross_entropy_backward", _backward_kernel, "CPU")

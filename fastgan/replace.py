@@ -1,0 +1,323 @@
+"""The one changed line: ``fastgan.replace_modules(model)``, and ``fastgan.explain(model)`` to see what it does.
+
+A module becomes one of fastgan's by its ``__class__`` alone: the object, its parameters, buffers, hooks, flags and
+names stay, and whoever holds it (an optimizer, a wrapper, another module) holds the same object. Only torch's exact
+classes are swapped, since a subclass may compute something else.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+from fastgan.nn.activation import FusedLeakyReLU, FusedReLU
+from fastgan.nn.attention import MultiheadAttention
+from fastgan.nn.conv import Conv2d, ConvTranspose2d
+from fastgan.nn.norm_act import BatchNormAct2d
+
+_SWAPS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: Conv2d,
+    nn.ConvTranspose2d: ConvTranspose2d,
+    nn.BatchNorm2d: BatchNormAct2d,
+    nn.MultiheadAttention: MultiheadAttention,
+}
+_FUSED: dict[type[nn.Module], type[nn.Module]] = {nn.ReLU: FusedReLU, nn.LeakyReLU: FusedLeakyReLU}
+_NOTHING = "fastgan has nothing for"
+_OURS = (*_SWAPS.values(), *_FUSED.values())
+
+State = Literal["swapped", "will be swapped", "left"]
+M = TypeVar("M", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What ``explain`` says of one module.
+
+    Attributes:
+        name: as in ``model.named_modules()``; a module reached by several names has the first.
+        type: the name of its class, now.
+        state: "swapped" (it is one of fastgan's), "will be swapped" (by ``replace_modules``) or "left".
+        becomes: the class of fastgan's that it has or will have, or "".
+        reason: why it was left, or what to know.
+    """
+
+    name: str
+    type: str
+    state: State
+    becomes: str = ""
+    reason: str = ""
+
+
+class Explanation(list[Row]):
+    """The rows of ``explain``, a list that prints as a table."""
+
+    def __str__(self) -> str:
+        titles = ("module", "class", "fastgan", "why")
+        # in a large model what fastgan has nothing for is counted by class, not listed
+        folded = [row for row in self if row.reason.startswith(_NOTHING)] if len(self) > 60 else []
+        lines = [
+            (
+                row.name or "(the model)",
+                row.type,
+                {"swapped": row.becomes, "will be swapped": f"-> {row.becomes}", "left": "-"}[row.state],
+                row.reason,
+            )
+            for row in self
+            if row not in folded
+        ]
+        widths = [max(len(line[i]) for line in [titles, *lines]) for i in range(3)]
+        table = [
+            "  ".join([*(cell.ljust(width) for cell, width in zip(line, widths, strict=False)), line[3]]).rstrip()
+            for line in [titles, tuple("-" * width for width in (*widths, 3)), *lines]
+        ]
+        counts = Counter(row.state for row in self)
+        states: tuple[State, ...] = ("swapped", "will be swapped", "left")
+        said = ", ".join(f"{counts[state]} {state}" for state in states if counts[state])
+        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(row.type for row in folded).most_common())
+        return "\n".join([*table, *([f"{_NOTHING} {kinds}"] if kinds else []), said or "no modules"])
+
+    __repr__ = __str__
+
+
+def replace_modules(model: M) -> M:
+    """Makes fastgan's modules of the torch modules in ``model``, in place, and returns ``model``.
+
+    - ``nn.Conv2d``, ``nn.ConvTranspose2d``, ``nn.MultiheadAttention`` and ``nn.BatchNorm2d`` become fastgan.nn's
+      ``Conv2d``, ``ConvTranspose2d``, ``MultiheadAttention`` and ``BatchNormAct2d``, which are subclasses of theirs.
+    - Where an ``nn.ReLU`` or ``nn.LeakyReLU`` follows the norm in an ``nn.Sequential``, the norm takes it over; in its
+      place a module of the same name and kind passes its input on. Not where that could be seen: hooks on the norm's
+      output, pre-hooks or backward hooks on the activation, either module in use elsewhere in the model. A forward hook
+      on the activation fires with the activation's output, which is then its input too. A hook that is put on
+      the norm later sees the activated output, and a slice of the Sequential that ends at the norm returns it.
+    - ``nn.TransformerEncoder.use_nested_tensor`` is switched off over replaced attention: evaluation without
+      gradients computes at padded positions what training does, instead of zeros.
+    - transformers models that run ``"sdpa"`` attention are set to ``"fastgan"`` once ``fastgan.hf`` has registered it.
+
+    The same objects stay: parameters, buffers, their names and dtypes, hooks, parametrizations (spectral and weight
+    norm of both kinds, pruning), training mode and requires_grad. State dicts are interchangeable with the unreplaced
+    model's, optimizers made before are valid. Subclasses, lazy, scripted and quantized modules, and modules whose
+    forward was overridden on the instance, are left as they are. Calling it again changes nothing.
+
+    Convert to ``nn.SyncBatchNorm``, or fold norms into convolutions, before calling it and not after: such tools
+    rebuild a norm from its parameters and would lose the activation that it took over.
+
+    Args:
+        model: any module, itself one of those above or holding some.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+    """
+    _check(model)
+    plan = list(_plan(model))  # decided as a whole before anything changes
+    for decision in plan:
+        decision.apply()
+    _switch_transformers(model)
+    return model
+
+
+def explain(model: nn.Module) -> Explanation:
+    """What ``replace_modules`` did to ``model`` or would do, a row a module, and why; ``print`` shows a table.
+
+    Args:
+        model: replaced already, or not yet; it is not changed.
+
+    Raises:
+        TypeError: ``model`` is not an ``nn.Module``.
+    """
+    _check(model)
+    return Explanation(decision.row for decision in _plan(model))
+
+
+def _check(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+@dataclass
+class _Decision:
+    module: nn.Module
+    row: Row
+    target: type[nn.Module] | None = None
+    attributes: dict[str, Any] | None = None  # set on the module
+
+    def apply(self) -> None:
+        if self.target is not None:
+            _swap_class(self.module, self.target)
+        for name, value in (self.attributes or {}).items():
+            setattr(self.module, name, value)
+
+
+def _swap_class(module: nn.Module, target: type[nn.Module]) -> None:
+    if parametrize.is_parametrized(module):
+        # Such a module has a class of its own, made by register_parametrization, with a property for each tensor. A
+        # deep copy shares that class, so a new one is made.
+        body = {name: value for name, value in vars(type(module)).items() if name not in ("__dict__", "__weakref__")}
+        target = type(f"Parametrized{target.__name__}", (target,), body)
+    module.__class__ = target
+
+
+def _torch_type(module: nn.Module) -> type[nn.Module]:
+    """The module's class, without what a parametrization made of it."""
+    return parametrize.type_before_parametrizations(module)
+
+
+def _plan(model: nn.Module) -> Iterator[_Decision]:
+    named = list(model.named_modules())
+    inner = {
+        id(child) for _, module in named if isinstance(module, nn.MultiheadAttention) for child in module.children()
+    }
+    slots = Counter(id(child) for _, module in named for child in module._modules.values() if child is not None)
+    after = {id(norm): act for _, module in named for norm, act in _norms_with_activation(module)}
+    fused: set[int] = set()
+    for name, module in named:
+        kind = _torch_type(module)
+        if id(module) in fused:
+            target = _FUSED[kind]
+            row = Row(name, type(module).__name__, "will be swapped", target.__name__, "in the norm before it")
+            yield _Decision(module, row, target)
+        elif kind in _SWAPS and not _obstacle(module):
+            target, attributes, reason = _SWAPS[kind], {}, ""
+            if id(module) in after:
+                act = after[id(module)]
+                if not (seen := _fusion_obstacle(module, act, slots)):
+                    fused.add(id(act))
+                    attributes = _activation_attributes(act)
+                    reason = f"with the {type(act).__name__} after it"
+                else:
+                    reason = f"without the {type(act).__name__} after it: {seen}"
+            row = Row(name, type(module).__name__, "will be swapped", target.__name__, reason)
+            yield _Decision(module, row, target, attributes)
+        elif isinstance(module, nn.TransformerEncoder) and _uses_nested_tensors(module):
+            reason = "use_nested_tensor off: at padded positions evaluation computes what training does"
+            row = Row(name, type(module).__name__, "will be swapped", "use_nested_tensor=False", reason)
+            yield _Decision(module, row, None, {"use_nested_tensor": False})
+        elif kind in _OURS:
+            reason = ""
+            if isinstance(module, BatchNormAct2d) and module.act != "none":
+                reason = f"with the {module.act}"
+            elif id(module) in after:
+                seen = _fusion_obstacle(module, after[id(module)], slots) or "only an nn.BatchNorm2d takes one over"
+                reason = f"without the {type(after[id(module)]).__name__} after it: {seen}"
+            elif isinstance(module, (FusedReLU, FusedLeakyReLU)):
+                reason = "in the norm before it"
+            yield _Decision(module, Row(name, type(module).__name__, "swapped", kind.__name__, reason))
+        elif (used := _attention_implementation(module)) is not None:
+            why = "" if used == "fastgan" else _why_not_transformers(used)
+            if why:
+                yield _Decision(module, Row(name, type(module).__name__, "left", reason=why))
+            else:
+                state: State = "swapped" if used == "fastgan" else "will be swapped"
+                yield _Decision(module, Row(name, type(module).__name__, state, 'attn_implementation="fastgan"'))
+        elif id(module) not in inner and _is_worth_a_row(name, module):
+            yield _Decision(module, Row(name, type(module).__name__, "left", reason=_why_left(module, kind)))
+
+
+def _norms_with_activation(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """(norm, activation) for the neighbours in a Sequential, or in a subclass that runs as one."""
+    if not isinstance(module, nn.Sequential) or "forward" in vars(module):
+        return
+    if type(module).forward is not nn.Sequential.forward or type(module).__iter__ is not nn.Sequential.__iter__:
+        return
+    children = [child for child in module._modules.values() if child is not None]
+    for norm, act in pairwise(children):
+        if _torch_type(norm) in (nn.BatchNorm2d, BatchNormAct2d) and type(act) in _FUSED:
+            yield norm, act
+
+
+def _fusion_obstacle(norm: nn.Module, act: nn.Module, slots: Counter[int]) -> str:
+    if slots[id(norm)] > 1:
+        return "the norm is used elsewhere in the model"
+    if slots[id(act)] > 1:
+        return "the activation is used elsewhere in the model"
+    if norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks:
+        return "a hook on the norm would see the activated output"
+    if act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks:
+        return "a hook on the activation would miss its input"
+    if "forward" in vars(act):
+        return "the activation's forward was overridden on the instance"
+    if isinstance(act, nn.LeakyReLU) and not act.negative_slope >= 0:
+        return f"negative_slope is {act.negative_slope}"
+    return ""
+
+
+def _activation_attributes(act: nn.Module) -> dict[str, Any]:
+    if isinstance(act, nn.LeakyReLU):
+        return {"act": "leaky_relu", "negative_slope": act.negative_slope}
+    return {"act": "relu"}
+
+
+def _uses_nested_tensors(encoder: nn.TransformerEncoder) -> bool:
+    if not getattr(encoder, "use_nested_tensor", False):
+        return False
+    attentions = [m for m in encoder.modules() if isinstance(m, nn.MultiheadAttention)]
+    return any(
+        _torch_type(m) is MultiheadAttention or (_torch_type(m) in _SWAPS and not _obstacle(m)) for m in attentions
+    )
+
+
+def _obstacle(module: nn.Module) -> str:
+    """Why a module of one of torch's exact classes is left nevertheless."""
+    overridden = [name for name in ("forward", "_conv_forward") if name in vars(module)]
+    return f"its {overridden[0]} was overridden on the instance" if overridden else ""
+
+
+def _is_worth_a_row(name: str, module: nn.Module) -> bool:
+    if isinstance(module, tuple(_SWAPS)):
+        return True
+    if "parametrizations" in name.split(".") or isinstance(module, nn.Identity):
+        return False
+    return next(module.children(), None) is None
+
+
+def _why_left(module: nn.Module, kind: type[nn.Module]) -> str:
+    if isinstance(module, torch.jit.ScriptModule):
+        return "compiled by TorchScript"
+    if isinstance(module, LazyModuleMixin):
+        return "lazy: call replace_modules again after the first forward"
+    if kind.__module__.startswith("torch.ao."):
+        return "quantized"
+    if kind in _SWAPS:
+        return _obstacle(module)
+    for torch_class in _SWAPS:
+        if isinstance(module, torch_class):
+            return f"a subclass of nn.{torch_class.__name__} may compute something else"
+    if kind in _FUSED:
+        return "no norm directly before it in a Sequential takes it over"
+    return f"{_NOTHING} {kind.__name__}"
+
+
+def _attention_implementation(module: nn.Module) -> str | None:
+    """What a transformers attention module runs; None for any other. transformers is never imported from here."""
+    if "transformers.modeling_utils" not in sys.modules or not type(module).__name__.endswith("Attention"):
+        return None
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
+def _why_not_transformers(used: str) -> str:
+    """Empty if ``replace_modules`` switches attention from ``used`` to "fastgan"."""
+    if used != "sdpa":
+        return f'attn_implementation is "{used}", which was asked for'
+    registered = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
+    if "fastgan" not in registered.valid_keys():
+        return 'attn_implementation is "sdpa"; import fastgan.hf first'
+    return ""
+
+
+def _switch_transformers(model: nn.Module) -> None:
+    pretrained = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
+    if pretrained is None:
+        return
+    for module in model.modules():  # an outer model before those inside, which it sets as well
+        if isinstance(module, pretrained):
+            used = module.config._attn_implementation
+            if used is not None and used != "fastgan" and not _why_not_transformers(used):
+                module.set_attn_implementation("fastgan")

@@ -1,0 +1,328 @@
+"""Small random transformers with attn_implementation="fastgan" against eager: logits, gradients, caches and masks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers", minversion="5.24")
+
+import fastgan.hf  # noqa: E402
+from fastgan.nn import functional  # noqa: E402
+
+VOCABULARY = 53
+SMALL = {"vocab_size": VOCABULARY, "attn_implementation": "fastgan"}
+
+
+def bert():
+    from transformers import BertConfig, BertForMaskedLM
+
+    config = BertConfig(
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        **SMALL,
+    )
+    return BertForMaskedLM(config)
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32, bos_token_id=1, eos_token_id=2, **SMALL)
+    return GPT2LMHeadModel(config)
+
+
+def llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        **SMALL,
+    )
+    return LlamaForCausalLM(config)
+
+
+def t5():
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    config = T5Config(
+        d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, decoder_start_token_id=0, pad_token_id=0, **SMALL
+    )
+    return T5ForConditionalGeneration(config)
+
+
+def bart():
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    config = BartConfig(
+        d_model=16,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        max_position_embeddings=32,
+        forced_eos_token_id=None,
+        decoder_start_token_id=2,
+        **SMALL,
+    )
+    return BartForConditionalGeneration(config)
+
+
+MODELS = [bert, gpt2, llama, t5, bart]
+CAUSAL = [gpt2, llama]
+TWO_SIDED = [t5, bart]
+
+
+def made(make, training=False):
+    torch.manual_seed(0)
+    model = make()
+    with torch.no_grad():
+        for parameter in model.parameters():  # initialised so small that attention would hardly matter
+            parameter.add_(torch.randn_like(parameter) * 0.2)
+    assert model.config._attn_implementation == "fastgan"
+    return model.train(training)
+
+
+def batch(make, side="right", targets=5):
+    """Ids, mask and, for encoder-decoders, decoder ids of two sequences of 7 and 4 tokens."""
+    ids = torch.randint(3, VOCABULARY, (2, 7))
+    mask = torch.ones_like(ids)
+    mask[1, 4:] = 0
+    if side == "left":
+        mask = mask.flip(1)
+    out = {"input_ids": ids, "attention_mask": mask}
+    if make in TWO_SIDED:
+        out["decoder_input_ids"] = torch.randint(3, VOCABULARY, (2, targets))
+    elif side == "left":
+        out["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    return out
+
+
+def kept(make, inputs, logits):
+    """Logits of real tokens: what stands in a padded query's place differs, and nobody reads it."""
+    return logits if make in TWO_SIDED else logits[inputs["attention_mask"].bool()]
+
+
+def run(model, make, inputs):
+    """Logits, and the gradients of a loss that reads all of the real ones."""
+    model.zero_grad()
+    logits = kept(make, inputs, model(**inputs).logits)
+    (logits.log_softmax(-1)[..., 3]).mean().backward()
+    return logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("side", ["right", "left", "none"])
+@pytest.mark.parametrize("make", MODELS)
+def test_logits_and_gradients_equal_eager(make, side):
+    model, inputs = made(make), batch(make, side)
+    if side == "none":
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    ours = run(model, make, inputs)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(ours, run(model, make, inputs), rtol=2e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("make", [bert, *CAUSAL])
+def test_R26_padding_changes_nothing(make, side):
+    model, inputs = made(make), batch(make, side)
+    with torch.no_grad():
+        together = model(**inputs).logits[1]
+        real = inputs["attention_mask"][1].bool()
+        alone = model(inputs["input_ids"][1:, real]).logits[0]
+    torch.testing.assert_close(together[real], alone, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_R28_attention_maps_equal_eagers(make):
+    model, inputs = made(make), batch(make)
+    names = ["attentions"] if make not in TWO_SIDED else [f"{n}_attentions" for n in ("encoder", "decoder", "cross")]
+    with torch.no_grad():
+        plain = model(**inputs).logits
+        ours = model(**inputs, output_attentions=True)
+        model.set_attn_implementation("eager")
+        eager = model(**inputs, output_attentions=True)
+    torch.testing.assert_close(ours.logits, plain, rtol=1e-4, atol=1e-5)
+    for name in names:
+        assert len(ours[name]) == 2
+        torch.testing.assert_close(tuple(ours[name]), tuple(eager[name]), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_mask", [True, False])
+@pytest.mark.parametrize("make", CAUSAL)
+def test_R29_later_tokens_change_no_earlier_logits(make, with_mask):
+    model = made(make)
+    ids = torch.randint(3, VOCABULARY, (1, 8))
+    other = ids.clone()
+    other[0, 5:] = (other[0, 5:] + 7) % VOCABULARY
+    mask = {"attention_mask": torch.ones_like(ids)} if with_mask else {}
+    with torch.no_grad():
+        first, second = model(ids, **mask).logits, model(other, **mask).logits
+    torch.testing.assert_close(first[:, :5], second[:, :5], rtol=0, atol=1e-6)
+    assert not torch.allclose(first[:, 5:], second[:, 5:], atol=1e-3)
+
+
+@pytest.mark.parametrize("targets", [1, 4])
+@pytest.mark.parametrize("make", TWO_SIDED)
+def test_R30_cross_attention_without_masks_equals_eager(make, targets):
+    model, inputs = made(make), batch(make, targets=targets)
+    del inputs["attention_mask"]
+    with torch.no_grad():
+        ours = model(**inputs).logits
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(ours, model(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_R32_a_live_t5_goes_to_eager_and_back():
+    model, inputs = made(t5), batch(t5)
+    with torch.no_grad():
+        logits = []
+        for implementation in ("fastgan", "eager", "sdpa", "fastgan"):
+            model.set_attn_implementation(implementation)
+            logits.append(model(**inputs).logits)
+    for each in logits[1:]:
+        torch.testing.assert_close(each, logits[0], rtol=1e-4, atol=1e-5)
+
+
+def test_t5_keeps_mask_and_bias_apart(monkeypatch):
+    """Joined they would be a (B, H, L, S) tensor in every layer."""
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", None)
+    model, inputs = made(t5), batch(t5)
+    with torch.no_grad():
+        model.encoder(inputs["input_ids"], attention_mask=inputs["attention_mask"])
+
+
+@pytest.mark.parametrize("make", [gpt2, llama, t5, bart])
+def test_generation_with_a_cache_equals_eager(make):
+    model, inputs = made(make), batch(make, "left")
+    inputs = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    settings = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    ours = model.generate(**inputs, **settings)
+    model.set_attn_implementation("eager")
+    assert torch.equal(ours, model.generate(**inputs, **settings))
+
+
+def test_generation_with_a_static_cache_equals_a_dynamic_one():
+    model = made(llama)
+    ids = torch.randint(3, VOCABULARY, (2, 6))
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    dynamic = model.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+    static = model.generate(
+        ids, attention_mask=torch.ones_like(ids), cache_implementation="static", disable_compile=True, **settings
+    )
+    assert torch.equal(dynamic, static)
+
+
+@pytest.mark.parametrize("make", MODELS)
+def test_dropout_in_training_only(make):
+    model, inputs = made(make, training=True), batch(make)
+    for module in model.modules():  # attention's own dropout alone
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        for name in ("dropout", "attention_dropout", "dropout_prob"):
+            if isinstance(getattr(module, name, None), float):
+                setattr(module, name, 0.0)
+        if type(module).__name__.endswith(("Attention", "SelfAttention")):
+            for name in ("dropout", "attention_dropout", "attn_dropout"):
+                held = getattr(module, name, None)
+                if isinstance(held, torch.nn.Dropout):
+                    held.p = 0.3
+                elif held is not None:
+                    setattr(module, name, 0.3)
+    first, second = model(**inputs).logits, model(**inputs).logits
+    assert first.isfinite().all()
+    assert not torch.allclose(first, second, atol=1e-3)
+    model.eval()
+    assert torch.equal(model(**inputs).logits, model(**inputs).logits)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_R14_gradient_checkpointing_draws_the_same_dropout(reentrant):
+    model, inputs = made(bert, training=True), batch(bert)
+    torch.manual_seed(5)
+    plain = run(model, bert, inputs)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    torch.manual_seed(5)
+    torch.testing.assert_close(run(model, bert, inputs), plain, rtol=1e-4, atol=1e-5)
+
+
+def test_bfloat16_and_compile():
+    model, inputs = made(bert), batch(bert)
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        compiled = torch.compile(model, backend="aot_eager")(**inputs).logits
+        torch.testing.assert_close(compiled, expected, rtol=1e-4, atol=1e-5)
+        half = model.bfloat16()(**inputs).logits
+    assert torch.nn.functional.cosine_similarity(half.float().flatten(), expected.flatten(), dim=0) > 0.99
+
+
+def test_what_the_kernel_lacks_is_refused():
+    q = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ValueError, match="softcap"):
+        fastgan.hf.attention_forward(torch.nn.Module(), q, q, q, None, softcap=30.0)
+
+
+def test_import_fastgan_registers_where_transformers_is_loaded():
+    code = (
+        "import transformers, fastgan; from transformers import AttentionInterface as A, AttentionMaskInterface as M; "
+        "assert 'fastgan' in A().valid_keys() and 'fastgan' in M().valid_keys()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=240)
+
+
+@pytest.mark.parametrize("version", ["5.23.1", None])
+def test_an_old_or_missing_transformers_is_named(version, monkeypatch):
+    import importlib
+
+    if version is None:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+    else:
+        monkeypatch.setattr(transformers, "__version__", version)
+    with pytest.raises(ImportError, match=r"fastgan\.hf needs transformers.*pip install"):
+        importlib.reload(fastgan.hf)
+
+
+def test_the_example_of_the_article_learns_its_sentences(tmp_path):
+    from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "film", "warmth", "watch", "again", "cast", "wonderful"]
+    words += ["two", "hours", "not", "plot", "no", "sense", "dull", "loud", "long", "a", "of", "i", "the", "it", "."]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(words),
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+    )
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    script = Path(__file__).parent.parent / "examples" / "bert_classification.py"
+    ran = subprocess.run(
+        [sys.executable, str(script), "--model", str(tmp_path), "--steps", "25", "--lr", "1e-2"],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert ran.returncode == 0, ran.stderr
+    losses = [float(line.split()[-1]) for line in ran.stdout.splitlines() if line.startswith("step")]
+    assert len(losses) == 25
+    assert losses[-1] < losses[0] / 2
+    assert "right: 6 of 6" in ran.stdout
