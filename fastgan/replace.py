@@ -31,6 +31,7 @@ _SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.MultiheadAttention: MultiheadAttention,
 }
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {nn.ReLU: FusedReLU, nn.LeakyReLU: FusedLeakyReLU}
+_NOTHING = "fastgan has nothing for"
 _OURS = (*_SWAPS.values(), *_FUSED.values())
 
 State = Literal["swapped", "will be swapped", "left"]
@@ -61,6 +62,8 @@ class Explanation(list[Row]):
 
     def __str__(self) -> str:
         titles = ("module", "class", "fastgan", "why")
+        # in a large model what fastgan has nothing for is counted by class, not listed
+        folded = [row for row in self if row.reason.startswith(_NOTHING)] if len(self) > 60 else []
         lines = [
             (
                 row.name or "(the model)",
@@ -69,6 +72,7 @@ class Explanation(list[Row]):
                 row.reason,
             )
             for row in self
+            if row not in folded
         ]
         widths = [max(len(line[i]) for line in [titles, *lines]) for i in range(3)]
         table = [
@@ -78,7 +82,8 @@ class Explanation(list[Row]):
         counts = Counter(row.state for row in self)
         states: tuple[State, ...] = ("swapped", "will be swapped", "left")
         said = ", ".join(f"{counts[state]} {state}" for state in states if counts[state])
-        return "\n".join([*table, said or "no modules"])
+        kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(row.type for row in folded).most_common())
+        return "\n".join([*table, *([f"{_NOTHING} {kinds}"] if kinds else []), said or "no modules"])
 
     __repr__ = __str__
 
@@ -92,9 +97,10 @@ def replace_modules(model: M) -> M:
       place a module of the same name and kind passes its input on. Not where that could be seen: hooks on the norm's
       output, pre-hooks or backward hooks on the activation, either module in use elsewhere in the model. A forward hook
       on the activation fires with the activation's output, which is then its input too. A hook that is put on
-      the norm later sees the activated output.
+      the norm later sees the activated output, and a slice of the Sequential that ends at the norm returns it.
     - ``nn.TransformerEncoder.use_nested_tensor`` is switched off over replaced attention: evaluation without
       gradients computes at padded positions what training does, instead of zeros.
+    - transformers models that run ``"sdpa"`` attention are set to ``"fastgan"`` once ``fastgan.hf`` has registered it.
 
     The same objects stay: parameters, buffers, their names and dtypes, hooks, parametrizations (spectral and weight
     norm of both kinds, pruning), training mode and requires_grad. State dicts are interchangeable with the unreplaced
@@ -114,6 +120,7 @@ def replace_modules(model: M) -> M:
     plan = list(_plan(model))  # decided as a whole before anything changes
     for decision in plan:
         decision.apply()
+    _switch_transformers(model)
     return model
 
 
@@ -127,7 +134,7 @@ def explain(model: nn.Module) -> Explanation:
         TypeError: ``model`` is not an ``nn.Module``.
     """
     _check(model)
-    return Explanation([*(d.row for d in _plan(model) if d.row is not None), *_transformers_rows(model)])
+    return Explanation(decision.row for decision in _plan(model))
 
 
 def _check(model: Any) -> None:
@@ -138,7 +145,7 @@ def _check(model: Any) -> None:
 @dataclass
 class _Decision:
     module: nn.Module
-    row: Row | None
+    row: Row
     target: type[nn.Module] | None = None
     attributes: dict[str, Any] | None = None  # set on the module
 
@@ -203,6 +210,13 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
             elif isinstance(module, (FusedReLU, FusedLeakyReLU)):
                 reason = "in the norm before it"
             yield _Decision(module, Row(name, type(module).__name__, "swapped", kind.__name__, reason))
+        elif (used := _attention_implementation(module)) is not None:
+            why = "" if used == "fastgan" else _why_not_transformers(used)
+            if why:
+                yield _Decision(module, Row(name, type(module).__name__, "left", reason=why))
+            else:
+                state: State = "swapped" if used == "fastgan" else "will be swapped"
+                yield _Decision(module, Row(name, type(module).__name__, state, 'attn_implementation="fastgan"'))
         elif id(module) not in inner and _is_worth_a_row(name, module):
             yield _Decision(module, Row(name, type(module).__name__, "left", reason=_why_left(module, kind)))
 
@@ -278,22 +292,32 @@ def _why_left(module: nn.Module, kind: type[nn.Module]) -> str:
             return f"a subclass of nn.{torch_class.__name__} may compute something else"
     if kind in _FUSED:
         return "no norm directly before it in a Sequential takes it over"
-    return f"fastgan has nothing for {kind.__name__}"
+    return f"{_NOTHING} {kind.__name__}"
 
 
-def _transformers_rows(model: nn.Module) -> Iterator[Row]:
-    """One row for each transformers model inside, if transformers is loaded (it is never imported from here)."""
-    loaded = sys.modules.get("transformers.modeling_utils")
-    pretrained = getattr(loaded, "PreTrainedModel", None)
+def _attention_implementation(module: nn.Module) -> str | None:
+    """What a transformers attention module runs; None for any other. transformers is never imported from here."""
+    if "transformers.modeling_utils" not in sys.modules or not type(module).__name__.endswith("Attention"):
+        return None
+    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+
+
+def _why_not_transformers(used: str) -> str:
+    """Empty if ``replace_modules`` switches attention from ``used`` to "fastgan"."""
+    if used != "sdpa":
+        return f'attn_implementation is "{used}", which was asked for'
+    registered = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
+    if "fastgan" not in registered.valid_keys():
+        return 'attn_implementation is "sdpa"; import fastgan.hf first'
+    return ""
+
+
+def _switch_transformers(model: nn.Module) -> None:
+    pretrained = getattr(sys.modules.get("transformers.modeling_utils"), "PreTrainedModel", None)
     if pretrained is None:
         return
-    for name, module in model.named_modules():
-        config = getattr(module, "config", None)
-        used = getattr(config, "_attn_implementation", None)
-        if used is None or not type(module).__name__.endswith("Attention"):
-            continue
-        if used == "fastgan":
-            yield Row(name, type(module).__name__, "swapped", "attn_implementation", "runs fastgan's attention")
-        else:
-            reason = f'attn_implementation is "{used}"; model.set_attn_implementation("fastgan") switches it'
-            yield Row(name, type(module).__name__, "left", reason=reason)
+    for module in model.modules():  # an outer model before those inside, which it sets as well
+        if isinstance(module, pretrained):
+            used = module.config._attn_implementation
+            if used is not None and used != "fastgan" and not _why_not_transformers(used):
+                module.set_attn_implementation("fastgan")

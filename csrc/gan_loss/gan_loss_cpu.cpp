@@ -1,25 +1,31 @@
 // A discriminator's last convolution with its loss: few output channels (one, usually), many input channels.
 //
-// Such a convolution is a set of dot products along the channels, so everything here is vectorised over channels: a
-// group of 2V of them (V lanes) at a time, two vectors, whatever the picture's size. The input is read where it lies; a
-// tile of it, zero-padded, goes into a scratch area of the thread in the order [group][row][column][2V] and in the
-// accumulate type, which is a plain copy from channels_last, a V x V transposition from NCHW, and a conversion from the
-// 16-bit types. After that there are no borders and no layouts:
+// Such a convolution is a set of dot products along the channels, so everything here is vectorised over
+// channels: a group of 2V of them (V lanes) at a time, two vectors, whatever the picture's size. The input is
+// read where it lies; a tile of it, zero-padded, goes into a scratch area of the thread in the order
+// [group][row][column][2V] and in the accumulate type, which is a plain copy from channels_last, a V x V
+// transposition from NCHW, and a conversion from the 16-bit types. After that there are no borders and no
+// layouts:
 //
-//   forward       logits of six neighbouring outputs in registers, over all taps and groups of the tile; one horizontal
+//   forward       logits of six neighbouring outputs in registers, over all taps and groups of the tile; one
+//   horizontal
 //                 sum a logit at the end. The image's logits go through the loss while they are in the cache.
-//   grad_input    each pixel gathers over the taps that see it from a zero-padded row of logit gradients; a thread has
+//   grad_input    each pixel gathers over the taps that see it from a zero-padded row of logit gradients; a
+//   thread has
 //                 an image.
-//   grad_weight   each (tap, group) is a sum over outputs and images; a thread has channels and passes over all
+//   grad_weight   each (tap, group) is a sum over outputs and images; a thread has channels and passes over
+//   all
 //                 images, so that nothing is added across threads.
 //
-// If the kernel covers the whole image (DCGAN's 4x4 on 4x4) and an image is dense in memory, the three are a dot product,
-// an outer product and a sum over images along the memory itself, in either layout, with no tile at all.
+// If the kernel covers the whole image (DCGAN's 4x4 on 4x4) and an image is dense in memory, the three are a
+// dot product, an outer product and a sum over images along the memory itself, in either layout, with no tile
+// at all.
 //
-// Work is cut by shape alone, and each sum has one fixed order: the bits do not depend on the number of threads. Losses
-// are summed in double, an output row at a time. The loss of the rounded logit is taken, the one that is returned, so that
-// it is the loss of the logits that the caller sees. softplus is max(x, 0) + log1p(exp(-|x|)): its two terms are
-// non-negative, as are the two terms of a loss, so nothing cancels and nothing need be clamped; NaN stays NaN.
+// Work is cut by shape alone, and each sum has one fixed order: the bits do not depend on the number of
+// threads. Losses are summed in double, an output row at a time. The loss of the rounded logit is taken, the
+// one that is returned, so that it is the loss of the logits that the caller sees. softplus is max(x, 0) +
+// log1p(exp(-|x|)): its two terms are non-negative, as are the two terms of a loss, so nothing cancels and
+// nothing need be clamped; NaN stays NaN.
 #include "gan_loss/gan_loss.h"
 
 #include "common/vector.h"
@@ -30,7 +36,7 @@ namespace {
 using Args = GanLossArgs;
 
 constexpr int64_t kTileBytes = 160 * 1024;  // of the scratch area: stays in L2
-constexpr int kOutputs = 6;                 // outputs in registers: 6 x 2 accumulators, 2 weights, of 16 registers
+constexpr int kOutputs = 6;  // outputs in registers: 6 x 2 accumulators, 2 weights, of 16 registers
 
 template <class T>
 constexpr int kGroup = 2 * lanes<T>;
@@ -127,7 +133,8 @@ struct Terms {
 };
 
 template <class T>
-FASTGAN_INLINE Terms<T> terms(const Args& a, int64_t n, int64_t k, int64_t y, int64_t x, int count, bool& bad) {
+FASTGAN_INLINE Terms<T> terms(const Args& a, int64_t n, int64_t k, int64_t y, int64_t x, int count,
+                              bool& bad) {
   Vec<T> target = splat<T>(T(a.target_value)), positive = splat<T>(T(1)), sample = splat<T>(T(1));
   for (int i = 0; i < count; ++i) {
     if (a.target.data) target[i] = at<T>(a.target, n, k, y, x + i);
@@ -143,10 +150,14 @@ FASTGAN_INLINE Terms<T> terms(const Args& a, int64_t n, int64_t k, int64_t y, in
 template <class T, class F>
 FASTGAN_INLINE void with_loss(GanLoss loss, F f) {
   switch (loss) {
-    case GanLoss::bce: return f(Bce<T>{});
-    case GanLoss::hinge: return f(Hinge<T>{});
-    case GanLoss::lsgan: return f(LeastSquares<T>{});
-    case GanLoss::wasserstein: return f(Wasserstein<T>{});
+    case GanLoss::bce:
+      return f(Bce<T>{});
+    case GanLoss::hinge:
+      return f(Hinge<T>{});
+    case GanLoss::lsgan:
+      return f(LeastSquares<T>{});
+    case GanLoss::wasserstein:
+      return f(Wasserstein<T>{});
   }
 }
 
@@ -167,8 +178,10 @@ void loss_of_row(const Args& a, int64_t n, int64_t y, Loss) {
       for (int i = 0; i < count; ++i) {
         sum += double(each[i]);
         if (a.reduction != Reduction::none) continue;
-        if (a.loss_accumulates) store1(static_cast<T*>(a.loss_value) + row + x + i, each[i]);
-        else store1(static_cast<S*>(a.loss_value) + row + x + i, each[i]);
+        if (a.loss_accumulates)
+          store1(static_cast<T*>(a.loss_value) + row + x + i, each[i]);
+        else
+          store1(static_cast<S*>(a.loss_value) + row + x + i, each[i]);
       }
     }
   }
@@ -189,15 +202,18 @@ void reduce_loss(const Args& a) {
   double sum = 0;
   for (int64_t i = 0; i < a.batch * a.out_height; ++i) sum += a.partial_sums[i];
   if (a.reduction == Reduction::mean) sum /= double(a.batch * a.outputs * a.out_height * a.out_width);
-  if (a.loss_accumulates) store1(static_cast<T*>(a.loss_value), T(sum));
-  else store1(static_cast<S*>(a.loss_value), T(sum));
+  if (a.loss_accumulates)
+    store1(static_cast<T*>(a.loss_value), T(sum));
+  else
+    store1(static_cast<S*>(a.loss_value), T(sum));
 }
 
 // The gradients of all logits of image n, into out (K, out_height, out_width).
 template <class S, class T, class Loss>
 void gradient_of_logits(const Args& a, int64_t n, T* out, Loss) {
   constexpr int V = lanes<T>;
-  T scale = a.reduction == Reduction::mean ? T(1) / T(a.batch * a.outputs * a.out_height * a.out_width) : T(1);
+  T scale =
+      a.reduction == Reduction::mean ? T(1) / T(a.batch * a.outputs * a.out_height * a.out_width) : T(1);
   bool bad = false;
   for (int64_t k = 0; k < a.outputs; ++k)
     for (int64_t y = 0; y < a.out_height; ++y) {
@@ -218,7 +234,8 @@ void gradient_of_logits(const Args& a, int64_t n, T* out, Loss) {
           T value = gradient[i];
           if (a.grad_logits.data) {
             const int64_t* s = a.grad_logits.stride;
-            value += load1<T>(static_cast<const S*>(a.grad_logits.data) + n * s[0] + k * s[1] + y * s[2] + (x + i) * s[3]);
+            value += load1<T>(static_cast<const S*>(a.grad_logits.data) + n * s[0] + k * s[1] + y * s[2] +
+                              (x + i) * s[3]);
           }
           out[row + x + i] = value;
         }
@@ -251,9 +268,11 @@ FASTGAN_INLINE void transpose(Vec<T>* rows) {
   transpose_step<T, 1>(rows);
 }
 
-// Pixels [0, count) of one input row (or of several that lie end to end), 2V channels from c, into tile[pixel][2V].
+// Pixels [0, count) of one input row (or of several that lie end to end), 2V channels from c, into
+// tile[pixel][2V].
 template <class S, class T>
-FASTGAN_INLINE void pack_pixels(const S* from, int64_t stride_c, int64_t stride_w, int64_t count, int channels, T* tile) {
+FASTGAN_INLINE void pack_pixels(const S* from, int64_t stride_c, int64_t stride_w, int64_t count,
+                                int channels, T* tile) {
   constexpr int V = lanes<T>, G = kGroup<T>;
   if (channels == G && stride_c == 1) {
     for (int64_t x = 0; x < count; ++x) {
@@ -272,7 +291,8 @@ FASTGAN_INLINE void pack_pixels(const S* from, int64_t stride_c, int64_t stride_
     }
   } else {
     for (int64_t x = 0; x < count; ++x)
-      for (int c = 0; c < G; ++c) tile[x * G + c] = c < channels ? load1<T>(from + c * stride_c + x * stride_w) : T(0);
+      for (int c = 0; c < G; ++c)
+        tile[x * G + c] = c < channels ? load1<T>(from + c * stride_c + x * stride_w) : T(0);
   }
 }
 
@@ -313,8 +333,8 @@ void pack(const Args& a, const Tile& t, int64_t n, int64_t row, int64_t g, int64
   auto zero = [&](T* from, int64_t count) { __builtin_memset(from, 0, size_t(count) * sizeof(T)); };
   auto pixels = [&](int64_t i, int64_t r, int64_t x, int64_t count) {
     int channels = int(smaller(G, a.channels - (g + i) * G));
-    pack_pixels<S, T>(image + (g + i) * G * s[1] + (row + r - a.padding[0]) * s[2] + x * s[3], s[1], s[3], count, channels,
-                      tile + i * t.pitch + (r * t.width + left + x) * G);
+    pack_pixels<S, T>(image + (g + i) * G * s[1] + (row + r - a.padding[0]) * s[2] + x * s[3], s[1], s[3],
+                      count, channels, tile + i * t.pitch + (r * t.width + left + x) * G);
   };
   for (int64_t i = 0; i < groups; ++i) {
     T* to = tile + i * t.pitch;
@@ -328,11 +348,20 @@ void pack(const Args& a, const Tile& t, int64_t n, int64_t row, int64_t g, int64
   }
   if (s[1] == 1) {  // channels_last: a pixel's groups lie side by side
     for (int64_t r = first; r < last; ++r)
-      for (int64_t x = 0; x < a.width; ++x)
-        for (int64_t i = 0; i < groups; ++i) pixels(i, r, x, 1);
+      for (int64_t x = 0; x < a.width; ++x) {
+        const S* from = image + (row + r - a.padding[0]) * s[2] + x * s[3] + g * G;
+        T* to = tile + (r * t.width + left + x) * G;
+        int64_t full = smaller(groups, a.channels / G - g);
+        for (int64_t i = 0; i < full; ++i, from += G, to += t.pitch) {
+          store(to, load<T>(from));
+          store(to + lanes<T>, load<T>(from + lanes<T>));
+        }
+        for (int64_t i = full; i < groups; ++i) pixels(i, r, x, 1);
+      }
   } else {
     for (int64_t i = 0; i < groups; ++i) {
-      if (whole) pixels(i, first, 0, (last - first) * a.width);
+      if (whole)
+        pixels(i, first, 0, (last - first) * a.width);
       else
         for (int64_t r = first; r < last; ++r) pixels(i, r, 0, a.width);
     }
@@ -361,7 +390,8 @@ void pack_weight(const Args& a, T* packed) {
 
 // R neighbouring outputs: sums over all groups of the tile and all taps, added to sums[R].
 template <class T, int R>
-FASTGAN_INLINE void dot_taps(const Args& a, const Tile& t, int64_t groups, const T* tile, const T* weight, Vec<T>* sums) {
+FASTGAN_INLINE void dot_taps(const Args& a, const Tile& t, int64_t groups, const T* tile, const T* weight,
+                             Vec<T>* sums) {
   constexpr int V = lanes<T>, G = kGroup<T>;
   Vec<T> acc[R][2] = {};
   int64_t step = a.stride[1] * G;
@@ -386,7 +416,8 @@ void forward_tiles(const Args& a, const Threads& threads) {
   int64_t groups = up(a.channels, G), taps = a.kernel_height * a.kernel_width;
   T* weight = static_cast<T*>(a.workspace);
   pack_weight<S, T>(a, weight);
-  int64_t blocks = larger(up(a.out_height, rows_that_fit<T>(a)), smaller(a.out_height, up(8, a.batch)));
+  int64_t blocks =
+      larger(up(a.out_height, rows_that_fit<T>(a)), smaller(a.out_height, up(8, larger(1, a.batch))));
   int64_t out_rows = up(a.out_height, blocks);
   blocks = up(a.out_height, out_rows);
   Tile t = tile_for<T>(a, out_rows, groups);
@@ -409,19 +440,31 @@ void forward_tiles(const Args& a, const Threads& threads) {
               const T* w = weight + (k * groups + g) * taps * G;
               Vec<T>* to = sums.data + k * per_output + y * a.out_width + x;
               switch (smaller(kOutputs, a.out_width - x)) {
-                case 6: dot_taps<T, 6>(a, t, count, from, w, to); break;
-                case 5: dot_taps<T, 5>(a, t, count, from, w, to); break;
-                case 4: dot_taps<T, 4>(a, t, count, from, w, to); break;
-                case 3: dot_taps<T, 3>(a, t, count, from, w, to); break;
-                case 2: dot_taps<T, 2>(a, t, count, from, w, to); break;
-                default: dot_taps<T, 1>(a, t, count, from, w, to);
+                case 6:
+                  dot_taps<T, 6>(a, t, count, from, w, to);
+                  break;
+                case 5:
+                  dot_taps<T, 5>(a, t, count, from, w, to);
+                  break;
+                case 4:
+                  dot_taps<T, 4>(a, t, count, from, w, to);
+                  break;
+                case 3:
+                  dot_taps<T, 3>(a, t, count, from, w, to);
+                  break;
+                case 2:
+                  dot_taps<T, 2>(a, t, count, from, w, to);
+                  break;
+                default:
+                  dot_taps<T, 1>(a, t, count, from, w, to);
               }
             }
       }
       for (int64_t k = 0; k < a.outputs; ++k) {
         T bias = a.bias ? load1<T>(static_cast<const S*>(a.bias) + k * a.bias_stride) : T(0);
         S* logits = static_cast<S*>(a.logits) + ((n * a.outputs + k) * a.out_height + y0) * a.out_width;
-        for (int64_t i = 0; i < rows * a.out_width; ++i) store1(logits + i, sum<T>(sums.data[k * per_output + i]) + bias);
+        for (int64_t i = 0; i < rows * a.out_width; ++i)
+          store1(logits + i, sum<T>(sums.data[k * per_output + i]) + bias);
       }
       loss_of_rows<S, T>(a, n, y0, y0 + rows);
     }
@@ -430,11 +473,12 @@ void forward_tiles(const Args& a, const Threads& threads) {
 
 // ---- backward, by tiles ----
 
-// Pixels x .. x + R of input row y: the 2V channels' gradients into out[R][2V]. `gradients` holds, for each k and output
-// row, the logits' gradients at their places among the padded input's columns with zeros between and around.
+// Pixels x .. x + R of input row y: the 2V channels' gradients into out[R][2V]. `gradients` holds, for each k
+// and output row, the logits' gradients at their places among the padded input's columns with zeros between
+// and around.
 template <class T, int R>
-FASTGAN_INLINE void gather_taps(const Args& a, int64_t groups, const T* weight, const T* gradients, int64_t width, int64_t y,
-                                int64_t x, T* out) {
+FASTGAN_INLINE void gather_taps(const Args& a, int64_t groups, const T* weight, const T* gradients,
+                                int64_t width, int64_t y, int64_t x, T* out) {
   constexpr int V = lanes<T>, G = kGroup<T>;
   Vec<T> acc[R][2] = {};
   int64_t taps = a.kernel_height * a.kernel_width;
@@ -459,21 +503,28 @@ FASTGAN_INLINE void gather_taps(const Args& a, int64_t groups, const T* weight, 
 }
 
 template <class T>
-FASTGAN_INLINE void gather_pixels(const Args& a, int64_t groups, const T* weight, const T* gradients, int64_t width, int64_t y,
-                                  int64_t x, int64_t count, T* out) {
+FASTGAN_INLINE void gather_pixels(const Args& a, int64_t groups, const T* weight, const T* gradients,
+                                  int64_t width, int64_t y, int64_t x, int64_t count, T* out) {
   switch (count) {
-    case 6: return gather_taps<T, 6>(a, groups, weight, gradients, width, y, x, out);
-    case 5: return gather_taps<T, 5>(a, groups, weight, gradients, width, y, x, out);
-    case 4: return gather_taps<T, 4>(a, groups, weight, gradients, width, y, x, out);
-    case 3: return gather_taps<T, 3>(a, groups, weight, gradients, width, y, x, out);
-    case 2: return gather_taps<T, 2>(a, groups, weight, gradients, width, y, x, out);
-    default: return gather_taps<T, 1>(a, groups, weight, gradients, width, y, x, out);
+    case 6:
+      return gather_taps<T, 6>(a, groups, weight, gradients, width, y, x, out);
+    case 5:
+      return gather_taps<T, 5>(a, groups, weight, gradients, width, y, x, out);
+    case 4:
+      return gather_taps<T, 4>(a, groups, weight, gradients, width, y, x, out);
+    case 3:
+      return gather_taps<T, 3>(a, groups, weight, gradients, width, y, x, out);
+    case 2:
+      return gather_taps<T, 2>(a, groups, weight, gradients, width, y, x, out);
+    default:
+      return gather_taps<T, 1>(a, groups, weight, gradients, width, y, x, out);
   }
 }
 
 // from[pixel][2V] to a row of the gradient, in either layout.
 template <class S, class T>
-FASTGAN_INLINE void unpack_pixels(const T* from, int64_t count, int channels, S* to, int64_t stride_c, int64_t stride_w) {
+FASTGAN_INLINE void unpack_pixels(const T* from, int64_t count, int channels, S* to, int64_t stride_c,
+                                  int64_t stride_w) {
   constexpr int V = lanes<T>, G = kGroup<T>;
   if (channels == G && stride_c == 1) {
     for (int64_t x = 0; x < count; ++x) {
@@ -503,9 +554,9 @@ void input_gradient(const Args& a, const Threads& threads, const T* weight, cons
   // Column ow of the logits lies at ow * stride + kernel_width - 1; the last pixels may read kOutputs beyond.
   int64_t width = a.width + 2 * a.padding[1] + a.kernel_width + a.stride[1] + kOutputs;
   int64_t row_bytes = a.width * G * int64_t(sizeof(T));
-  int64_t rows = smaller(a.height, larger(1, kTileBytes / 2 / row_bytes));
-  rows = smaller(rows, up(a.height, smaller(a.height, up(8, a.batch))));
-  int64_t blocks = up(a.height, rows);
+  int64_t rows = smaller(a.height, larger(1, kTileBytes / 2 / larger(row_bytes, 1)));
+  rows = smaller(rows, up(a.height, larger(1, smaller(a.height, up(8, larger(1, a.batch))))));
+  int64_t blocks = up(a.height, larger(rows, 1));
   const int64_t* s = a.grad_input_stride;
   parallel_for(threads, a.batch * blocks, 1, [&](int64_t begin, int64_t end) {
     Scratch<T> gradients(a.outputs * a.out_height * width), tile(rows * a.width * G);
@@ -530,8 +581,8 @@ void input_gradient(const Args& a, const Threads& threads, const T* weight, cons
             for (int64_t g = 0; g < groups; ++g) {
               int64_t pixels = smaller(kOutputs, a.width - x);
               group_of_row(g, y, x, pixels, tile.data);
-              unpack_pixels<S, T>(tile.data, pixels, int(smaller(G, a.channels - g * G)), image + y * s[2] + x * s[3] + g * G,
-                                  1, s[3]);
+              unpack_pixels<S, T>(tile.data, pixels, int(smaller(G, a.channels - g * G)),
+                                  image + y * s[2] + x * s[3] + g * G, 1, s[3]);
             }
       } else {
         for (int64_t g = 0; g < groups; ++g) {
@@ -549,8 +600,8 @@ void input_gradient(const Args& a, const Threads& threads, const T* weight, cons
 
 // B neighbouring taps, 2V channels: sums over the outputs of `rows` rows, added to sums[B][2V].
 template <class T, int B>
-FASTGAN_INLINE void scatter_taps(const Args& a, const Tile& t, const T* tile, const int64_t* offsets, const T* gradients,
-                                 int64_t rows, T* sums) {
+FASTGAN_INLINE void scatter_taps(const Args& a, const Tile& t, const T* tile, const int64_t* offsets,
+                                 const T* gradients, int64_t rows, T* sums) {
   constexpr int V = lanes<T>, G = kGroup<T>;
   Vec<T> acc[B][2] = {};
   for (int64_t y = 0; y < rows; ++y) {
@@ -597,15 +648,16 @@ void weight_gradient(const Args& a, const Threads& threads, const T* logit_gradi
               int64_t tap = 0;
               for (; tap + B <= taps; tap += B)
                 scatter_taps<T, B>(a, t, x, offsets.data + tap, gradients, rows, to + tap * G);
-              for (; tap < taps; ++tap) scatter_taps<T, 1>(a, t, x, offsets.data + tap, gradients, rows, to + tap * G);
+              for (; tap < taps; ++tap)
+                scatter_taps<T, 1>(a, t, x, offsets.data + tap, gradients, rows, to + tap * G);
             }
         }
       for (int64_t i = 0; i < count; ++i)
         for (int64_t k = 0; k < a.outputs; ++k)
           for (int64_t tap = 0; tap < taps; ++tap)
             for (int64_t c = 0; c < smaller(G, a.channels - (g + i) * G); ++c)
-              store1(static_cast<S*>(a.grad_weight) + k * s[0] + ((g + i) * G + c) * s[1] + tap / a.kernel_width * s[2] +
-                         tap % a.kernel_width * s[3],
+              store1(static_cast<S*>(a.grad_weight) + k * s[0] + ((g + i) * G + c) * s[1] +
+                         tap / a.kernel_width * s[2] + tap % a.kernel_width * s[3],
                      sums.data[((i * a.outputs + k) * taps + tap) * G + c]);
     }
   });
@@ -613,8 +665,8 @@ void weight_gradient(const Args& a, const Threads& threads, const T* logit_gradi
 
 // ---- the kernel covers the image ----
 
-// True if the kernel covers the image and the input is dense: its strides then hold the order of (c, h, w) in memory,
-// and grad_input has the same.
+// True if the kernel covers the image and the input is dense: its strides then hold the order of (c, h, w) in
+// memory, and grad_input has the same.
 bool covers(const Args& a) {
   const int64_t* s = a.input.stride;
   if (a.padding[0] || a.padding[1] || a.kernel_height != a.height || a.kernel_width != a.width) return false;
@@ -639,7 +691,8 @@ void pack_covering_weight(const Args& a, T* packed) {
   int64_t length = a.channels * a.height * a.width;
   for (int64_t k = 0; k < a.outputs; ++k) {
     const S* from = static_cast<const S*>(a.weight.data) + k * a.weight.stride[0];
-    in_memory_order(a, a.weight.stride, [&](int64_t at, int64_t source) { packed[k * length + at] = load1<T>(from + source); });
+    in_memory_order(a, a.weight.stride,
+                    [&](int64_t at, int64_t source) { packed[k * length + at] = load1<T>(from + source); });
   }
 }
 
@@ -675,11 +728,14 @@ void forward_covering(const Args& a, const Threads& threads) {
       const S* x = static_cast<const S*>(a.input.data) + n * stride;
       for (int64_t k = 0; k < a.outputs; ++k) {
         T out[R];
-        if (count == R) dots<S, T, R>(x, stride, weight + k * length, length, out);
+        if (count == R)
+          dots<S, T, R>(x, stride, weight + k * length, length, out);
         else
-          for (int64_t r = 0; r < count; ++r) dots<S, T, 1>(x + r * stride, stride, weight + k * length, length, out + r);
+          for (int64_t r = 0; r < count; ++r)
+            dots<S, T, 1>(x + r * stride, stride, weight + k * length, length, out + r);
         T bias = a.bias ? load1<T>(static_cast<const S*>(a.bias) + k * a.bias_stride) : T(0);
-        for (int64_t r = 0; r < count; ++r) store1(static_cast<S*>(a.logits) + (n + r) * a.outputs + k, out[r] + bias);
+        for (int64_t r = 0; r < count; ++r)
+          store1(static_cast<S*>(a.logits) + (n + r) * a.outputs + k, out[r] + bias);
       }
       for (int64_t r = 0; r < count; ++r) loss_of_rows<S, T>(a, n + r, 0, 1);
     }
@@ -687,7 +743,8 @@ void forward_covering(const Args& a, const Threads& threads) {
 }
 
 template <class S, class T>
-void input_gradient_covering(const Args& a, const Threads& threads, const T* weight, const T* logit_gradients) {
+void input_gradient_covering(const Args& a, const Threads& threads, const T* weight,
+                             const T* logit_gradients) {
   constexpr int V = lanes<T>;
   int64_t length = a.channels * a.height * a.width;
   parallel_for(threads, a.batch, 1, [&](int64_t begin, int64_t end) {
@@ -709,8 +766,8 @@ void input_gradient_covering(const Args& a, const Threads& threads, const T* wei
   });
 }
 
-// Sums over the images, a run of the image's memory at a time; the sums, four images added at once, stay in L1. They
-// overwrite the packed weight, which is read no more.
+// Sums over the images, a run of the image's memory at a time; the sums, four images added at once, stay in
+// L1. They overwrite the packed weight, which is read no more.
 template <class S, class T>
 void weight_gradient_covering(const Args& a, const Threads& threads, T* sums, const T* logit_gradients) {
   constexpr int V = lanes<T>;
@@ -746,7 +803,8 @@ void weight_gradient_covering(const Args& a, const Threads& threads, T* sums, co
   });
   for (int64_t k = 0; k < K; ++k) {
     S* to = static_cast<S*>(a.grad_weight) + k * a.grad_weight_stride[0];
-    in_memory_order(a, a.grad_weight_stride, [&](int64_t at, int64_t target) { store1(to + target, sums[k * length + at]); });
+    in_memory_order(a, a.grad_weight_stride,
+                    [&](int64_t at, int64_t target) { store1(to + target, sums[k * length + at]); });
   }
 }
 
@@ -755,8 +813,10 @@ void weight_gradient_covering(const Args& a, const Threads& threads, T* sums, co
 template <class S>
 void forward(const Args& a, const Threads& threads) {
   using T = Accumulate<S>;
-  if (covers(a)) forward_covering<S, T>(a, threads);
-  else forward_tiles<S, T>(a, threads);
+  if (covers(a))
+    forward_covering<S, T>(a, threads);
+  else
+    forward_tiles<S, T>(a, threads);
   reduce_loss<S, T>(a);
 }
 
@@ -790,20 +850,26 @@ void backward(const Args& a, const Threads& threads) {
     }
   }
   if (a.grad_weight) {
-    if (whole) weight_gradient_covering<S, T>(a, threads, weight, gradients);
-    else weight_gradient<S, T>(a, threads, gradients);
+    if (whole)
+      weight_gradient_covering<S, T>(a, threads, weight, gradients);
+    else
+      weight_gradient<S, T>(a, threads, gradients);
   }
 }
 
 }  // namespace
 }  // namespace fastgan
 
-#define FASTGAN_BY_DTYPE(function)                                                     \
-  switch (args.dtype) {                                                                \
-    case fastgan::Dtype::float32: return fastgan::function<float>(args, threads);      \
-    case fastgan::Dtype::float64: return fastgan::function<double>(args, threads);     \
-    case fastgan::Dtype::bfloat16: return fastgan::function<fastgan::bfloat16>(args, threads); \
-    case fastgan::Dtype::float16: return fastgan::function<fastgan::float16>(args, threads);   \
+#define FASTGAN_BY_DTYPE(function)                                \
+  switch (args.dtype) {                                           \
+    case fastgan::Dtype::float32:                                 \
+      return fastgan::function<float>(args, threads);             \
+    case fastgan::Dtype::float64:                                 \
+      return fastgan::function<double>(args, threads);            \
+    case fastgan::Dtype::bfloat16:                                \
+      return fastgan::function<fastgan::bfloat16>(args, threads); \
+    case fastgan::Dtype::float16:                                 \
+      return fastgan::function<fastgan::float16>(args, threads);  \
   }
 
 void FASTGAN_KERNEL(gan_loss_forward)(const fastgan::GanLossArgs& args, const fastgan::Threads& threads) {

@@ -16,7 +16,8 @@ Strided strided(const Tensor& tensor) {
 }
 
 // A tensor of the accumulate type, broadcast to the logits (N, K, H', W').
-Strided broadcast(const char* name, const std::optional<Tensor>& tensor, const GanLossArgs& a, ScalarType type) {
+Strided broadcast(const char* name, const std::optional<Tensor>& tensor, const GanLossArgs& a,
+                  ScalarType type) {
   if (!tensor) return {nullptr, {}};
   const int64_t shape[4] = {a.batch, a.outputs, a.out_height, a.out_width};
   FASTGAN_CHECK(tensor->is_cpu() && tensor->scalar_type() == type && tensor->dim() <= 4, name,
@@ -25,27 +26,30 @@ Strided broadcast(const char* name, const std::optional<Tensor>& tensor, const G
   int missing = 4 - int(tensor->dim());
   for (int i = missing; i < 4; ++i) {
     int64_t size = tensor->size(i - missing);
-    FASTGAN_CHECK(size == 1 || size == shape[i], name, " must be broadcastable to the logits: dimension ", i - missing,
-                  " has ", size, ", the logits have ", shape[i]);
+    FASTGAN_CHECK(size == 1 || size == shape[i], name, " must be broadcastable to the logits: dimension ",
+                  i - missing, " has ", size, ", the logits have ", shape[i]);
     out.stride[i] = size == 1 ? 0 : tensor->stride(i - missing);
   }
   return out;
 }
 
 GanLossArgs arguments(const Tensor& input, const Tensor& weight, const std::optional<Tensor>& bias,
-                      const std::optional<Tensor>& target, double target_value, const std::optional<Tensor>& sample_weight,
-                      const std::optional<Tensor>& pos_weight, int64_t loss, const std::vector<int64_t>& stride,
-                      const std::vector<int64_t>& padding, double label_smoothing, int64_t reduction) {
-  FASTGAN_CHECK(input.dim() == 4 && weight.dim() == 4, "input and weight must have four dimensions, got ", input.dim(),
-                " and ", weight.dim());
+                      const std::optional<Tensor>& target, double target_value,
+                      const std::optional<Tensor>& sample_weight, const std::optional<Tensor>& pos_weight,
+                      int64_t loss, const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
+                      double label_smoothing, int64_t reduction) {
+  FASTGAN_CHECK(input.dim() == 4 && weight.dim() == 4, "input and weight must have four dimensions, got ",
+                input.dim(), " and ", weight.dim());
   FASTGAN_CHECK(input.is_cpu() && weight.is_cpu() && (!bias || bias->is_cpu()), "tensors must be on the CPU");
-  FASTGAN_CHECK(input.scalar_type() == weight.scalar_type() && (!bias || bias->scalar_type() == input.scalar_type()),
-                "input, weight and bias must have one dtype");
-  FASTGAN_CHECK(input.size(1) == weight.size(1), "input has ", input.size(1), " channels, weight ", weight.size(1));
-  FASTGAN_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)), "bias must have shape (", weight.size(0),
-                ",)");
-  FASTGAN_CHECK(stride.size() == 2 && padding.size() == 2 && stride[0] > 0 && stride[1] > 0 && padding[0] >= 0 &&
-                    padding[1] >= 0,
+  FASTGAN_CHECK(
+      input.scalar_type() == weight.scalar_type() && (!bias || bias->scalar_type() == input.scalar_type()),
+      "input, weight and bias must have one dtype");
+  FASTGAN_CHECK(input.size(1) == weight.size(1), "input has ", input.size(1), " channels, weight ",
+                weight.size(1));
+  FASTGAN_CHECK(!bias || (bias->dim() == 1 && bias->size(0) == weight.size(0)), "bias must have shape (",
+                weight.size(0), ",)");
+  FASTGAN_CHECK(stride.size() == 2 && padding.size() == 2 && stride[0] > 0 && stride[1] > 0 &&
+                    padding[0] >= 0 && padding[1] >= 0,
                 "stride must be two positive and padding two non-negative integers");
   FASTGAN_CHECK(loss >= 0 && loss < 4, "loss must be 0 to 3, got ", loss);
   FASTGAN_CHECK(reduction >= 0 && reduction < 3, "reduction must be 0 to 2, got ", reduction);
@@ -58,7 +62,8 @@ GanLossArgs arguments(const Tensor& input, const Tensor& weight, const std::opti
   a.batch = input.size(0), a.channels = input.size(1), a.height = input.size(2), a.width = input.size(3);
   a.outputs = weight.size(0), a.kernel_height = weight.size(2), a.kernel_width = weight.size(3);
   for (int i = 0; i < 2; ++i) a.stride[i] = stride[i], a.padding[i] = padding[i];
-  int64_t above = a.height + 2 * padding[0] - a.kernel_height, beside = a.width + 2 * padding[1] - a.kernel_width;
+  int64_t above = a.height + 2 * padding[0] - a.kernel_height,
+          beside = a.width + 2 * padding[1] - a.kernel_width;
   FASTGAN_CHECK(a.kernel_height > 0 && a.kernel_width > 0 && above >= 0 && beside >= 0,
                 "the kernel must not be larger than the padded input");
   a.out_height = above / stride[0] + 1, a.out_width = beside / stride[1] + 1;
@@ -71,13 +76,14 @@ GanLossArgs arguments(const Tensor& input, const Tensor& weight, const std::opti
   return a;
 }
 
-std::tuple<Tensor, Tensor> conv_gan_loss(Tensor input, Tensor weight, std::optional<Tensor> bias, std::optional<Tensor> target,
-                                         double target_value, std::optional<Tensor> sample_weight,
-                                         std::optional<Tensor> pos_weight, int64_t loss, std::vector<int64_t> stride,
-                                         std::vector<int64_t> padding, double label_smoothing, int64_t reduction,
-                                         bool float32_loss) {
-  GanLossArgs a = arguments(input, weight, bias, target, target_value, sample_weight, pos_weight, loss, stride, padding,
-                            label_smoothing, reduction);
+std::tuple<Tensor, Tensor> conv_gan_loss(Tensor input, Tensor weight, std::optional<Tensor> bias,
+                                         std::optional<Tensor> target, double target_value,
+                                         std::optional<Tensor> sample_weight,
+                                         std::optional<Tensor> pos_weight, int64_t loss,
+                                         std::vector<int64_t> stride, std::vector<int64_t> padding,
+                                         double label_smoothing, int64_t reduction, bool float32_loss) {
+  GanLossArgs a = arguments(input, weight, bias, target, target_value, sample_weight, pos_weight, loss,
+                            stride, padding, label_smoothing, reduction);
   ScalarType type = input.scalar_type(), accumulate = fastgan::accumulate_type(type);
   std::vector<int64_t> shape{a.batch, a.outputs, a.out_height, a.out_width};
   Tensor logits = fastgan::empty(shape, type);
@@ -107,10 +113,11 @@ bool is_dense(const Tensor& tensor, bool channels_last) {
 std::tuple<Tensor, Tensor, Tensor> conv_gan_loss_backward(
     std::optional<Tensor> grad_loss, std::optional<Tensor> grad_logits, Tensor input, Tensor weight,
     std::optional<Tensor> bias, Tensor logits, std::optional<Tensor> target, double target_value,
-    std::optional<Tensor> sample_weight, std::optional<Tensor> pos_weight, int64_t loss, std::vector<int64_t> stride,
-    std::vector<int64_t> padding, double label_smoothing, int64_t reduction, std::vector<bool> needs) {
-  GanLossArgs a = arguments(input, weight, bias, target, target_value, sample_weight, pos_weight, loss, stride, padding,
-                            label_smoothing, reduction);
+    std::optional<Tensor> sample_weight, std::optional<Tensor> pos_weight, int64_t loss,
+    std::vector<int64_t> stride, std::vector<int64_t> padding, double label_smoothing, int64_t reduction,
+    std::vector<bool> needs) {
+  GanLossArgs a = arguments(input, weight, bias, target, target_value, sample_weight, pos_weight, loss,
+                            stride, padding, label_smoothing, reduction);
   ScalarType type = input.scalar_type(), accumulate = fastgan::accumulate_type(type);
   FASTGAN_CHECK(needs.size() == 3, "needs must have three entries");
   const int64_t shape[4] = {a.batch, a.outputs, a.out_height, a.out_width};
@@ -118,15 +125,18 @@ std::tuple<Tensor, Tensor, Tensor> conv_gan_loss_backward(
     if (!each) continue;
     FASTGAN_CHECK(each->is_cpu() && each->dim() == 4 && each->scalar_type() == type,
                   "logits and grad_logits must be four-dimensional and of input's dtype");
-    for (int i = 0; i < 4; ++i) FASTGAN_CHECK(each->size(i) == shape[i], "logits or grad_logits of another shape");
+    for (int i = 0; i < 4; ++i)
+      FASTGAN_CHECK(each->size(i) == shape[i], "logits or grad_logits of another shape");
   }
   Tensor dense_logits = logits.is_contiguous() ? logits : torch::stable::contiguous(logits);
   if (grad_loss) {
     a.grad_loss = broadcast("grad_loss", grad_loss, a, accumulate);
-    FASTGAN_CHECK(grad_loss->dim() == (a.reduction == fastgan::Reduction::none ? 4 : 0), "grad_loss of another shape");
+    FASTGAN_CHECK(grad_loss->dim() == (a.reduction == fastgan::Reduction::none ? 4 : 0),
+                  "grad_loss of another shape");
   }
   if (grad_logits) a.grad_logits = strided(*grad_logits);
-  Tensor grad_input = fastgan::empty({0}, type), grad_weight = fastgan::empty({0}, type), grad_bias = fastgan::empty({0}, type);
+  Tensor grad_input = fastgan::empty({0}, type), grad_weight = fastgan::empty({0}, type),
+         grad_bias = fastgan::empty({0}, type);
   if (needs[0]) {
     // In the input's own layout, so that what comes before reads it as it wrote.
     if (input.numel() > 0 && !is_dense(input, false) && is_dense(input, true)) {

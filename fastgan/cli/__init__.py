@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import typer
 
+from fastgan.cli import sample, train
+
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="Adversarial training for PyTorch, made fast.")
 
 
@@ -28,6 +30,10 @@ def info() -> None:
     import fastgan
 
     typer.echo(str(fastgan.info()))
+
+
+app.add_typer(train.app, name="train")
+app.command()(sample.sample)
 
 
 def main() -> None:

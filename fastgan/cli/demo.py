@@ -83,7 +83,9 @@ def _kernels(out: Path) -> list[dict[str, Any]]:
 
 
 def demo(
-    out: Path = typer.Option(Path("runs/demo"), help="Folder for everything the demo writes; an earlier demo is replaced."),
+    out: Path = typer.Option(
+        Path("runs/demo"), help="Folder for everything the demo writes; an earlier demo is replaced."
+    ),
     data: str = typer.Option("digits", help="Pictures for part 1: digits, cifar10, or a folder or zip of pictures."),
     seed: int = typer.Option(0, help="Seed of every part."),
     quick: bool = typer.Option(False, help="A few steps of each part, to see that all of it runs."),

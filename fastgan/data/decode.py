@@ -27,7 +27,7 @@ DECODER_VERSION = 1
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 
 #: the only formats tried: no format that starts another program (EPS) or that is not a picture
-FORMATS = ("PNG", "JPEG", "MPO", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "PCX", "QOI")
+FORMATS = ("PNG", "JPEG", "GIF", "BMP", "DIB", "WEBP", "TIFF", "PPM", "TGA", "JPEG2000", "AVIF", "PCX", "QOI")
 SUFFIXES = frozenset(
     f".{suffix}"
     for line in (
@@ -57,13 +57,16 @@ def decode(data: bytes | np.ndarray | Image.Image, image_size: int, channels: in
         return _decode_array(data, image_size, channels)
     if channels not in MODES:
         raise ValueError(f"a picture file gives 1 to 4 channels, not {channels}; .npy files hold any number")
+    Image.init()  # with formats= given, open() knows none but those already loaded; costs nothing a second time
+    formats = [name for name in FORMATS if name in Image.OPEN]  # not every build of Pillow has all of them
     with warnings.catch_warnings():
         # Pillow warns from 89 million pixels on and refuses from twice as many; a large photograph is no attack.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-        image = Image.open(io.BytesIO(data), formats=FORMATS) if isinstance(data, bytes) else data
+        image = Image.open(io.BytesIO(data), formats=formats) if isinstance(data, bytes) else data
         image.load()
-        image = to_mode(_upright(image), MODES[channels])
+        bits = _bits(image)  # noted before: a turned copy has no tags
+        image = to_mode(_upright(image), MODES[channels], bits)
     return to_array(resize_and_crop(image, image_size))
 
 
@@ -74,10 +77,15 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def to_mode(image: Image.Image, mode: str) -> Image.Image:
+def _bits(image: Image.Image) -> int:
+    bits = getattr(image, "tag_v2", {}).get(258, 16)
+    return int(bits[0] if isinstance(bits, tuple) else bits)
+
+
+def to_mode(image: Image.Image, mode: str, bits: int = 16) -> Image.Image:
     """Convert to "L", "LA", "RGB" or "RGBA" without clipping 16-bit values or showing what transparency hides."""
     if image.mode.startswith("I") or image.mode == "F":
-        image = _to_8_bits(image)
+        image = _to_8_bits(image, bits)
     if mode in ("LA", "RGBA"):
         # by way of RGBA, since a palette's transparency is known to that conversion only
         return _to_rgba(image).convert(mode)
@@ -97,11 +105,8 @@ def _to_rgba(image: Image.Image) -> Image.Image:
     return image.convert("RGBA")
 
 
-def _to_8_bits(image: Image.Image) -> Image.Image:
+def _to_8_bits(image: Image.Image, bits: int) -> Image.Image:
     values = np.asarray(image).astype(np.float64)
-    tags = getattr(image, "tag_v2", {})
-    bits = tags.get(258, (16,))
-    bits = int(bits[0] if isinstance(bits, tuple) else bits)
     hidden = None
     if image.mode == "F" or bits > 16:
         white = _white(values)

@@ -180,6 +180,10 @@ def train_tokenizer(
         vocab_size=vocab_size, special_tokens=list(special.values()), show_progress=False, min_frequency=2
     )
     tokenizer.train_from_iterator(texts, trainer)
+    # The trainer numbers its words in the order of a hash table, another one in each run: number them by name.
+    words = sorted(set(tokenizer.get_vocab()) - set(special.values()))
+    numbered = {word: number for number, word in enumerate([*special.values(), *words])}
+    tokenizer.model = models.WordPiece(vocab=numbered, unk_token=special["unk"])
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",

@@ -1,7 +1,7 @@
 """DCGAN (Radford et al., 2015) in the layout of PyTorch's tutorial, for any image size that is 4·2ⁿ.
 
-Layers, their names (``main.0.weight``, ...) and their first values are the tutorial's, so its state dicts fit. One thing
-differs: the discriminator returns logits, without the closing Sigmoid (which has no entry in a state dict).
+Layers, their names (``main.0.weight``, ...) and their first values are the tutorial's, so its state dicts fit. One
+thing differs: the discriminator returns logits, without the closing Sigmoid (which has no entry in a state dict).
 
 Widths at 64 pixels, ngf = ndf = 64::
 

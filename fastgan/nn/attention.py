@@ -130,7 +130,7 @@ class MultiheadAttention(nn.MultiheadAttention):
     ) -> tuple[Tensor, Tensor, Tensor | None, bool]:
         """The learned key and value of ``add_bias_kv``, then the zeros of ``add_zero_attn``, open to every query."""
         batch, heads, size, _ = k.shape
-        if self.bias_k is not None:
+        if self.bias_k is not None and self.bias_v is not None:
             bias_k, bias_v = (
                 b.to(k.dtype).view(1, heads, 1, self.head_dim).expand(batch, -1, -1, -1)
                 for b in (self.bias_k, self.bias_v)

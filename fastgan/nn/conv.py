@@ -16,7 +16,7 @@ class Conv2d(nn.Conv2d):
 
     @classmethod
     def from_torch(cls, module: nn.Conv2d) -> Conv2d:
-        """Turns ``module``, a ``torch.nn.Conv2d``, into one of this class in place; parameters and hooks stay as they are.
+        """Turns ``module``, a ``torch.nn.Conv2d``, into one of this class in place; its parameters and hooks stay.
 
         Raises TypeError for anything else: a subclass may compute something else.
         """
@@ -41,7 +41,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
     @classmethod
     def from_torch(cls, module: nn.ConvTranspose2d) -> ConvTranspose2d:
-        """Turns ``module``, a ``torch.nn.ConvTranspose2d``, into one of this class in place; see ``Conv2d.from_torch``."""
+        """Turns ``module``, a ``torch.nn.ConvTranspose2d``, into one of this class, as ``Conv2d.from_torch``."""
         if type(module) not in (nn.ConvTranspose2d, cls):
             raise TypeError(f"module must be a torch.nn.ConvTranspose2d, got {type(module).__name__}")
         module.__class__ = cls

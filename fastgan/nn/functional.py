@@ -12,7 +12,8 @@ import torch.nn.functional as _F
 from torch import Tensor
 
 from fastgan import _impl
-from fastgan.nn import _attention_inputs, _linear_cross_entropy_inputs
+from fastgan.nn import _attention_inputs, _gan_loss_inputs, _linear_cross_entropy_inputs
+from fastgan.nn._gan_loss_inputs import pair as _pair
 from fastgan.ops import conv as _conv
 from fastgan.ops import gan_loss as _gan_loss
 from fastgan.ops import linear_cross_entropy as _linear_cross_entropy
@@ -73,6 +74,8 @@ def scaled_dot_product_attention(
     if dropout_p > 0.0:
         philox = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=query.device)
     mask, bias = (mask4, None) if mask4 is None or mask4.dtype == torch.bool else (None, mask4)
+    if bias is not None and query.dtype == torch.float64:
+        bias = bias.double()
     arguments = (q4, k4, v4, mask, bias, philox, float(dropout_p), bool(is_causal), float(scale))
     if _impl.reference_selected():
         with torch.autocast(device, enabled=False):
@@ -107,7 +110,7 @@ def conv2d(
         (N, K, H', W'), or (K, H', W') for an unbatched input.
 
     Raises:
-        RuntimeError: ranks, sizes, dtypes or devices that do not fit, or no output left; the message names the argument.
+        RuntimeError: ranks, sizes, dtypes or devices that do not fit, or no output left.
     """
     if _is_plain_convolution(input, weight, bias):
         _check_convolution_arguments(input, weight, bias, stride, dilation, groups)
@@ -120,10 +123,11 @@ def conv2d(
             )
             if min(size) < 1:
                 raise RuntimeError(
-                    f"input of shape {tuple(input.shape)} is smaller than the kernel: weight of shape {tuple(weight.shape)} "
-                    f"with stride={stride}, padding={padding}, dilation={dilation} leaves an output of {size[0]} x {size[1]}"
+                    f"input of shape {tuple(input.shape)} is smaller than the kernel: weight of shape "
+                    f"{tuple(weight.shape)} with stride={stride}, padding={padding}, dilation={dilation} leaves an "
+                    f"output of {size[0]} x {size[1]}"
                 )
-    return _conv.convolution(input, weight, bias, stride, padding, dilation, groups)
+    return _conv.convolution(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
 
 
 def conv_transpose2d(
@@ -166,7 +170,9 @@ def conv_transpose2d(
                 f"padding={padding} leaves no output: input of shape {tuple(input.shape)}, weight of shape "
                 f"{tuple(weight.shape)}, stride={stride} give {size[0]} x {size[1]}"
             )
-    return _conv.transposed_convolution(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return _conv.transposed_convolution(  # type: ignore[arg-type]
+        input, weight, bias, stride, padding, output_padding, groups, dilation
+    )
 
 
 def _is_plain_convolution(*tensors: Tensor | None) -> bool:
@@ -258,9 +264,10 @@ def batch_norm_act(
 
     Source: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
     """
-    _check_batch_norm(input, running_mean, running_var, weight, bias, training, eps, act, groups)
+    if input.dim() != 1 or input.shape[0] > 0:  # torch lets an empty vector through
+        _check_batch_norm(input, running_mean, running_var, weight, bias, training, eps, act, groups)
     groups = groups if training else 1
-    if input.device.type not in ("cpu", "meta") or input.dtype not in _NORM_DTYPES:
+    if input.device.type not in ("cpu", "meta") or input.dtype not in _NORM_DTYPES or input.dim() < 2:
         return _composed_batch_norm_act(
             input, running_mean, running_var, weight, bias, training, momentum, eps, act, negative_slope, groups
         )
@@ -268,7 +275,8 @@ def batch_norm_act(
     eps, negative_slope = float(eps), float(negative_slope)
     if not training:
         evaluate = _norm_act.norm_act_eval_reference if reference else _norm_act.norm_act_eval
-        assert running_mean is not None and running_var is not None
+        assert running_mean is not None
+        assert running_var is not None
         return evaluate(input, running_mean.detach(), running_var.detach(), weight, bias, eps, act, negative_slope)
     train = _norm_act.norm_act_reference if reference else _norm_act.norm_act
     output, mean, var = train(input, weight, bias, eps, act, negative_slope, groups)
@@ -364,7 +372,8 @@ def _check_batch_norm(
     for name, tensor in given:
         if tensor.dim() != 1 or tensor.shape[0] != channels:
             raise RuntimeError(
-                f"{name} must have shape ({channels},) for input of shape {tuple(input.shape)}, got {tuple(tensor.shape)}"
+                f"{name} must have shape ({channels},) for input of shape {tuple(input.shape)}, "
+                f"got {tuple(tensor.shape)}"
             )
         if tensor.dtype != expected:
             also = ", or all of running_mean, running_var, weight and bias float32" if half else ""
@@ -435,9 +444,9 @@ def conv_gan_loss(
             (N,), for each of its image's logits; or a target of the logits' shape (N, K, H', W'). "bce", "hinge" and
             "wasserstein" want it in [0, 1], "lsgan" takes any finite number.
         loss: with x a logit and t its target, "bce": t softplus(-x) + (1-t) softplus(x); "hinge" (the
-            discriminator's): t relu(1-x) + (1-t) relu(1+x); "wasserstein": (1-2t) x, so -x for real and x for fake (with
-            target 1 it is also the generator's part of the hinge loss); "lsgan": (x-t)^2, as Mao et al. (2017) without
-            their factor 1/2.
+            discriminator's): t relu(1-x) + (1-t) relu(1+x); "wasserstein": (1-2t) x, so -x for real and x for fake
+            (with target 1 it is also the generator's part of the hinge loss); "lsgan": (x-t)^2, as Mao et al. (2017)
+            without their factor 1/2.
         stride, padding: as ``torch.nn.functional.conv2d``'s.
         sample_weight: multiplies each logit's loss; shape (N,), an image each, or broadcastable to the logits. As in
             torch, the mean divides by the number of logits, not by the sum of the weights.
@@ -453,26 +462,28 @@ def conv_gan_loss(
         RuntimeError: shapes or dtypes that do not fit; a tensor target with values outside [0, 1].
         ValueError: a number outside its range, or an unknown loss or reduction.
     """
-    stride, padding = _pair(stride, "stride"), _padding_pair(padding, weight, stride)
-    _check_convolution(input, weight, bias, stride, padding)
-    loss_index, reduction_index = _check_loss(loss, reduction, label_smoothing, pos_weight)
+    stride, padding = _pair(stride, "stride"), _gan_loss_inputs.padding_pair(padding, weight, stride)
+    _gan_loss_inputs.check_convolution(input, weight, bias, stride, padding)
+    loss_index, reduction_index = _gan_loss_inputs.check_loss(loss, reduction, label_smoothing, pos_weight)
     autocast = input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type)
     if autocast:
         # As torch: the convolution in the lower type, the loss in float32.
         lower = torch.get_autocast_dtype(input.device.type)
-        input, weight = _lowered(input, lower), _lowered(weight, lower)
-        bias = None if bias is None else _lowered(bias, lower)
+        input, weight = _gan_loss_inputs.lowered(input, lower), _gan_loss_inputs.lowered(weight, lower)
+        bias = None if bias is None else _gan_loss_inputs.lowered(bias, lower)
     shape = _gan_loss.output_shape(input, weight, stride, padding)
     accumulate = _gan_loss.accumulate_dtype(input.dtype)
-    target, target_value = _check_target(target, shape, loss, accumulate, input.device)
-    weights = _broadcastable("sample_weight", sample_weight, shape, accumulate, input.device, per_image=True)
+    target, target_value = _gan_loss_inputs.check_target(target, shape, loss, accumulate, input.device)
+    weights = _gan_loss_inputs.broadcastable(
+        "sample_weight", sample_weight, shape, accumulate, input.device, per_image=True
+    )
     if isinstance(pos_weight, (int, float)):
         pos_weight = torch.full((), pos_weight, dtype=accumulate, device=input.device)
-    positive = _broadcastable("pos_weight", pos_weight, shape, accumulate, input.device)
+    positive = _gan_loss_inputs.broadcastable("pos_weight", pos_weight, shape, accumulate, input.device)
     parts = (target, target_value, weights, positive, loss_index)
     settings = (float(label_smoothing), reduction_index, autocast)
     if _impl.reference_selected() or input.device.type != "cpu":
-        _check_target_values(target, loss)
+        _gan_loss_inputs.check_target_values(target, loss)
         return _gan_loss.reference(input, weight, bias, *parts, stride, padding, *settings)
     return _gan_loss.conv_gan_loss(input, weight, bias, *parts, stride, padding, *settings)
 
@@ -489,160 +500,21 @@ def gan_loss_with_logits(
 ) -> Tensor:
     """The loss of ``conv_gan_loss`` for logits (N, ...) that come from another layer; the same arguments and errors."""
     if logits.dim() == 0 or not logits.is_floating_point():
-        raise RuntimeError(f"logits must be floating-point of shape (N, ...), got {_describe(logits)}")
-    loss_index, reduction_index = _check_loss(loss, reduction, label_smoothing, pos_weight)
+        raise RuntimeError(f"logits must be floating-point of shape (N, ...), got {_gan_loss_inputs.describe(logits)}")
+    loss_index, reduction_index = _gan_loss_inputs.check_loss(loss, reduction, label_smoothing, pos_weight)
     shape, accumulate = list(logits.shape), _gan_loss.accumulate_dtype(logits.dtype)
-    target, target_value = _check_target(target, shape, loss, accumulate, logits.device)
-    weights = _broadcastable("sample_weight", sample_weight, shape, accumulate, logits.device, per_image=True)
+    target, target_value = _gan_loss_inputs.check_target(target, shape, loss, accumulate, logits.device)
+    weights = _gan_loss_inputs.broadcastable(
+        "sample_weight", sample_weight, shape, accumulate, logits.device, per_image=True
+    )
     if isinstance(pos_weight, (int, float)):
         pos_weight = torch.full((), pos_weight, dtype=accumulate, device=logits.device)
-    positive = _broadcastable("pos_weight", pos_weight, shape, accumulate, logits.device)
-    _check_target_values(target, loss)
+    positive = _gan_loss_inputs.broadcastable("pos_weight", pos_weight, shape, accumulate, logits.device)
+    _gan_loss_inputs.check_target_values(target, loss)
     autocast = logits.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(logits.device.type)
     return _gan_loss.loss_of_logits(
         logits, target, target_value, weights, positive, loss_index, float(label_smoothing), reduction_index, autocast
     )
-
-
-def _describe(tensor: Tensor) -> str:
-    return f"{tensor.dtype} of shape {tuple(tensor.shape)}"
-
-
-def _lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
-
-
-def _pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    if len(value) == 1:
-        return value[0], value[0]
-    if len(value) != 2:
-        raise RuntimeError(f"{name} must be one integer or two, got {tuple(value)}")
-    return value[0], value[1]
-
-
-def _padding_pair(padding: int | tuple[int, int] | str, weight: Tensor, stride: tuple[int, int]) -> tuple[int, int]:
-    if not isinstance(padding, str):
-        return _pair(padding, "padding")
-    if padding == "valid":
-        return 0, 0
-    if padding != "same":
-        raise RuntimeError(f"padding must be integers, 'valid' or 'same', got {padding!r}")
-    if stride != (1, 1):
-        raise RuntimeError(f"padding='same' needs stride 1, got {stride}")
-    if weight.dim() == 4 and (weight.shape[2] % 2 == 0 or weight.shape[3] % 2 == 0):
-        raise RuntimeError(f"padding='same' needs odd kernel sizes here, got {tuple(weight.shape[2:])}")
-    return weight.shape[-2] // 2, weight.shape[-1] // 2
-
-
-def _check_convolution(
-    input: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int], padding: tuple[int, int]
-) -> None:
-    if input.dim() != 4 or weight.dim() != 4:
-        raise RuntimeError(
-            f"input must have 4 dimensions (N, C, H, W) and weight 4 (K, C, kh, kw), "
-            f"got shapes {tuple(input.shape)} and {tuple(weight.shape)}"
-        )
-    if not input.is_floating_point():
-        raise RuntimeError(f"input must be float32, float64, bfloat16 or float16, got {_describe(input)}")
-    if weight.device != input.device or (bias is not None and bias.device != input.device):
-        where = "" if bias is None else f" and {bias.device}"
-        raise RuntimeError(f"weight and bias must be on input's device {input.device}, got {weight.device}{where}")
-    lowered = input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type)
-    if not lowered and (weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype)):
-        kind = "" if bias is None else f" and {bias.dtype}"
-        raise RuntimeError(f"weight and bias must have input's dtype {input.dtype}, got {weight.dtype}{kind}")
-    if input.shape[1] != weight.shape[1]:
-        raise RuntimeError(
-            f"input must have as many channels as weight of shape {tuple(weight.shape)}: {weight.shape[1]}, "
-            f"got input of shape {tuple(input.shape)}"
-        )
-    if bias is not None and (bias.dim() != 1 or bias.shape[0] != weight.shape[0]):
-        raise RuntimeError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
-    if min(stride) <= 0:
-        raise RuntimeError(f"stride must be positive, got {stride}")
-    if min(padding) < 0:
-        raise RuntimeError(f"padding must not be negative, got {padding}")
-    padded = input.shape[2] + 2 * padding[0], input.shape[3] + 2 * padding[1]
-    if min(weight.shape) < 1 or padded[0] < weight.shape[2] or padded[1] < weight.shape[3]:
-        raise RuntimeError(
-            f"weight's kernel {tuple(weight.shape[2:])} must not be larger than the padded input {padded}, nor weight be "
-            f"empty: input {tuple(input.shape)}, weight {tuple(weight.shape)}"
-        )
-
-
-def _check_loss(loss: str, reduction: str, label_smoothing: float, pos_weight: object) -> tuple[int, int]:
-    if loss not in _gan_loss.LOSSES:
-        raise ValueError(f"loss must be one of {_gan_loss.LOSSES}, got {loss!r}")
-    if reduction not in _gan_loss.REDUCTIONS:
-        raise ValueError(f"reduction must be one of {_gan_loss.REDUCTIONS}, got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    if loss == "lsgan" and pos_weight is not None:
-        raise ValueError("pos_weight multiplies the real term of a loss with two; 'lsgan' has one, use sample_weight")
-    return _gan_loss.LOSSES.index(loss), _gan_loss.REDUCTIONS.index(reduction)
-
-
-def _check_target(
-    target: Tensor | float, shape: list[int], loss: str, dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor | None, float]:
-    """The operator's ``target, target_value``."""
-    if not isinstance(target, Tensor):
-        if not isinstance(target, (int, float)):
-            raise TypeError(f"target must be a tensor or a number, got {type(target).__name__}")
-        if loss != "lsgan" and not 0.0 <= target <= 1.0:
-            raise ValueError(f"target must be in [0, 1] for loss={loss!r}, got {target}")
-        return None, float(target)
-    if target.is_complex():
-        raise RuntimeError(f"target must be real, got {_describe(target)}")
-    if target.device != device:
-        raise RuntimeError(f"target must be on input's device {device}, got {target.device}")
-    if target.dim() == 1 and target.shape[0] == shape[0]:
-        target = target.reshape(-1, *(1 for _ in shape[1:]))
-    elif target.dim() != 0 and list(target.shape) != shape:
-        raise RuntimeError(
-            f"target must be a number, a label an image of shape ({shape[0]},), or have the logits' shape "
-            f"{tuple(shape)}, got shape {tuple(target.shape)}"
-        )
-    return target.to(dtype), 0.0
-
-
-def _check_target_values(target: Tensor | None, loss: str) -> None:
-    """The kernels look at the values themselves; where they do not run, eager calls do it here."""
-    if target is None or loss == "lsgan" or torch.compiler.is_compiling() or target.is_meta or target.numel() == 0:
-        return
-    if torch._C._functorch.is_functorch_wrapped_tensor(target) or type(target) not in (Tensor, torch.nn.Parameter):
-        return
-    if bool(((target < 0) | (target > 1)).any()):
-        raise RuntimeError(f"target must be in [0, 1] for loss={loss!r}, got values outside")
-
-
-def _broadcastable(
-    name: str,
-    tensor: Tensor | None,
-    shape: list[int],
-    dtype: torch.dtype,
-    device: torch.device,
-    per_image: bool = False,
-) -> Tensor | None:
-    if tensor is None:
-        return None
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
-    if tensor.device != device:
-        raise RuntimeError(f"{name} must be on input's device {device}, got {tensor.device}")
-    if per_image and tensor.dim() == 1 and tensor.shape[0] == shape[0]:
-        tensor = tensor.reshape(-1, *(1 for _ in shape[1:]))
-    fits = tensor.dim() <= len(shape) and all(
-        have == 1 or have == want for have, want in zip(tensor.shape, shape[len(shape) - tensor.dim() :], strict=True)
-    )
-    if not fits or tensor.is_complex():
-        either = f"of shape ({shape[0]},) or " if per_image else ""
-        raise RuntimeError(
-            f"{name} must be real, {either}broadcastable to the logits' shape {tuple(shape)}, got {_describe(tensor)}"
-        )
-    return tensor.to(dtype)
 
 
 # ---- linear_cross_entropy ----

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any, TypeGuard
+
 import torch
 from torch import Tensor, nn
 
-from fastgan.nn import functional
+from fastgan.nn import _gan_loss_inputs, functional
 
 
 class DiscriminatorHeadLoss(nn.Module):
@@ -28,7 +30,7 @@ class DiscriminatorHeadLoss(nn.Module):
 
     def __init__(self, loss: str = "bce", *, label_smoothing: float = 0.0, reduction: str = "mean") -> None:
         super().__init__()
-        functional._check_loss(loss, reduction, label_smoothing, None)
+        _gan_loss_inputs.check_loss(loss, reduction, label_smoothing, None)
         self.loss = loss
         self.label_smoothing = label_smoothing
         self.reduction = reduction
@@ -54,7 +56,7 @@ class DiscriminatorHeadLoss(nn.Module):
             sample_weight: (N,) or broadcastable to the logits.
             pos_weight: a number, or broadcastable to the logits.
         """
-        arguments = {
+        arguments: dict[str, Any] = {
             "loss": self.loss,
             "sample_weight": sample_weight,
             "pos_weight": pos_weight,
@@ -67,7 +69,13 @@ class DiscriminatorHeadLoss(nn.Module):
             raise TypeError(f"bias goes with a weight; {type(conv).__name__} brings its own")
         if _is_plain_convolution(conv):
             return functional.conv_gan_loss(
-                input, conv.weight, conv.bias, target, stride=conv.stride, padding=conv.padding, **arguments
+                input,
+                conv.weight,
+                conv.bias,
+                target,
+                stride=conv.stride,  # type: ignore[arg-type]
+                padding=conv.padding,  # type: ignore[arg-type]
+                **arguments,
             )
         logits = conv(input)
         return functional.gan_loss_with_logits(logits, target, **arguments), logits
@@ -76,13 +84,14 @@ class DiscriminatorHeadLoss(nn.Module):
         return f"loss={self.loss!r}, label_smoothing={self.label_smoothing}, reduction={self.reduction!r}"
 
 
-def _is_plain_convolution(conv: nn.Module) -> bool:
+def _is_plain_convolution(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
     """A Conv2d that nothing but its weight, bias, stride and padding describes; hooks and subclasses are called."""
-    if not isinstance(conv, nn.Conv2d) or type(conv).forward is not nn.Conv2d.forward or "forward" in vars(conv):
-        # fastgan's own Conv2d has another forward and the same meaning
-        if type(conv).__module__.partition(".")[0] != "fastgan" or not isinstance(conv, nn.Conv2d):
-            return False
+    ours = type(conv).__module__.partition(".")[0] == "fastgan"  # another forward, the same meaning
+    if not isinstance(conv, nn.Conv2d) or "forward" in vars(conv):
+        return False
+    if type(conv).forward is not nn.Conv2d.forward and not ours:
+        return False
     hooked = conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks
     same = conv.padding == "same" and any(size % 2 == 0 for size in conv.kernel_size)
     simple = conv.groups == 1 and tuple(conv.dilation) == (1, 1) and conv.padding_mode == "zeros" and not same
-    return simple and not hooked and not isinstance(conv.weight, torch.nn.parameter.UninitializedParameter)
+    return bool(simple) and not hooked and not isinstance(conv.weight, torch.nn.parameter.UninitializedParameter)

@@ -20,7 +20,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
             running statistics move, and ``num_batches_tracked`` counts, once a part.
         bias: False leaves the shift out (torch >= 2.12 has it).
 
-    Shape: (N, C, H, W) to the same. Errors: those of ``fastgan.nn.functional.batch_norm_act``, ValueError for another rank.
+    Shape: (N, C, H, W) to the same. Errors: those of ``fastgan.nn.functional.batch_norm_act``; ValueError for other ranks.
     """
 
     # Defaults of the class, not set by __init__: a BatchNorm2d becomes one of these by its __class__ alone.

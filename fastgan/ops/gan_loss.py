@@ -224,10 +224,10 @@ def _backward(args, saved, grads, needs):
     if any(needs[:3]):
         grad_loss = None if grads[0] is None else grads[0].to(accumulate_dtype(input.dtype))
         gradients = _backward_operator(
-            grad_loss, grads[1], input, weight, bias, saved[0].detach(), target, target_value, sample_weight, pos_weight,
-            loss, stride, padding, label_smoothing, reduction, [needs[0], needs[1], needs[2]],
+            grad_loss, grads[1], input, weight, bias, saved[0].detach(), target, target_value, sample_weight,
+            pos_weight, loss, stride, padding, label_smoothing, reduction, [needs[0], needs[1], needs[2]],
         )  # fmt: skip
-        out[:3] = [gradient if need else None for gradient, need in zip(gradients, needs[:3], strict=True)]
+        out[:3] = [gradient if needs[i] else None for i, gradient in enumerate(gradients)]
     where = [i for i in (3, 5, 6) if needs[i]]
     if where and grads[0] is not None:  # gradients of targets and weights: rare, and plain PyTorch
 
@@ -237,7 +237,7 @@ def _backward(args, saved, grads, needs):
                 full[i] = tensor
             return reference(*full)[0]
 
-        _, pull = torch.func.vjp(loss_alone, *[args[i] for i in where])
+        pull = torch.func.vjp(loss_alone, *[args[i] for i in where])[1]
         for i, gradient in zip(where, pull(grads[0]), strict=True):
             out[i] = gradient
     return out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from fastgan.nn import functional
 from fastgan.ops.gan_loss import LOSSES
+from fastgan.replace import replace_modules
 from fastgan.training.joining import DROPOUTS, statistics_per_half, why_two_passes
 from fastgan.training.outputs import Outputs
 from fastgan.training.penalties import PENALTIES, r1_penalty, wgan_gp_penalty
@@ -21,21 +21,13 @@ from fastgan.training.penalties import PENALTIES, r1_penalty, wgan_gp_penalty
 PRECISIONS = ("float32", "float64", "bfloat16")
 
 
-if importlib.util.find_spec("fastgan.replace") is not None:
-    from fastgan.replace import replace_modules
-else:
-
-    def replace_modules(model):
-        return model
-
-
 class GANTrainer:
     """Trains a generator and a discriminator against each other, exactly as the usual DCGAN loop does.
 
     A step is the PyTorch tutorial's: the discriminator learns from real (label 1) and fake (label 0) pictures, their
-    losses added; then the generator learns to have the same fakes called real by the updated discriminator. What differs
-    is the work: real and fake are one batch where every layer allows it (see ``fastgan.training.joining``; else two
-    passes, said once), the discriminator's weights get no gradients in the generator's step, and Adam is fused.
+    losses added; then the generator learns to have the same fakes called real by the updated discriminator. What
+    differs is the work: real and fake are one batch where every layer allows it (see ``fastgan.training.joining``; else
+    two passes, said once), the discriminator's weights get no gradients in the generator's step, and Adam is fused.
 
     Modules keep their training flags, ``requires_grad``, names and state dicts. The modules are changed in place.
 
@@ -228,7 +220,8 @@ class GANTrainer:
             if reason is not None and not self._said:
                 self._said = True
                 warnings.warn(
-                    f"real and fake go through the discriminator in two passes, not as one batch: {reason}", stacklevel=4
+                    f"real and fake go through the discriminator in two passes, not as one batch: {reason}",
+                    stacklevel=4,
                 )
         return self._joined[1]
 
@@ -290,15 +283,22 @@ class GANTrainer:
         """
         if count < 1:
             raise ValueError(f"count must be at least 1, got {count}")
-        generator = None
+        with self._autocast():
+            return self.sample_from(self.generator, self.latent_shape, count, seed)
+
+    @staticmethod
+    @torch.no_grad()
+    def sample_from(generator: nn.Module, latent_shape: Sequence[int], count: int, seed: int | None = None) -> Tensor:
+        """``sample`` for a generator without a trainer; the same seed gives the same pictures."""
+        parameter = next(generator.parameters())
+        draws = None
         if seed is not None:
-            generator = torch.Generator(self.device).manual_seed(mixed_seed(seed, _SAMPLES, 0))
-        noise = torch.randn(count, *self.latent_shape, generator=generator, device=self.device, dtype=self.dtype)
-        flags = [(module, module.training) for module in self.generator.modules()]
-        self.generator.eval()
+            draws = torch.Generator(parameter.device).manual_seed(mixed_seed(seed, _SAMPLES, 0))
+        noise = torch.randn(count, *latent_shape, generator=draws, device=parameter.device, dtype=parameter.dtype)
+        flags = [(module, module.training) for module in generator.modules()]
+        generator.eval()
         try:
-            with self._autocast():
-                pictures = [self.generator(part) for part in noise.split(64)]
+            pictures = [generator(part) for part in noise.split(64)]
         finally:
             for module, training in flags:
                 module.training = training
@@ -430,9 +430,7 @@ def _adams(
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
     optimizers = []
-    for name, module, rate in zip(
-        ("generator", "discriminator"), (generator, discriminator), rates, strict=True
-    ):
+    for name, module, rate in zip(("generator", "discriminator"), (generator, discriminator), rates, strict=True):
         parameters = list(module.parameters())
         if not any(parameter.requires_grad for parameter in parameters):
             raise ValueError(f"{name} has no parameter that requires a gradient")

@@ -54,12 +54,7 @@ def why_two_passes(discriminator: nn.Module) -> str | None:
     """Why real and fake need two passes through this discriminator as it is now; None if one batch is right."""
     for name, module in discriminator.named_modules():
         where = f"{name or 'the discriminator'} ({type(module).__name__})"
-        if (
-            module._forward_hooks
-            or module._forward_pre_hooks
-            or module._backward_hooks
-            or module._backward_pre_hooks
-        ):
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return f"{where} has a hook, which spectral norm and weight norm use"
         if "parametrizations" in module._modules:
             return f"{where} has a parametrization"

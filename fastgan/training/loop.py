@@ -23,7 +23,7 @@ def check_positive(**values: int | None) -> None:
 
 
 def batches_of(data: ImageArray | Tensor | Iterable[Any], batch_size: int, seed: int, epoch: int) -> Iterator[Tensor]:
-    """The batches of one epoch: of an ImageArray, of pictures in one tensor, or of an iterable of batches as it comes."""
+    """One epoch's batches of an ImageArray, of pictures in one tensor, or of an iterable of batches as it comes."""
     if not isinstance(data, (ImageArray, Tensor)):
         for batch in data:
             yield batch[0] if isinstance(batch, (tuple, list)) else batch

@@ -1,0 +1,72 @@
+// The contract of the attention kernels: softmax(query keyᵀ · scale + bias) value, its log-sum-exp, and the
+// gradients. What each argument means, and the mathematics, is in fastgan/ops/attention.py. Strides count
+// elements; a broadcast dimension has stride 0. Nothing of PyTorch here.
+#pragma once
+#include "common/capability.h"
+#include "common/types.h"
+
+namespace fastgan {
+
+struct AttentionInput {
+  const void* data = nullptr;  // null: absent (mask and bias only)
+  int64_t stride[4] = {};      // batch, head, row, column
+};
+
+struct AttentionOutput {
+  void* data = nullptr;
+  int64_t stride[4] = {};  // the last is 1
+};
+
+struct AttentionArgs {
+  Dtype dtype = Dtype::float32, bias_dtype = Dtype::float32;  // of bias: dtype, or float32
+  int64_t batch = 0, heads = 0, kv_heads = 0;                 // kv_heads divides heads
+  int64_t rows = 0, columns = 0, width = 0, value_width = 0;  // L, S, E, V
+  AttentionInput query, key, value;
+  AttentionInput mask;  // bytes, zero: takes no part
+  AttentionInput bias;
+  double scale = 1;
+  bool is_causal = false;
+  bool has_dropout = false;
+  uint64_t seed = 0;
+  uint32_t offset = 0;
+  uint32_t threshold = 0;  // a word below is dropped
+  double kept_scale = 1;   // 0 drops all
+
+  // forward
+  AttentionOutput output;
+  void* logsumexp =
+      nullptr;  // (batch, heads, rows), contiguous, of the accumulation type; read by the backward
+
+  // backward
+  AttentionInput grad_output, saved_output;
+  AttentionOutput grad_query, grad_key, grad_value;
+  void* grad_bias = nullptr;      // contiguous; null: not asked for
+  int64_t bias_size[4] = {};      // each 1 or the scores' own
+  void* workspace = nullptr;      // attention_workspace() numbers of the accumulation type
+  bool* out_of_memory = nullptr;  // set if scratch could not be had
+};
+
+// A key range of its own for each piece of work, where batch × kv_heads alone would not keep many threads
+// busy: then each has its own partial gradient of query, and they are added up in order afterwards. A
+// function of the shape alone.
+constexpr int64_t kAttentionKeyBlock = 128;
+
+static inline int64_t attention_key_chunks(const AttentionArgs& a) {
+  int64_t pairs = a.batch * a.kv_heads, blocks = (a.columns + kAttentionKeyBlock - 1) / kAttentionKeyBlock;
+  if (pairs == 0 || pairs >= 8 || blocks <= 1) return 1;
+  int64_t wanted = (8 + pairs - 1) / pairs;
+  return wanted < blocks ? wanted : blocks;
+}
+
+// Numbers of the accumulation type that the backward needs to sum up the gradient of query; 0: it does so in
+// place.
+static inline int64_t attention_workspace(const AttentionArgs& a) {
+  int64_t chunks = attention_key_chunks(a);
+  bool in_place = chunks == 1 && (a.dtype == Dtype::float32 || a.dtype == Dtype::float64);
+  return in_place ? 0 : chunks * a.batch * a.heads * a.rows * a.width;
+}
+
+}  // namespace fastgan
+
+FASTGAN_DECLARE_KERNEL(attention_forward, fastgan::AttentionArgs)
+FASTGAN_DECLARE_KERNEL(attention_backward, fastgan::AttentionArgs)

@@ -1,0 +1,151 @@
+// torch.ops.fastgan.attention and attention_backward on the CPU: tensors to the contract of attention.h and
+// back.
+#include "attention/attention.h"
+#include "common/tensor.h"
+
+namespace fastgan {
+namespace {
+
+AttentionInput input(const Tensor& tensor) {
+  AttentionInput out;
+  out.data = tensor.data_ptr();
+  for (int i = 0; i < 4; ++i) out.stride[i] = tensor.size(i) == 1 ? 0 : tensor.stride(i);
+  return out;
+}
+
+AttentionOutput result(const Tensor& tensor) {
+  AttentionOutput out;
+  out.data = tensor.data_ptr();
+  for (int i = 0; i < 4; ++i) out.stride[i] = tensor.stride(i);
+  return out;
+}
+
+// (batch, heads, rows, width), in memory (batch, rows, heads, width) if `like` is: ops/attention.py's
+// _empty_like.
+Tensor empty_in_layout_of(const Tensor& like, int64_t width) {
+  int64_t batch = like.size(0), heads = like.size(1), rows = like.size(2);
+  if (0 < like.stride(1) && like.stride(1) < like.stride(2))
+    return torch::stable::transpose(empty({batch, rows, heads, width}, like.scalar_type()), 1, 2);
+  return empty({batch, heads, rows, width}, like.scalar_type());
+}
+
+void check_sizes(const char* name, const Tensor& tensor, std::vector<int64_t> sizes,
+                 bool broadcasts = false) {
+  bool fits = tensor.dim() == int64_t(sizes.size());
+  for (size_t i = 0; fits && i < sizes.size(); ++i)
+    fits = tensor.size(i) == sizes[i] || (broadcasts && tensor.size(i) == 1);
+  FASTGAN_CHECK(fits, "attention: ", name, " has sizes that do not fit query, key and value");
+  FASTGAN_CHECK(tensor.is_cpu(), "attention: ", name, " must be on the CPU");
+}
+
+AttentionArgs arguments(const Tensor& query, const Tensor& key, const Tensor& value,
+                        const std::optional<Tensor>& mask, const std::optional<Tensor>& bias,
+                        const std::optional<Tensor>& philox, double dropout_p, bool is_causal, double scale) {
+  FASTGAN_CHECK(query.dim() == 4 && key.dim() == 4 && value.dim() == 4,
+                "attention: query, key and value must have four dimensions, got ", query.dim(), ", ",
+                key.dim(), ", ", value.dim());
+  AttentionArgs args;
+  args.dtype = args.bias_dtype = dtype_of(query);
+  args.batch = query.size(0), args.heads = query.size(1), args.rows = query.size(2),
+  args.width = query.size(3);
+  args.kv_heads = key.size(1), args.columns = key.size(2), args.value_width = value.size(3);
+  FASTGAN_CHECK(args.kv_heads == 0 ? args.heads == 0 : args.heads % args.kv_heads == 0,
+                "attention: ", args.heads, " query heads cannot be shared among ", args.kv_heads,
+                " key heads");
+  check_sizes("query", query, {args.batch, args.heads, args.rows, args.width});
+  check_sizes("key", key, {args.batch, args.kv_heads, args.columns, args.width});
+  check_sizes("value", value, {args.batch, args.kv_heads, args.columns, args.value_width});
+  FASTGAN_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),
+                "attention: query, key and value must have one dtype");
+  args.query = input(query), args.key = input(key), args.value = input(value);
+  if (mask) {
+    check_sizes("mask", *mask, {args.batch, args.heads, args.rows, args.columns}, true);
+    FASTGAN_CHECK(mask->scalar_type() == ScalarType::Bool, "attention: mask must be boolean");
+    args.mask = input(*mask);
+  }
+  if (bias) {
+    check_sizes("bias", *bias, {args.batch, args.heads, args.rows, args.columns}, true);
+    bool half = query.scalar_type() == ScalarType::BFloat16 || query.scalar_type() == ScalarType::Half;
+    FASTGAN_CHECK(
+        bias->scalar_type() == query.scalar_type() || (half && bias->scalar_type() == ScalarType::Float),
+        "attention: bias must be of query's dtype, or float32 beside half precision");
+    args.bias = input(*bias);
+    args.bias_dtype = dtype_of(*bias);
+    for (int i = 0; i < 4; ++i) args.bias_size[i] = bias->size(i);
+  }
+  args.scale = scale;
+  args.is_causal = is_causal;
+  if (philox) {
+    check_sizes("philox", *philox, {2});
+    FASTGAN_CHECK(philox->scalar_type() == ScalarType::Long, "attention: philox must be int64");
+    FASTGAN_CHECK(dropout_p >= 0 && dropout_p <= 1, "attention: dropout_p must be in [0, 1], got ",
+                  dropout_p);
+    const auto* words = static_cast<const int64_t*>(philox->data_ptr());
+    args.has_dropout = true;
+    args.seed = uint64_t(words[0]);
+    args.offset = uint32_t(uint64_t(words[philox->stride(0)]));
+    double threshold = dropout_p * 4294967296.0;
+    args.threshold = threshold >= 4294967295.0 ? 0xffffffffu : uint32_t(threshold);
+    args.kept_scale = dropout_p >= 1 ? 0.0 : 1 / (1 - dropout_p);
+  }
+  return args;
+}
+
+std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask,
+                                     std::optional<Tensor> bias, std::optional<Tensor> philox,
+                                     double dropout_p, bool is_causal, double scale) {
+  AttentionArgs args = arguments(query, key, value, mask, bias, philox, dropout_p, is_causal, scale);
+  Tensor output = empty_in_layout_of(query, args.value_width);
+  Tensor logsumexp = empty({args.batch, args.heads, args.rows}, accumulate_type(query.scalar_type()));
+  args.output = result(output);
+  args.logsumexp = logsumexp.data_ptr();
+  bool out_of_memory = false;
+  args.out_of_memory = &out_of_memory;
+  FASTGAN_SELECT(attention_forward)(args, torch_threads());
+  FASTGAN_CHECK(!out_of_memory, "attention: no memory left for scratch");
+  return {output, logsumexp};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
+    Tensor grad_output, Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask,
+    std::optional<Tensor> bias, std::optional<Tensor> philox, Tensor output, Tensor logsumexp,
+    double dropout_p, bool is_causal, double scale, bool bias_gradient) {
+  AttentionArgs args = arguments(query, key, value, mask, bias, philox, dropout_p, is_causal, scale);
+  std::vector<int64_t> sizes{args.batch, args.heads, args.rows, args.value_width};
+  check_sizes("grad_output", grad_output, sizes);
+  check_sizes("output", output, sizes);
+  check_sizes("logsumexp", logsumexp, {args.batch, args.heads, args.rows});
+  FASTGAN_CHECK(grad_output.scalar_type() == query.scalar_type() &&
+                    output.scalar_type() == query.scalar_type() &&
+                    logsumexp.scalar_type() == accumulate_type(query.scalar_type()),
+                "attention_backward: grad_output and output must be of query's dtype, logsumexp of its "
+                "accumulation type");
+  if (!logsumexp.is_contiguous()) logsumexp = torch::stable::contiguous(logsumexp);
+  Tensor grad_query = empty_in_layout_of(query, args.width), grad_key = empty_in_layout_of(key, args.width),
+         grad_value = empty_in_layout_of(value, args.value_width);
+  bool wanted = bias && bias_gradient;
+  Tensor grad_bias =
+      wanted ? empty({bias->size(0), bias->size(1), bias->size(2), bias->size(3)}, bias->scalar_type())
+             : empty({0}, query.scalar_type());
+  Tensor workspace = empty({attention_workspace(args)}, accumulate_type(query.scalar_type()));
+  args.grad_output = input(grad_output);
+  args.saved_output = input(output);
+  args.logsumexp = logsumexp.data_ptr();
+  args.grad_query = result(grad_query), args.grad_key = result(grad_key),
+  args.grad_value = result(grad_value);
+  if (wanted) args.grad_bias = grad_bias.data_ptr();
+  args.workspace = workspace.numel() ? workspace.data_ptr() : nullptr;
+  bool out_of_memory = false;
+  args.out_of_memory = &out_of_memory;
+  FASTGAN_SELECT(attention_backward)(args, torch_threads());
+  FASTGAN_CHECK(!out_of_memory, "attention_backward: no memory left for scratch");
+  return {grad_query, grad_key, grad_value, grad_bias};
+}
+
+}  // namespace
+}  // namespace fastgan
+
+STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
+  m.impl("attention", TORCH_BOX(&fastgan::attention));
+  m.impl("attention_backward", TORCH_BOX(&fastgan::attention_backward));
+}

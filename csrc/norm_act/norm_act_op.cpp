@@ -1,0 +1,200 @@
+// fastgan::norm_act, norm_act_eval and their backwards for PyTorch; see fastgan/ops/norm_act.py for the
+// schemas in words.
+#include <string>
+#include <tuple>
+
+#include "common/tensor.h"
+#include "norm_act/norm_act.h"
+
+namespace {
+
+using fastgan::Activation;
+using fastgan::NormActArgs;
+using fastgan::ScalarType;
+using fastgan::Tensor;
+using torch::headeronly::MemoryFormat;
+using OptionalTensor = std::optional<Tensor>;
+
+Activation activation(const std::string& name) {
+  if (name == "none") return Activation::none;
+  if (name == "relu") return Activation::relu;
+  FASTGAN_CHECK(name == "leaky_relu", "act must be 'none', 'relu' or 'leaky_relu', got '", name, "'");
+  return Activation::leaky_relu;
+}
+
+bool is_channels_last(const Tensor& x) {
+  int64_t expected = x.size(1);
+  if (x.size(1) != 1 && x.stride(1) != 1) return false;
+  for (int64_t d = x.dim() - 1; d >= 2; expected *= x.size(d--))
+    if (x.size(d) != 1 && x.stride(d) != expected) return false;
+  return x.size(0) == 1 || x.stride(0) == expected;
+}
+
+// The layouts that are walked in place are torch's; everything else is made contiguous. As _memory_format in
+// Python.
+MemoryFormat memory_format(const Tensor& x) {
+  if (x.is_contiguous() || x.dim() < 4 || x.dim() > 5 || !is_channels_last(x))
+    return MemoryFormat::Contiguous;
+  return x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+}
+
+std::vector<int64_t> sizes(const Tensor& x) {
+  std::vector<int64_t> out;
+  for (int64_t d = 0; d < x.dim(); ++d) out.push_back(x.size(d));
+  return out;
+}
+
+Tensor empty_like(const Tensor& x, MemoryFormat format) {
+  std::vector<int64_t> shape = sizes(x);
+  return torch::stable::empty(shape, x.scalar_type(), std::nullopt, std::nullopt, std::nullopt, format);
+}
+
+Tensor contiguous_as(const Tensor& x, ScalarType type) {
+  return torch::stable::contiguous(x.scalar_type() == type ? x : torch::stable::to(x, type));
+}
+
+// Arguments and the tensors that they point into.
+struct Call {
+  NormActArgs args{};
+  MemoryFormat format;
+  Tensor input;
+  Tensor mean, var;
+  OptionalTensor weight, bias;
+  Tensor scratch;
+
+  Call(const Tensor& x, const OptionalTensor& w, const OptionalTensor& b, double eps, const std::string& act,
+       double negative_slope, int64_t groups) {
+    FASTGAN_CHECK(x.dim() >= 2, "input must have at least 2 dimensions, got ", x.dim());
+    FASTGAN_CHECK(groups >= 1 && x.size(0) % groups == 0, "groups must divide the batch, got groups=", groups,
+                  " and a batch of ", x.size(0));
+    format = memory_format(x);
+    input = torch::stable::contiguous(x, format);
+    args.dtype = fastgan::dtype_of(x);
+    args.act = activation(act);
+    args.batch = x.size(0);
+    args.channels = x.size(1);
+    args.spatial = args.batch * args.channels == 0 ? 0 : x.numel() / (args.batch * args.channels);
+    // Without spatial dimensions the two layouts are the same memory, and vectors go across channels.
+    args.channels_last = format != MemoryFormat::Contiguous || args.spatial == 1;
+    args.groups = groups;
+    args.eps = eps;
+    args.negative_slope = negative_slope;
+    args.input = input.data_ptr();
+    weight = parameter(w, "weight", &args.weight);
+    bias = parameter(b, "bias", &args.bias);
+  }
+
+  OptionalTensor parameter(const OptionalTensor& tensor, const char* name, const void** pointer) {
+    if (!tensor.has_value()) return std::nullopt;
+    FASTGAN_CHECK(tensor->numel() == args.channels, name, " must have ", args.channels, " elements, got ",
+                  tensor->numel());
+    Tensor out = contiguous_as(*tensor, fastgan::accumulate_type(input.scalar_type()));
+    *pointer = out.data_ptr();
+    return out;
+  }
+
+  void statistics(const Tensor& m, const Tensor& v) {
+    FASTGAN_CHECK(m.numel() == args.groups * args.channels && v.numel() == m.numel(),
+                  "mean and var must have ", args.groups * args.channels, " elements, got ", m.numel(),
+                  " and ", v.numel());
+    mean = contiguous_as(m, ScalarType::Double);
+    var = contiguous_as(v, ScalarType::Double);
+    args.mean = static_cast<double*>(mean.data_ptr());
+    args.var = static_cast<double*>(var.data_ptr());
+  }
+
+  bool is_empty() const { return input.numel() == 0; }
+
+  void make_scratch() {
+    scratch = fastgan::empty({fastgan::norm_act_scratch(args)}, ScalarType::Double);
+    args.scratch = static_cast<double*>(scratch.data_ptr());
+  }
+
+  Tensor forward() {
+    Tensor output = empty_like(input, format);
+    if (is_empty()) return output;
+    args.output = output.data_ptr();
+    make_scratch();
+    FASTGAN_SELECT(norm_act_forward)(args, fastgan::torch_threads());
+    return output;
+  }
+
+  std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const OptionalTensor& w,
+                                              const OptionalTensor& b, const std::vector<bool>& needs) {
+    FASTGAN_CHECK(needs.size() == 3, "needs must have 3 elements, got ", needs.size());
+    FASTGAN_CHECK(grad_output.scalar_type() == input.scalar_type() && sizes(grad_output) == sizes(input),
+                  "grad_output must have input's shape and dtype");
+    FASTGAN_CHECK((!needs[1] || w.has_value()) && (!needs[2] || b.has_value()),
+                  "needs asks for an absent parameter's");
+    ScalarType type = input.scalar_type();
+    Tensor grad = torch::stable::contiguous(grad_output, format);
+    Tensor grad_input = needs[0] ? empty_like(input, format) : fastgan::empty({0}, type);
+    Tensor grad_weight = fastgan::empty({needs[1] ? args.channels : 0}, ScalarType::Double);
+    Tensor grad_bias = fastgan::empty({needs[2] ? args.channels : 0}, ScalarType::Double);
+    if (is_empty()) {
+      torch::stable::zero_(grad_weight);
+      torch::stable::zero_(grad_bias);
+    } else {
+      args.grad_output = grad.data_ptr();
+      args.grad_input = needs[0] ? grad_input.data_ptr() : nullptr;
+      args.grad_weight = needs[1] ? static_cast<double*>(grad_weight.data_ptr()) : nullptr;
+      args.grad_bias = needs[2] ? static_cast<double*>(grad_bias.data_ptr()) : nullptr;
+      make_scratch();
+      FASTGAN_SELECT(norm_act_backward)(args, fastgan::torch_threads());
+    }
+    ScalarType weight_type = needs[1] ? w->scalar_type() : type,
+               bias_type = needs[2] ? b->scalar_type() : type;
+    return {grad_input, contiguous_as(grad_weight, weight_type), contiguous_as(grad_bias, bias_type)};
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> norm_act(Tensor input, OptionalTensor weight, OptionalTensor bias,
+                                            double eps, std::string act, double negative_slope,
+                                            int64_t groups) {
+  Call call(input, weight, bias, eps, act, negative_slope, groups);
+  call.args.batch_statistics = true;
+  Tensor mean = fastgan::empty({groups, call.args.channels}, ScalarType::Double);
+  Tensor var = fastgan::empty({groups, call.args.channels}, ScalarType::Double);
+  call.statistics(mean, var);
+  if (call.is_empty()) {
+    torch::stable::zero_(mean);
+    torch::stable::zero_(var);
+  }
+  return {call.forward(), mean, var};
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_act_backward(Tensor grad_output, Tensor input, OptionalTensor weight,
+                                                     OptionalTensor bias, Tensor mean, Tensor var, double eps,
+                                                     std::string act, double negative_slope, int64_t groups,
+                                                     std::vector<bool> needs) {
+  Call call(input, weight, bias, eps, act, negative_slope, groups);
+  call.args.batch_statistics = true;
+  call.statistics(mean, var);
+  return call.backward(grad_output, weight, bias, needs);
+}
+
+Tensor norm_act_eval(Tensor input, Tensor running_mean, Tensor running_var, OptionalTensor weight,
+                     OptionalTensor bias, double eps, std::string act, double negative_slope) {
+  Call call(input, weight, bias, eps, act, negative_slope, 1);
+  call.statistics(running_mean, running_var);
+  return call.forward();
+}
+
+std::tuple<Tensor, Tensor, Tensor> norm_act_eval_backward(Tensor grad_output, Tensor input,
+                                                          Tensor running_mean, Tensor running_var,
+                                                          OptionalTensor weight, OptionalTensor bias,
+                                                          double eps, std::string act, double negative_slope,
+                                                          std::vector<bool> needs) {
+  Call call(input, weight, bias, eps, act, negative_slope, 1);
+  call.statistics(running_mean, running_var);
+  return call.backward(grad_output, weight, bias, needs);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
+  m.impl("norm_act", TORCH_BOX(&norm_act));
+  m.impl("norm_act_backward", TORCH_BOX(&norm_act_backward));
+  m.impl("norm_act_eval", TORCH_BOX(&norm_act_eval));
+  m.impl("norm_act_eval_backward", TORCH_BOX(&norm_act_eval_backward));
+}

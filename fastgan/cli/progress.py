@@ -1,0 +1,99 @@
+"""How a run goes, on a terminal as a bar, elsewhere in plain lines."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any
+
+
+def reporter() -> Any:
+    """A bar where standard output is a terminal, else plain lines."""
+    return Bar() if sys.stdout.isatty() else Lines()
+
+
+class _Rate:
+    """Steps and images a second, over the last ten seconds or so."""
+
+    def __init__(self) -> None:
+        self.steps = self.images = 0.0
+        self._last = time.monotonic()
+
+    def add(self, images: int) -> None:
+        now = time.monotonic()
+        elapsed, self._last = max(now - self._last, 1e-6), now
+        weight = min(1.0, elapsed / 10) if self.steps else 1.0
+        # Averages of seconds, not of rates: a slow step counts by its length.
+        self._seconds = elapsed if not self.steps else (1 - weight) * self._seconds + weight * elapsed
+        self._per_step = images if not self.steps else (1 - weight) * self._per_step + weight * images
+        self.steps = 1 / self._seconds
+        self.images = self._per_step / self._seconds
+
+
+class Lines:
+    """A line every ten seconds and at the end."""
+
+    def __init__(self, seconds: float = 10.0) -> None:
+        self._every = seconds
+
+    def start(self, step: int, total: int, batch_size: int) -> None:
+        self._rate, self._total, self._shown = _Rate(), total, time.monotonic()
+        print(f"step {step} of {total}", flush=True)
+
+    def update(self, step: int, metrics: dict[str, float], images: int) -> None:
+        self._rate.add(images)
+        now = time.monotonic()
+        if now - self._shown < self._every and step != self._total:
+            return
+        self._shown = now
+        left = (self._total - step) / self._rate.steps
+        print(
+            f"step {step} of {self._total}, {self._rate.steps:.2f} steps/s, {self._rate.images:.0f} images/s, "
+            f"{_duration(left)} left, loss_d {metrics['loss_d']:.4f}, loss_g {metrics['loss_g']:.4f}",
+            flush=True,
+        )
+
+    def say(self, message: str) -> None:
+        print(message, flush=True)
+
+    def close(self) -> None:
+        pass
+
+
+class Bar:
+    """One line that is drawn anew."""
+
+    def start(self, step: int, total: int, batch_size: int) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._rate = _Rate()
+        self._progress = Progress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+        )
+        self._task = self._progress.add_task("", total=total, completed=step, figures="")
+        self._progress.start()
+
+    def update(self, step: int, metrics: dict[str, float], images: int) -> None:
+        self._rate.add(images)
+        figures = (
+            f"{self._rate.steps:.2f} steps/s  {self._rate.images:.0f} images/s  "
+            f"loss_d {metrics['loss_d']:.3f}  loss_g {metrics['loss_g']:.3f}"
+        )
+        self._progress.update(self._task, completed=step, figures=figures)
+
+    def say(self, message: str) -> None:
+        print(message, flush=True)
+
+    def close(self) -> None:
+        progress = getattr(self, "_progress", None)
+        if progress is not None:
+            progress.stop()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

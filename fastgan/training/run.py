@@ -1,0 +1,380 @@
+"""Training a DCGAN in a run folder: saved whole, resumed bit for bit.
+
+Everything random is a pure function of the seed and the step (weights, the order of the pictures, flips, noise), so
+that a checkpoint holds weights, optimizer and step, and nothing else is needed to go on exactly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from fastgan._version import __version__
+from fastgan.data import ImageArray, ImageBatches, load_images
+from fastgan.models.dcgan import DCGAN, check_image_size
+from fastgan.ops.gan_loss import LOSSES
+from fastgan.training.checkpoint import (
+    RunError,
+    check_state,
+    find_checkpoint,
+    load_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
+from fastgan.training.gan import _INIT, PRECISIONS, GANTrainer, mixed_seed
+from fastgan.training.pictures import grid_png
+from fastgan.training.run_folder import RunFolder, config_digest
+
+
+@dataclass(frozen=True)
+class DCGANConfig:
+    """What ``fastgan train dcgan`` is told; every default is here and nowhere else."""
+
+    data: str = "digits"  # a folder, a zip file, "cifar10" or "digits"
+    image_size: int = 64  # 4·2ⁿ
+    channels: int = 3
+    batch_size: int = 64
+    latent: int = 100  # length of a noise vector
+    ngf: int = 64  # width of the generator
+    ndf: int = 64  # width of the discriminator
+    lr: float = 2e-4
+    beta1: float = 0.5
+    loss: str = "bce"
+    flip: bool = False  # mirror pictures at random
+    precision: str = "float32"
+    seed: int = 0
+    # What follows may change when a run is resumed.
+    epochs: int = 100
+    max_steps: int | None = None
+    checkpoint_every: int = 500
+    sample_every: int = 500
+
+    def __post_init__(self) -> None:
+        for name in ("channels", "batch_size", "latent", "ngf", "ndf", "epochs", "max_steps", "checkpoint_every",
+                     "sample_every", "image_size"):  # fmt: skip
+            value = getattr(self, name)
+            if value is None and name == "max_steps":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        check_image_size(self.image_size)
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"lr must be positive and finite, got {self.lr}")
+        if not 0 <= self.beta1 < 1:
+            raise ValueError(f"beta1 must be in [0, 1), got {self.beta1}")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}")
+        if not 0 <= self.seed < 1 << 63:
+            raise ValueError(f"seed must be from 0 to 2^63 - 1, got {self.seed}")
+
+    def total_steps(self, pictures: int) -> int:
+        total = self.epochs * -(-pictures // self.batch_size)
+        return total if self.max_steps is None else min(total, self.max_steps)
+
+
+#: fields that a resumed run may change
+CHANGEABLE = ("epochs", "max_steps", "checkpoint_every", "sample_every")
+
+
+class Reporter(Protocol):
+    """Is told how a run goes."""
+
+    def start(self, step: int, total: int, batch_size: int) -> None: ...
+
+    def update(self, step: int, metrics: dict[str, float], images: int) -> None: ...
+
+    def say(self, message: str) -> None: ...
+
+
+class Silent:
+    """A reporter that says nothing."""
+
+    def start(self, step: int, total: int, batch_size: int) -> None:
+        pass
+
+    def update(self, step: int, metrics: dict[str, float], images: int) -> None:
+        pass
+
+    def say(self, message: str) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended: where, at which step, and whether there is more to do."""
+
+    folder: Path
+    step: int
+    total: int
+    interrupted: bool = False
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.total
+
+
+def run_dcgan(
+    config: DCGANConfig,
+    out: str | os.PathLike[str],
+    *,
+    device: str | None = None,
+    num_workers: int = 0,
+    cache_dir: str | None = None,
+    reporter: Reporter | None = None,
+    data: ImageArray | None = None,
+) -> Result:
+    """Trains a new DCGAN in ``out``, which may exist but holds no run yet.
+
+    Args:
+        config: what to train on what.
+        out: the run's folder.
+        device: "cpu", "cuda", ...; None takes a GPU if there is one.
+        num_workers: threads that prepare batches. The result does not depend on it.
+        cache_dir: where decoded pictures are kept, see ``fastgan.data.load_images``.
+        reporter: is told how it goes.
+        data: pictures loaded already, in place of loading ``config.data``.
+
+    SIGINT and SIGTERM end the run after the current step, saved. Raises RunError, ValueError, FileNotFoundError or
+    OSError (a full disk) with the file's name, and leaves the last whole checkpoint as it was.
+    """
+    folder = RunFolder(out)
+    if folder.exists():
+        raise RunError(f"{folder.path}: holds a run already; resume it, or name another folder")
+    if folder.path.exists() and not folder.path.is_dir():
+        raise RunError(f"{folder.path}: is not a folder")
+    images = _load(config, cache_dir) if data is None else data
+    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.lock()
+    try:
+        if folder.exists():
+            raise RunError(f"{folder.path}: holds a run already; resume it, or name another folder")
+        folder.write_config(_document(config, images))
+        return _train(config, folder, images, None, device, num_workers, reporter or Silent())
+    finally:
+        folder.close()
+
+
+def resume_dcgan(
+    out: str | os.PathLike[str],
+    changes: dict[str, Any] | None = None,
+    *,
+    device: str | None = None,
+    num_workers: int = 0,
+    cache_dir: str | None = None,
+    reporter: Reporter | None = None,
+    data: ImageArray | None = None,
+) -> Result:
+    """Goes on with the run in ``out`` from its last checkpoint, with the same bits as if it had never stopped.
+
+    ``changes`` may name ``epochs``, ``max_steps``, ``checkpoint_every`` and ``sample_every``; another field must be as
+    it was. A finished run is left as it is. Everything is checked before any file is changed; arguments and errors
+    otherwise as ``run_dcgan``'s.
+    """
+    folder = RunFolder(out)
+    document = folder.read_config()
+    before = config_of(document, folder.path)
+    config = before
+    for name, value in (changes or {}).items():
+        if name in CHANGEABLE:
+            config = dataclasses.replace(config, **{name: value})
+        elif getattr(before, name) != value:
+            raise RunError(
+                f"{folder.path}: this run has {name} = {getattr(before, name)!r}, not {value!r}; a resumed run may "
+                f"change only {', '.join(CHANGEABLE)}"
+            )
+    folder.lock()
+    try:
+        checkpoint = find_checkpoint(folder.path)
+        step = 0
+        if checkpoint is not None:
+            header, _ = read_checkpoint(checkpoint)
+            step = header["step"]
+            if header["config_sha256"] != _digest(document):
+                raise RunError(f"{checkpoint / 'trainer.json'}: belongs to another configuration than config.json")
+        total = config.total_steps(document["pictures"])
+        if step >= total:
+            return Result(folder.path, step, total)
+        images = _load(config, cache_dir) if data is None else data
+        if images.digest != document["data_sha256"]:
+            raise RunError(f"{config.data}: these are not the pictures that the run in {folder.path} was started with")
+        if config != before:
+            folder.write_config(_document(config, images))
+        return _train(config, folder, images, checkpoint, device, num_workers, reporter or Silent())
+    finally:
+        folder.close()
+
+
+def config_of(document: dict[str, Any], folder: Path) -> DCGANConfig:
+    """The configuration within a config.json; RunError if it is none."""
+    fields = {field.name for field in dataclasses.fields(DCGANConfig)}
+    stored = document.get("config")
+    path = folder / "config.json"
+    if document.get("kind") != "dcgan" or not isinstance(stored, dict) or set(stored) != fields:
+        raise RunError(f"{path}: not the configuration of a DCGAN run of this fastgan")
+    if not isinstance(document.get("pictures"), int) or not isinstance(document.get("data_sha256"), str):
+        raise RunError(f"{path}: does not say what data it was started with")
+    try:
+        return DCGANConfig(**stored)
+    except (TypeError, ValueError) as error:
+        raise RunError(f"{path}: {error}") from error
+
+
+def load_generator(folder: str | os.PathLike[str]) -> tuple[torch.nn.Module, DCGANConfig, int]:
+    """The generator of a run's last checkpoint, in evaluation mode, its configuration and step; RunError if damaged."""
+    run = RunFolder(folder)
+    config = config_of(run.read_config(), run.path)
+    for attempt in range(3):
+        checkpoint = find_checkpoint(run.path)
+        if checkpoint is None:
+            raise RunError(f"{run.path}: has no checkpoint yet")
+        try:
+            header, tensors = read_checkpoint(checkpoint)
+            break
+        except RunError:
+            # A run that is going on deletes its older checkpoint; then there is a newer one.
+            if attempt == 2 or find_checkpoint(run.path) == checkpoint:
+                raise
+    model = DCGAN(config.image_size, config.channels, config.latent, config.ngf, config.ndf).generator
+    check_state(model, tensors["generator"], checkpoint / "generator.safetensors")
+    if config.precision == "float64":
+        model.double()
+    model.load_state_dict(tensors["generator"])
+    return model.eval(), config, int(header["step"])
+
+
+def _load(config: DCGANConfig, cache_dir: str | None) -> ImageArray:
+    return load_images(config.data, config.image_size, config.channels, cache_dir=cache_dir)
+
+
+def _document(config: DCGANConfig, images: ImageArray) -> dict[str, Any]:
+    return {
+        "kind": "dcgan",
+        "fastgan": __version__,
+        "config": dataclasses.asdict(config),
+        "pictures": len(images),
+        "data_sha256": images.digest,
+    }
+
+
+def _digest(document: dict[str, Any]) -> str:
+    """Of everything that the weights depend on."""
+    identity = {name: value for name, value in document["config"].items() if name not in CHANGEABLE}
+    return config_digest({**identity, "data": document["data_sha256"], "pictures": document["pictures"]})
+
+
+def make_trainer(config: DCGANConfig, device: str | None = None) -> GANTrainer:
+    """The networks and their trainer at step 0, a pure function of the configuration."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(mixed_seed(config.seed, _INIT, 0))
+        gan = DCGAN(config.image_size, config.channels, config.latent, config.ngf, config.ndf)
+    return GANTrainer(
+        gan.generator,
+        gan.discriminator,
+        (config.latent, 1, 1),
+        config.lr,
+        (config.beta1, 0.999),
+        config.loss,
+        seed=config.seed,
+        device=device,
+        precision=config.precision,
+    )
+
+
+def _train(
+    config: DCGANConfig,
+    folder: RunFolder,
+    images: ImageArray,
+    checkpoint: Path | None,
+    device: str | None,
+    num_workers: int,
+    reporter: Reporter,
+) -> Result:
+    """The loop. Its order matters: metrics and pictures of a step are on disk before the checkpoint that ends it."""
+    digest = _digest(_document(config, images))
+    total = config.total_steps(len(images))
+    trainer = make_trainer(config, device)
+    if checkpoint is not None:
+        load_checkpoint(trainer, checkpoint, digest)
+    folder.start_metrics(trainer.step)
+    batches = ImageBatches(images, config.batch_size, config.seed, flip=config.flip, num_workers=num_workers)
+    reporter.start(trainer.step, total, config.batch_size)
+    saved: int | None = trainer.step if checkpoint is not None else None
+    begin = time.monotonic() - folder.seconds
+    with _stop_when_asked() as stopping:
+        for real in batches.steps(trainer.step, total):
+            try:
+                metrics = trainer.train_step(real)
+            except FloatingPointError as error:
+                raise RunError(f"{folder.path}: {error}. {_kept(folder.path, saved)}") from error
+            step = trainer.step
+            epoch, _ = batches.order.position(step - 1)
+            folder.log({"step": step, "epoch": epoch, **metrics, "seconds": round(time.monotonic() - begin, 3)})
+            reporter.update(step, metrics, len(real))
+            stop = stopping() or step == total
+            if step % config.sample_every == 0 or step == total:
+                folder.write_sample(step, grid_png(trainer.sample(64, config.seed)))
+            if stop or step % config.checkpoint_every == 0:
+                _refuse_not_finite(trainer, folder.path, saved)
+                folder.flush()
+                folder.draw_curves(force=stop)
+                folder.write_events()
+                save_checkpoint(trainer, folder.path, digest)
+                saved = step
+            if stop:
+                break
+    return Result(folder.path, trainer.step, total, interrupted=trainer.step < total)
+
+
+def _kept(folder: Path, saved: int | None) -> str:
+    if saved is None:
+        return "There was no checkpoint yet"
+    return f"The last good checkpoint, of step {saved}, is untouched: {folder / 'last'}"
+
+
+def _refuse_not_finite(trainer: GANTrainer, folder: Path, saved: int | None) -> None:
+    """Weights that the last step ruined would show in the next loss, after they had been saved."""
+    for name, model in (("generator", trainer.generator), ("discriminator", trainer.discriminator)):
+        for key, tensor in model.state_dict().items():
+            if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                raise RunError(
+                    f"{folder}: {name}.{key} is not finite after step {trainer.step}: training has diverged. "
+                    f"{_kept(folder, saved)}"
+                )
+
+
+@contextmanager
+def _stop_when_asked() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM came. A second SIGINT ends the process at once, as usual."""
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def handler(number: int, frame: Any) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -1,0 +1,176 @@
+"""A run's folder: what it holds, who may write to it, and how each file is written.
+
+::
+
+    config.json        what was asked for, and the hash of the data
+    metrics.jsonl      a line a step; cut back to the checkpoint's step when a run is resumed
+    last/              the last whole checkpoint (a link into checkpoints/)
+    samples/           pictures from the same noise as training goes on
+    curves.png         losses over the steps
+    tensorboard/       the same figures as TensorBoard events, where it is installed
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from fastgan.training.checkpoint import RunError, canonical, replace_file, sha256
+
+FORMAT = "fastgan-run"
+VERSION = 1
+
+
+class RunFolder:
+    """A run's folder, held by one process at a time (the lock dies with the process)."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self._lock: int | None = None
+        self._metrics: Any = None
+        self._rows: list[dict[str, Any]] = []
+        self._curves_drawn = 0.0
+        self._events: Any = None
+        self._events_row = 0
+
+    # ---- the lock ----
+
+    def lock(self) -> None:
+        """RunError if another process holds the folder. Nothing in it is changed."""
+        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            self._lock = None
+            raise RunError(f"{self.path}: another process is training in this folder") from error
+
+    def close(self) -> None:
+        """Closes files and gives the lock back."""
+        try:
+            if self._metrics is not None:
+                self._metrics.close()
+            if self._events is not None:
+                self._events.close()
+        finally:
+            self._metrics = self._events = None
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+    # ---- config.json ----
+
+    def exists(self) -> bool:
+        return (self.path / "config.json").exists()
+
+    def write_config(self, config: dict[str, Any]) -> None:
+        document = {"format": FORMAT, "version": VERSION, **config}
+        replace_file(self.path / "config.json", (json.dumps(document, indent=2) + "\n").encode())
+
+    def read_config(self) -> dict[str, Any]:
+        path = self.path / "config.json"
+        if not self.path.is_dir():
+            raise RunError(f"{self.path}: there is no such folder to resume from")
+        try:
+            document = json.loads(path.read_bytes())
+        except FileNotFoundError as error:
+            raise RunError(f"{self.path}: holds no run of fastgan (no config.json)") from error
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path}: cannot be read ({error})") from error
+        if not isinstance(document, dict) or document.get("format") != FORMAT:
+            raise RunError(f"{path}: not the configuration of a fastgan run")
+        if document.get("version") != VERSION:
+            raise RunError(f"{path}: run version {document.get('version')!r}; this fastgan reads {VERSION}")
+        return document
+
+    # ---- metrics.jsonl ----
+
+    def start_metrics(self, step: int) -> None:
+        """Opens metrics.jsonl, cut back to ``step``: what was written after the checkpoint is made again."""
+        path = self.path / "metrics.jsonl"
+        kept = b""
+        self._rows = []
+        if path.exists():
+            before = path.read_bytes()
+            for line in before.splitlines(keepends=True):
+                row = _row(line)
+                if row is not None and row["step"] <= step:
+                    kept += line
+                    self._rows.append(row)
+            if kept != before:
+                replace_file(path, kept)
+        self._metrics = open(path, "ab")  # noqa: SIM115  closed by close()
+        self._events_row = len(self._rows)
+
+    def log(self, row: dict[str, Any]) -> None:
+        self._rows.append(row)
+        try:
+            self._metrics.write(json.dumps(row).encode() + b"\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path / "metrics.jsonl")) from error
+
+    def flush(self) -> None:
+        """Metrics to the disk; called before a checkpoint, which must not be ahead of them."""
+        try:
+            self._metrics.flush()
+            os.fsync(self._metrics.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path / "metrics.jsonl")) from error
+
+    @property
+    def seconds(self) -> float:
+        """Time trained, all sittings together."""
+        return self._rows[-1]["seconds"] if self._rows else 0.0
+
+    # ---- pictures ----
+
+    def write_sample(self, step: int, png: bytes) -> Path:
+        folder = self.path / "samples"
+        folder.mkdir(exist_ok=True)
+        path = folder / f"step-{step:09d}.png"
+        replace_file(path, png)
+        return path
+
+    def draw_curves(self, force: bool) -> None:
+        """curves.png, at most every half minute unless forced: drawing takes a second."""
+        if not self._rows or (not force and time.monotonic() - self._curves_drawn < 30):
+            return
+        from fastgan.training.pictures import curves_png
+
+        replace_file(self.path / "curves.png", curves_png(self._rows, self.path.name))
+        self._curves_drawn = time.monotonic()
+
+    def write_events(self) -> None:
+        """The rows since the last call as TensorBoard events, if TensorBoard is there."""
+        rows, self._events_row = self._rows[self._events_row :], len(self._rows)
+        if not rows:
+            return
+        if self._events is None:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError:
+                return
+            self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=rows[0]["step"])
+        for row in rows:
+            for name in ("loss_d", "loss_g", "d_real", "d_fake"):
+                self._events.add_scalar(name, row[name], row["step"])
+        self._events.flush()
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    """A line of metrics.jsonl, or None for a part of one."""
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def config_digest(identity: dict[str, Any]) -> str:
+    return sha256(canonical(identity))

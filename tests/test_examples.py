@@ -1,0 +1,48 @@
+"""Each script of examples/ runs, with a few steps."""
+
+import math
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def run(name, *arguments, cache):
+    environment = {**os.environ, "FASTGAN_CACHE": str(cache)}
+    done = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=environment,
+        cwd=cache,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"), [("one_line.py", "sklearn"), ("penalty.py", None)], ids=["one_line", "penalty"]
+)
+def test_example_runs(name, needs, tmp_path):
+    if needs:
+        pytest.importorskip(needs)
+    out = run(name, "3", cache=tmp_path)
+    last = out.splitlines()[-1]
+    assert last.startswith("step 3/3")
+    numbers = [float(n) for n in re.findall(r"(?:loss_\w|distance|penalty) (\S+)", last)]
+    assert len(numbers) == 2
+    assert all(map(math.isfinite, numbers))
+    if name == "one_line.py":
+        assert "8 swapped" in out
+
+
+def test_examples_are_short():
+    for path in EXAMPLES.glob("*.py"):
+        assert len(path.read_text().splitlines()) < 60
