@@ -406,3 +406,21 @@ step(64); before = peak(); step(4096); print((peak() - before) // 1024)
 """
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240)
     assert int(ran.stdout) < 100, f"{ran.stdout} MB"
+
+
+def test_R45_nothing_is_alive_after_a_step():
+    import gc
+    import weakref
+
+    gc.collect()
+    gc.disable()
+    try:
+        input, weight, target, bias = inputs()
+        loss = linear_cross_entropy(input, weight, target, bias)
+        (dx,) = torch.autograd.grad(loss, input, create_graph=True)
+        (loss + dx.square().sum()).backward()
+        watched = [weakref.ref(t) for t in (input, weight, loss, dx)]
+        del input, weight, target, bias, loss, dx
+        assert [w() for w in watched] == [None] * 4
+    finally:
+        gc.enable()
