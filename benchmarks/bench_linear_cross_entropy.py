@@ -1,4 +1,4 @@
-"""The LM head and its loss, forward and backward, beside cross_entropy(linear(...)) and torch's own chunked function."""
+"""The LM head and its loss, forward and backward, beside cross_entropy(linear(...)) and torch's own chunks."""
 
 import pytest
 import torch

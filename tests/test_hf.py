@@ -231,19 +231,20 @@ def test_generation_with_a_static_cache_equals_a_dynamic_one():
 @pytest.mark.parametrize("make", MODELS)
 def test_dropout_in_training_only(make):
     model, inputs = made(make, training=True), batch(make)
-    for module in model.modules():  # attention's own dropout alone
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
-        for name in ("dropout", "attention_dropout", "dropout_prob"):
-            if isinstance(getattr(module, name, None), float):
-                setattr(module, name, 0.0)
-        if type(module).__name__.endswith(("Attention", "SelfAttention")):
-            for name in ("dropout", "attention_dropout", "attn_dropout"):
+    names = ("dropout", "attention_dropout", "attn_dropout", "dropout_prob", "activation_dropout")
+    for of_attention in (False, True):  # attention's own dropout alone remains
+        for module in model.modules():
+            is_attention = type(module).__name__.endswith("Attention")
+            for name in names:
                 held = getattr(module, name, None)
+                if of_attention and not is_attention:
+                    continue
                 if isinstance(held, torch.nn.Dropout):
-                    held.p = 0.3
-                elif held is not None:
-                    setattr(module, name, 0.3)
+                    held.p = 0.3 if of_attention else 0.0
+                elif isinstance(held, float):
+                    setattr(module, name, 0.3 if of_attention else 0.0)
+            if isinstance(module, torch.nn.Dropout) and not of_attention:
+                module.p = 0.0
     first, second = model(**inputs).logits, model(**inputs).logits
     assert first.isfinite().all()
     assert not torch.allclose(first, second, atol=1e-3)
@@ -292,7 +293,7 @@ def test_an_old_or_missing_transformers_is_named(version, monkeypatch):
     if version is None:
         monkeypatch.setitem(sys.modules, "transformers", None)
     else:
-        monkeypatch.setattr(transformers, "__version__", version)
+        monkeypatch.setattr(importlib.import_module("transformers"), "__version__", version)
     with pytest.raises(ImportError, match=r"fastgan\.hf needs transformers.*pip install"):
         importlib.reload(fastgan.hf)
 

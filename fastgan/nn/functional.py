@@ -574,7 +574,7 @@ def linear_cross_entropy(
     settings = (ignore_index, float(label_smoothing), index, float(z_loss), float(adversarial_radius))
     if weight.dim() > 2 or target.is_floating_point():
         return _linear_cross_entropy.composed(input, weight, target, bias, *settings)
-    tokens = (input.reshape(-1, input.shape[-1]), weight, target.reshape(-1).long(), bias)
+    tokens = (input.reshape(target.numel(), input.shape[-1]), weight, target.reshape(-1).long(), bias)
     if _impl.reference_selected() or device != "cpu":
         with torch.autocast(device, enabled=False):
             loss = _linear_cross_entropy.reference(*tokens, *settings, [False] * 3)[0]

@@ -81,7 +81,7 @@ def reference(
     z_loss: float,
     adversarial_radius: float,
     gradients: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """Input (T, H), weight (V, H), target (T,) and bias (V,) or None → the loss and the gradients asked for."""
     logits = _logits(input, weight, target, bias, adversarial_radius)
     kept = target != ignore_index

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -126,7 +129,7 @@ def test_gradcheck(settings, reduction):
     assert torch.autograd.gradgradcheck(f, (input, weight, bias), check_batched_grad=True)
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean"])
+@pytest.mark.parametrize("reduction", [pytest.param("none", marks=pytest.mark.slow), "mean"])
 def test_derivative_matrix(reduction):
     weight, base = torch.randn(9, 4, dtype=torch.float64), torch.randn(9, dtype=torch.float64)
     target = torch.tensor([3, -100, 8])
@@ -162,3 +165,262 @@ def test_adversarial_radius_at_zero_features():
     (dx,) = torch.autograd.grad(loss, input, create_graph=True)
     assert dx.isfinite().all()
     assert torch.autograd.grad(dx.square().sum(), input)[0].isfinite().all()
+
+
+# ---- the kernel: chunks, instruction sets, dtypes ----
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """Sixteen tokens a chunk, and blocks of sixteen classes of a 16-bit weight."""
+    monkeypatch.setattr(ops, "CHUNK_BYTES", 1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("classes", [1, 7, 1024, 1031, 2100])
+def test_every_instruction_set(capability, small_chunks, classes, dtype):
+    args = inputs(37, 5, classes, dtype, ignored=(1, 20), ignore_index=-7)
+    settings = {**SETTINGS[4], "ignore_index": -7}
+    exact = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in args]
+    rtol, atol = (2e-5, 2e-6) if dtype == torch.float32 else (1e-11, 1e-12)
+    for reduction in ("none", "mean"):
+        got = gradients(linear_cross_entropy, *args, reduction=reduction, **settings)
+        expected = gradients(plain, *exact, reduction=reduction, **settings)
+        torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, check_dtype=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_half_precision_accumulates_in_float32(small_chunks, dtype, reduction):
+    args = inputs(40, 8, 50, dtype, ignored=(3,))
+    exact = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in args]
+    got = gradients(linear_cross_entropy, *args, reduction=reduction)
+    assert all(t.dtype == dtype for t in got)
+    expected = gradients(plain, *exact, reduction=reduction)
+    # one rounding of the result, nothing in between
+    torch.testing.assert_close([t.double() for t in got], list(expected), rtol=0.51 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_float16_gradients_survive_under_a_loss_scale():
+    """Computed for an upstream gradient of 1 they would be below float16's smallest number."""
+    input, weight, target, _ = inputs(3000, 4, 5, torch.float16)
+    (linear_cross_entropy(input * 1e-2, weight * 1e-2, target) * 65504.0).backward()
+    exact = input.detach().double().requires_grad_()
+    (plain(exact * 1e-2, weight.detach().double() * 1e-2, target) * 65504.0).backward()
+    assert exact.grad.abs().median() / 65504.0 < 6e-8
+    torch.testing.assert_close(input.grad.double(), exact.grad, rtol=2e-2, atol=1e-4)
+
+
+def test_autocast_computes_in_float32():
+    input, weight, target, bias = inputs(dtype=torch.float32)
+    expected = gradients(linear_cross_entropy, input, weight, target, bias)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(gradients(linear_cross_entropy, input, weight, target, bias), expected)
+        mixed = linear_cross_entropy(input.bfloat16(), weight, target, bias)
+        with fastgan.use("reference"):
+            torch.testing.assert_close(linear_cross_entropy(input.bfloat16(), weight, target, bias), mixed)
+    assert mixed.dtype == torch.float32
+
+
+def test_the_row_kernel_gives_the_same_bits_for_every_number_of_threads():
+    logits, target = torch.randn(33, 3001), torch.randint(0, 3001, (33,))
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        rows, loss = logits.clone(), torch.empty(33)
+        torch.ops.fastgan.linear_cross_entropy_rows(rows, target, None, None, torch.ones(33), loss, 0.1, 1e-3)
+        results.append((rows, loss))
+    for rows, loss in results[1:]:
+        assert torch.equal(rows, results[0][0])
+        assert torch.equal(loss, results[0][1])
+
+
+def test_one_call_is_like_the_next():
+    args = inputs(300, 16, 500, torch.float32)
+    first = gradients(linear_cross_entropy, *args)
+    assert all(torch.equal(a, b) for a, b in zip(first, gradients(linear_cross_entropy, *args), strict=True))
+
+
+# ---- extremes ----
+
+
+def test_confident_and_masked_logits():
+    """A large margin loses no digits, a vocabulary masked by -inf has no NaN."""
+    weight = torch.eye(4, dtype=torch.float32)
+    loss = linear_cross_entropy(weight * 30.0, weight, torch.arange(4), reduction="none")
+    torch.testing.assert_close(
+        loss.double(), torch.full((4,), 3 * 9.357622968840175e-14).double(), rtol=0.2, atol=1e-13
+    )
+    bias = torch.zeros(2000)
+    bias[:1990] = float("-inf")
+    input, weight = torch.randn(5, 3).requires_grad_(), torch.randn(2000, 3)
+    target = torch.arange(1990, 1995)
+    got = linear_cross_entropy(input, weight, target, bias)
+    torch.testing.assert_close(got, F.cross_entropy(F.linear(input, weight, bias), target))
+    got.backward()
+    assert input.grad.isfinite().all()
+
+
+def test_nan_stays_in_its_row():
+    input, weight, target, bias = inputs()
+    with torch.no_grad():
+        input[3, 1] = float("nan")
+    loss, dx, _, _ = gradients(linear_cross_entropy, input, weight, target, bias, reduction="none")
+    bad = torch.arange(T) == 3
+    assert loss.isnan().equal(bad)
+    assert dx.isnan().any(1).equal(bad)
+    assert linear_cross_entropy(input, weight, target).isnan()
+
+
+@pytest.mark.parametrize(("tokens", "features"), [(0, 4), (3, 0), (0, 0)])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_empty(tokens, features, reduction):
+    args = inputs(tokens, features, 6)
+    got = gradients(linear_cross_entropy, *args, reduction=reduction)
+    expected = gradients(plain, *args, reduction=reduction)
+    torch.testing.assert_close(got, expected, equal_nan=True)
+
+
+# ---- what is accepted ----
+
+
+def test_strides():
+    base = inputs(grad=False)
+    expected = linear_cross_entropy(*base)
+    input, weight, target, bias = base
+    views = (
+        input.t().contiguous().t(),
+        torch.stack([weight, weight], -1)[..., 0],
+        torch.stack([target, target], -1)[:, 1],
+        torch.stack([bias, bias], -1)[:, 0],
+    )
+    torch.testing.assert_close(linear_cross_entropy(*views), expected)
+    row = input[:1].expand(T, H)
+    torch.testing.assert_close(linear_cross_entropy(row, weight, target), plain(row, weight, target))
+
+
+@pytest.mark.parametrize("lead", [(), (2, 3)])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_leading_dimensions(lead, reduction):
+    input, weight = torch.randn(*lead, H), torch.randn(V, H)
+    target = torch.randint(0, V, lead)
+    got = linear_cross_entropy(input, weight, target, reduction=reduction)
+    assert got.shape == (lead if reduction == "none" else ())
+    expected = plain(input.reshape(-1, H), weight, target.reshape(-1), reduction=reduction)
+    torch.testing.assert_close(got, expected.reshape(got.shape))
+    assert linear_cross_entropy(input, weight, target.to(torch.uint8)).isfinite()
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="torch.nn.functional has no linear_cross_entropy")
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_equals_torchs_own_function(reduction):
+    input, weight, target, bias = inputs(ignored=(2,), grad=False)
+    settings = {"reduction": reduction, "label_smoothing": 0.1}
+    expected = F.linear_cross_entropy(input, weight, target, linear_bias=bias, **settings)
+    torch.testing.assert_close(linear_cross_entropy(input, weight, target, bias, **settings), expected)
+    probabilities = torch.rand(T, V, dtype=torch.float64).softmax(-1)
+    expected = F.linear_cross_entropy(input, weight, probabilities, linear_bias=bias, **settings)
+    torch.testing.assert_close(linear_cross_entropy(input, weight, probabilities, bias, **settings), expected)
+    weight, target = torch.randn(V, 2, H, dtype=torch.float64), torch.randint(0, V, (T, 2))
+    expected = F.linear_cross_entropy(input, weight, target, **settings)
+    torch.testing.assert_close(linear_cross_entropy(input, weight, target, **settings), expected)
+
+
+def test_tied_embedding():
+    embedding = torch.nn.Embedding(V, H).double()
+    ids, target = torch.randint(0, V, (T,)), torch.randint(0, V, (T,))
+
+    def gradient(function):
+        embedding.zero_grad()
+        function(embedding(ids).tanh(), embedding.weight, target).backward()
+        return embedding.weight.grad.clone()
+
+    torch.testing.assert_close(gradient(linear_cross_entropy), gradient(plain))
+
+
+def test_backward_again_and_gradients_of_our_own():
+    """The forward's gradients are handed over without a copy only where the graph is freed."""
+    args = inputs()
+    loss = linear_cross_entropy(*args)
+    once = torch.autograd.grad(loss, (args[0], args[1], args[3]), retain_graph=True)
+    kept = [g.clone() for g in once]
+    for gradient in once:
+        gradient.zero_()
+    (3.0 * loss).backward()
+    torch.testing.assert_close([args[0].grad, args[1].grad, args[3].grad], [3.0 * g for g in kept])
+    loss = linear_cross_entropy(*args)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(args[1].grad, 5.0 * kept[1])
+
+
+def test_frozen_weight_has_no_gradient_computed(monkeypatch):
+    input, weight, target, _ = inputs()
+    asked = []
+    chunked = ops._chunked
+    monkeypatch.setattr(ops, "_chunked", lambda *a, **k: asked.append(list(a[10])) or chunked(*a, **k))
+    linear_cross_entropy(input, weight.detach(), target).backward()
+    with torch.no_grad():
+        linear_cross_entropy(input, weight, target)
+    assert asked == [[True, False, False], [False, False, False]]
+
+
+REFUSED = {
+    "class too large": (IndexError, "out of bounds", {"target": torch.full((T,), V)}),
+    "class negative": (IndexError, "out of bounds", {"target": torch.full((T,), -1)}),
+    "fewer targets": (ValueError, "target", {"target": torch.zeros(T - 1, dtype=torch.int64)}),
+    "target of another rank": (RuntimeError, "target", {"target": torch.zeros(T, 1, dtype=torch.int64)}),
+    "int32 target": (RuntimeError, "int64", {"target": torch.zeros(T, dtype=torch.int32)}),
+    "float target": (RuntimeError, "target", {"target": torch.zeros(T)}),
+    "other features": (RuntimeError, "input", {"weight": torch.zeros(V, H + 1, dtype=torch.float64)}),
+    "other dtype": (RuntimeError, "weight", {"weight": torch.zeros(V, H)}),
+    "bias too short": (RuntimeError, "bias", {"bias": torch.zeros(V - 1, dtype=torch.float64)}),
+    "integers": (RuntimeError, "input", {"input": torch.zeros(T, H, dtype=torch.int64)}),
+    "other device": (RuntimeError, "weight", {"weight": torch.zeros(V, H, dtype=torch.float64, device="meta")}),
+    "reduction": (ValueError, "reduction", {"reduction": "average"}),
+    "smoothing": (RuntimeError, "label_smoothing", {"label_smoothing": 1.5}),
+    "z_loss": (ValueError, "z_loss", {"z_loss": -1.0}),
+    "radius": (ValueError, "adversarial_radius", {"adversarial_radius": -1.0}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused(case):
+    exception, message, changed = REFUSED[case]
+    given = dict(zip(("input", "weight", "target", "bias"), inputs(grad=False), strict=True))
+    with pytest.raises(exception, match=message):
+        linear_cross_entropy(**{**given, **changed})
+
+
+def test_the_logits_are_never_whole():
+    """4,096 tokens times 20,000 classes are 328 MB; the gradients that come out, 3 MB."""
+    code = """
+import resource, torch
+from fastgan.nn.functional import linear_cross_entropy
+def step(tokens):
+    x, w = torch.randn(tokens, 32, requires_grad=True), torch.randn(20000, 32, requires_grad=True)
+    for reduction in ("mean", "none"):
+        linear_cross_entropy(x, w, torch.randint(0, 20000, (tokens,)), reduction=reduction).sum().backward()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+step(64); before = peak(); step(4096); print((peak() - before) // 1024)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=240)
+    assert int(ran.stdout) < 100, f"{ran.stdout} MB"
+
+
+def test_R45_nothing_is_alive_after_a_step():
+    import gc
+    import weakref
+
+    gc.collect()
+    gc.disable()
+    try:
+        input, weight, target, bias = inputs()
+        loss = linear_cross_entropy(input, weight, target, bias)
+        (dx,) = torch.autograd.grad(loss, input, create_graph=True)
+        (loss + dx.square().sum()).backward()
+        watched = [weakref.ref(t) for t in (input, weight, loss, dx)]
+        del input, weight, target, bias, loss, dx
+        assert [w() for w in watched] == [None] * 4
+    finally:
+        gc.enable()
