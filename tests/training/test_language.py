@@ -44,7 +44,9 @@ def test_pretraining_learns_and_says_so(pretrained):
     assert pretrained.history[-1][0] == pretrained.steps == 150
     guesses = pretrained.guesses[PROBE]
     assert len(guesses["before"]) == len(guesses["after"]) == 5
-    assert guesses["after"][0][0] == "red"
+    best = [word for word, _ in guesses["after"]]
+    assert {"red", "is", "blue", "the"} & set(best[:3])  # words of this language, no longer any fragment
+    assert guesses["after"][0][1] > 2 * guesses["before"][0][1]
 
 
 def test_pretraining_folder_is_read_back(pretrained):
