@@ -17,30 +17,49 @@ import torch
 
 from fastgan.data import load_images
 from fastgan.training import DCGANConfig, resume_dcgan, run_dcgan
+from fastgan.training.run import Silent
 from fastgan.training.run_folder import RunFolder
 
 STEPS = 24
 
 
-def attempt(config, folder, data, after: float | None) -> bool:
-    """Starts or resumes the run and kills it after so many seconds; True if it was killed before it ended."""
+class Started(Silent):
+    """Tells through a pipe that the first step is about to be made."""
+
+    def __init__(self, pipe: int) -> None:
+        self.pipe = pipe
+
+    def start(self, step, total, batch_size):
+        os.write(self.pipe, b"s")
+
+
+def attempt(config, folder, data, after: float | None, training: bool = True) -> bool:
+    """Starts or resumes the run and kills it; True if it was killed before it ended.
+
+    ``after`` is in seconds from the first step, or where ``training`` is False from the start of the process.
+    """
+    reading, writing = os.pipe()
     child = os.fork()
     if child == 0:
         status = 1
         try:
             if (folder / "config.json").exists():
-                resume_dcgan(folder, data=data)
+                resume_dcgan(folder, data=data, reporter=Started(writing))
             else:
-                run_dcgan(config, folder, data=data)
+                run_dcgan(config, folder, data=data, reporter=Started(writing))
             status = 0
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
         finally:
             os._exit(status)
+    os.close(writing)
     if after is not None:
+        if training:
+            os.read(reading, 1)  # nothing, if the process ended before it
         time.sleep(after)
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
+    os.close(reading)
     if os.WIFSIGNALED(status):
         return True
     assert os.WEXITSTATUS(status) == 0, f"the run in {folder} failed"
@@ -67,8 +86,8 @@ def main(place: Path, kills: int, seed: int) -> None:
     while killed < kills:
         folder = place / f"run-{runs}"
         runs += 1
-        # Early and late, and again and again within one run.
-        while attempt(config, folder, data, rng.uniform(0, length * rng.choice([0.1, 0.5, 1.1]))):
+        # Mostly while it trains and saves, at times while it starts, and again and again within one run.
+        while attempt(config, folder, data, rng.uniform(0, length * rng.choice([0.1, 0.5])), rng.random() < 0.85):
             killed += 1
             if killed >= kills:
                 break
