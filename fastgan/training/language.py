@@ -127,6 +127,8 @@ def pretrain_bert(
             max_position_embeddings=length,
             hidden_dropout_prob=dropout,
             attention_probs_dropout_prob=dropout,
+            # BERT's 0.02 is made for a width of 768; as small a number starves the attention of a narrow model.
+            initializer_range=width**-0.5,
             pad_token_id=tokenizer.pad_token_id,
         )
         model = BertForMaskedLM._from_config(config, attn_implementation=attn_implementation)
