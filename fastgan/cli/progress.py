@@ -17,6 +17,7 @@ class _Rate:
 
     def __init__(self) -> None:
         self.steps = self.images = 0.0
+        self._seconds = self._per_step = 0.0
         self._last = time.monotonic()
 
     def add(self, images: int) -> None:

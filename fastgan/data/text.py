@@ -148,7 +148,8 @@ def split_by_hash(texts: Sequence[str], validation: float = 0.1, salt: str = "")
     """
     if not 0.0 <= validation <= 1.0:
         raise ValueError(f"validation must be between 0 and 1, got {validation}")
-    training, held_out = [], []
+    training: list[int] = []
+    held_out: list[int] = []
     for index, text in enumerate(texts):
         (held_out if _fraction(text, "split:" + salt) < validation else training).append(index)
     return training, held_out

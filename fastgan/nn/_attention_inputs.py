@@ -12,9 +12,9 @@ def _shapes(**tensors: Tensor) -> str:
     return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
 
 
-def autocast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def autocast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     # as torch's autocast: float64 and what is not floating are left alone
-    if tensor is None or not tensor.is_floating_point() or tensor.dtype == torch.float64:
+    if not tensor.is_floating_point() or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(dtype)
 

@@ -60,7 +60,8 @@ def scaled_dot_product_attention(
     device = query.device.type
     if torch.is_autocast_enabled(device):
         lower = torch.get_autocast_dtype(device)
-        query, key, value, attn_mask = (_attention_inputs.autocast(t, lower) for t in (query, key, value, attn_mask))
+        query, key, value = (_attention_inputs.autocast(t, lower) for t in (query, key, value))
+        attn_mask = None if attn_mask is None else _attention_inputs.autocast(attn_mask, lower)
     _attention_inputs.check(query, key, value, attn_mask)
     if not _attention_inputs.has_kernel(query, key, value, attn_mask):
         return torch.nn.functional.scaled_dot_product_attention(
@@ -127,7 +128,7 @@ def conv2d(
                     f"{tuple(weight.shape)} with stride={stride}, padding={padding}, dilation={dilation} leaves an "
                     f"output of {size[0]} x {size[1]}"
                 )
-    return _conv.convolution(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[arg-type]
+    return _conv.convolution(input, weight, bias, stride, padding, dilation, groups)
 
 
 def conv_transpose2d(
@@ -170,9 +171,7 @@ def conv_transpose2d(
                 f"padding={padding} leaves no output: input of shape {tuple(input.shape)}, weight of shape "
                 f"{tuple(weight.shape)}, stride={stride} give {size[0]} x {size[1]}"
             )
-    return _conv.transposed_convolution(  # type: ignore[arg-type]
-        input, weight, bias, stride, padding, output_padding, groups, dilation
-    )
+    return _conv.transposed_convolution(input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
 def _is_plain_convolution(*tensors: Tensor | None) -> bool:
@@ -473,17 +472,17 @@ def conv_gan_loss(
         bias = None if bias is None else _gan_loss_inputs.lowered(bias, lower)
     shape = _gan_loss.output_shape(input, weight, stride, padding)
     accumulate = _gan_loss.accumulate_dtype(input.dtype)
-    target, target_value = _gan_loss_inputs.check_target(target, shape, loss, accumulate, input.device)
+    labels, target_value = _gan_loss_inputs.check_target(target, shape, loss, accumulate, input.device)
     weights = _gan_loss_inputs.broadcastable(
         "sample_weight", sample_weight, shape, accumulate, input.device, per_image=True
     )
     if isinstance(pos_weight, (int, float)):
         pos_weight = torch.full((), pos_weight, dtype=accumulate, device=input.device)
     positive = _gan_loss_inputs.broadcastable("pos_weight", pos_weight, shape, accumulate, input.device)
-    parts = (target, target_value, weights, positive, loss_index)
+    parts = (labels, target_value, weights, positive, loss_index)
     settings = (float(label_smoothing), reduction_index, autocast)
     if _impl.reference_selected() or input.device.type != "cpu":
-        _gan_loss_inputs.check_target_values(target, loss)
+        _gan_loss_inputs.check_target_values(labels, loss)
         return _gan_loss.reference(input, weight, bias, *parts, stride, padding, *settings)
     return _gan_loss.conv_gan_loss(input, weight, bias, *parts, stride, padding, *settings)
 
@@ -503,17 +502,17 @@ def gan_loss_with_logits(
         raise RuntimeError(f"logits must be floating-point of shape (N, ...), got {_gan_loss_inputs.describe(logits)}")
     loss_index, reduction_index = _gan_loss_inputs.check_loss(loss, reduction, label_smoothing, pos_weight)
     shape, accumulate = list(logits.shape), _gan_loss.accumulate_dtype(logits.dtype)
-    target, target_value = _gan_loss_inputs.check_target(target, shape, loss, accumulate, logits.device)
+    labels, target_value = _gan_loss_inputs.check_target(target, shape, loss, accumulate, logits.device)
     weights = _gan_loss_inputs.broadcastable(
         "sample_weight", sample_weight, shape, accumulate, logits.device, per_image=True
     )
     if isinstance(pos_weight, (int, float)):
         pos_weight = torch.full((), pos_weight, dtype=accumulate, device=logits.device)
     positive = _gan_loss_inputs.broadcastable("pos_weight", pos_weight, shape, accumulate, logits.device)
-    _gan_loss_inputs.check_target_values(target, loss)
+    _gan_loss_inputs.check_target_values(labels, loss)
     autocast = logits.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(logits.device.type)
     return _gan_loss.loss_of_logits(
-        logits, target, target_value, weights, positive, loss_index, float(label_smoothing), reduction_index, autocast
+        logits, labels, target_value, weights, positive, loss_index, float(label_smoothing), reduction_index, autocast
     )
 
 
@@ -574,13 +573,13 @@ def linear_cross_entropy(
     settings = (ignore_index, float(label_smoothing), index, float(z_loss), float(adversarial_radius))
     if weight.dim() > 2 or target.is_floating_point():
         return _linear_cross_entropy.composed(input, weight, target, bias, *settings)
-    tokens = (input.reshape(target.numel(), input.shape[-1]), weight, target.reshape(-1).long(), bias)
+    arguments = (input.reshape(target.numel(), input.shape[-1]), weight, target.reshape(-1).long(), bias, *settings)
     if _impl.reference_selected() or device != "cpu":
         with torch.autocast(device, enabled=False):
-            loss = _linear_cross_entropy.reference(*tokens, *settings, [False] * 3)[0]
+            loss = _linear_cross_entropy.reference(*arguments, [False] * 3)[0]
     else:
         gradients = _linear_cross_entropy.gradients_to_expect(input, weight, bias, index)
-        loss = _linear_cross_entropy.linear_cross_entropy(*tokens, *settings, gradients)[0]
+        loss = _linear_cross_entropy.linear_cross_entropy(*arguments, gradients)[0]
     return loss.reshape(target.shape) if reduction == "none" else loss
 
 

@@ -6,8 +6,8 @@
 
 K divides H; query head h reads key head h // (H / K). ``mask`` (bool, True takes part) and ``bias`` (added to the
 scores; of query's dtype or float32) are four-dimensional, each size 1 or the scores' own, and both may be given:
-joining them would make the (L, S) tensor that the kernel avoids. ``is_causal`` is torch's: the upper left corner, and a mask
-applies as well. A row with nothing to attend to, all its scores −inf, gives zero output and zero gradients.
+joining them would make the (L, S) tensor that the kernel avoids. ``is_causal`` is torch's: the upper left corner, and
+a mask applies as well. A row with nothing to attend to, all its scores −inf, gives zero output and zero gradients.
 
 Dropout is a pure function of ``philox`` = (seed, offset), int64: row r, column c of head h of batch b is kept if word
 c % 4 of Philox4x32-10(counter = (offset, b·H + h, r, c // 4), key = seed) is at least p · 2³², so that the mask is
@@ -62,8 +62,8 @@ def dropout_mask(philox: Tensor, batch: int, heads: int, rows: int, columns: int
         index(rows, 1, -1, 1),
         index(fours, 1, 1, -1),
     )
-    words = torch.stack([w.expand(batch * heads, rows, fours) for w in words], dim=-1)
-    kept = words.reshape(batch, heads, rows, fours * 4)[..., :columns] >= dropout_threshold(dropout_p)
+    interleaved = torch.stack([w.expand(batch * heads, rows, fours) for w in words], dim=-1)
+    kept = interleaved.reshape(batch, heads, rows, fours * 4)[..., :columns] >= dropout_threshold(dropout_p)
     return kept
 
 
@@ -142,7 +142,8 @@ def attention_reference(
     """The operator in plain PyTorch, the (B, H, L, S) matrix stored: slow, obvious, differentiable to any order."""
     weights, logsumexp = _probabilities(query, key, mask, bias, is_causal, scale)
     if philox is not None:
-        kept = dropout_mask(philox, *weights.shape, dropout_p=dropout_p)
+        batch, heads, rows, columns = weights.shape
+        kept = dropout_mask(philox, batch, heads, rows, columns, dropout_p)
         weights = (weights * _kept_scale(dropout_p)).masked_fill(~kept, 0.0)
     output = _times_value(weights, value).to(query.dtype)
     return _in_layout_of(output, query), logsumexp.detach()
@@ -179,7 +180,8 @@ def attention_backward_reference(
     grad_weights = _times_value(grad, value.transpose(-1, -2))
     used = weights
     if philox is not None:
-        kept = dropout_mask(philox, *weights.shape, dropout_p=dropout_p)
+        batch, _, rows, columns = weights.shape
+        kept = dropout_mask(philox, batch, heads, rows, columns, dropout_p)
         used = (weights * _kept_scale(dropout_p)).masked_fill(~kept, 0.0)
         grad_weights = (grad_weights * _kept_scale(dropout_p)).masked_fill(~kept, 0.0)
     grad_value = sum_groups(used.transpose(-1, -2) @ grad)
@@ -279,7 +281,9 @@ def _vmap_forward(info, in_dims, *args):
     if philox is not None:
         return _sample_by_sample(torch.ops.fastgan.attention, info, in_dims, args)
     batch = _batch_of(query, in_dims[0])
-    folded = [_fold(info, t, d, batch) for t, d in zip((query, key, value), in_dims[:3], strict=True)]
+    folded: list[Tensor | None] = [
+        _fold(info, t, d, batch) for t, d in zip((query, key, value), in_dims[:3], strict=True)
+    ]
     folded += [_fold_mask(info, t, d, batch) for t, d in zip((mask, bias), in_dims[3:5], strict=True)]
     results = torch.ops.fastgan.attention(*folded, None, *rest)
     return tuple(t.unflatten(0, (info.batch_size, batch)) for t in results), (0, 0)
@@ -291,7 +295,7 @@ def _vmap_backward(info, in_dims, *args):
         return _sample_by_sample(torch.ops.fastgan.attention_backward, info, in_dims, args)
     batch = _batch_of(query, in_dims[1])
     tensors = (grad, query, key, value, output, logsumexp)
-    tensors = [_fold(info, t, d, batch) for t, d in zip(tensors, (*in_dims[:4], *in_dims[7:9]), strict=True)]
+    folded = [_fold(info, t, d, batch) for t, d in zip(tensors, (*in_dims[:4], *in_dims[7:9]), strict=True)]
     mask = _fold_mask(info, mask, in_dims[4], batch)
     bias_gradient = bias is not None and bias_gradient
     one_bias = bias_gradient and _batch_of(bias, in_dims[5]) == 1
@@ -300,7 +304,7 @@ def _vmap_backward(info, in_dims, *args):
     else:
         bias = _fold_mask(info, bias, in_dims[5], batch)
     results = torch.ops.fastgan.attention_backward(
-        *tensors[:4], mask, bias, None, *tensors[4:], dropout_p, is_causal, scale, bias_gradient
+        *folded[:4], mask, bias, None, *folded[4:], dropout_p, is_causal, scale, bias_gradient
     )
     *gradients, grad_bias = results
     out = [t.unflatten(0, (info.batch_size, batch)) for t in gradients]

@@ -17,27 +17,27 @@ def convolution_reference(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int] | str,
-    dilation: Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int] | str,
+    dilation: int | Sequence[int],
     groups: int,
 ) -> Tensor:
     """torch's convolution: input (N, C, H, W) or (C, H, W), weight (K, C / groups, R, S)."""
-    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)  # type: ignore[call-overload,arg-type]
+    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
 
 
 def transposed_convolution_reference(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    output_padding: Sequence[int],
+    stride: int | Sequence[int],
+    padding: int | Sequence[int],
+    output_padding: int | Sequence[int],
     groups: int,
-    dilation: Sequence[int],
+    dilation: int | Sequence[int],
 ) -> Tensor:
     """torch's transposed convolution: input (N, C, H, W) or (C, H, W), weight (C, K / groups, R, S)."""
-    return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)  # type: ignore[arg-type]
+    return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
 convolution = convolution_reference

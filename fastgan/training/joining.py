@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
@@ -123,10 +124,12 @@ def _keeps_order(name: str, arguments: tuple, keywords: dict) -> bool:
 def _is_per_sample(module: nn.Module) -> bool:
     kind = type(module)
     if kind in DROPOUTS:
+        assert isinstance(module, DROPOUTS)
         return not module.training or module.p == 0
     if kind in _INSTANCE_NORMS:
         return not (module.track_running_stats and module.training)
     if kind is nn.Flatten:
+        assert isinstance(module, nn.Flatten)
         return module.start_dim >= 0
     if kind is nn.Unflatten:
         return isinstance(module.dim, int) and module.dim > 0
@@ -138,7 +141,7 @@ def _is_per_sample(module: nn.Module) -> bool:
     return kind in _PER_SAMPLE
 
 
-def has_groups(module: nn.Module) -> bool:
+def has_groups(module: nn.Module) -> TypeGuard[fastgan.nn.BatchNormAct2d]:
     """A BatchNormAct2d, whose statistics can be each half's own."""
     kind = getattr(fastgan.nn, "BatchNormAct2d", None)
     return kind is not None and type(module) is kind

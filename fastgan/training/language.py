@@ -450,6 +450,9 @@ def _bar(name: str, steps: int, wanted: bool) -> Iterator[Any]:
             task = bar.add_task("", total=steps, loss="-")
 
             def move(step: int, loss: float | None) -> None:
-                bar.update(task, completed=step, **({} if loss is None else {"loss": f"{loss:.3f}"}))
+                if loss is None:
+                    bar.update(task, completed=step)
+                else:
+                    bar.update(task, completed=step, loss=f"{loss:.3f}")
 
             yield move

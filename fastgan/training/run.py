@@ -249,6 +249,7 @@ def load_generator(folder: str | os.PathLike[str]) -> tuple[torch.nn.Module, DCG
             # A run that is going on deletes its older checkpoint; then there is a newer one.
             if attempt == 2 or find_checkpoint(run.path) == checkpoint:
                 raise
+    assert checkpoint is not None
     model = DCGAN(config.image_size, config.channels, config.latent, config.ngf, config.ndf).generator
     check_state(model, tensors["generator"], checkpoint / "generator.safetensors")
     if config.precision == "float64":
