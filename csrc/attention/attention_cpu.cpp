@@ -272,13 +272,13 @@ void forward_piece(const AttentionArgs& a, ForwardScratch<T>& s, int64_t batch, 
     }
   }
   T kept_scale = a.has_dropout ? T(a.kept_scale) : T(1);
-  T* logsumexp = static_cast<T*>(a.logsumexp) + (batch * a.heads + head) * a.rows + row0;
+  double* logsumexp = a.logsumexp + (batch * a.heads + head) * a.rows + row0;
   for (int64_t r = 0; r < rows; ++r) {
     bool dead = s.total[r] == T(0);
     T factor = dead ? T(0) : kept_scale / s.total[r];
     store_row<T>(s.output + r * s.value_width, factor, a.value_width,
                  at<Storage>(a.output, batch, head, row0 + r));
-    logsumexp[r] = dead ? -infinity<T>() : s.maximum[r] + std::log(s.total[r]);
+    logsumexp[r] = dead ? -infinity<double>() : double(s.maximum[r]) + std::log(double(s.total[r]));
   }
 }
 
@@ -390,16 +390,18 @@ void backward_tile(const AttentionArgs& a, BackwardScratch<T>& s, const Tile& t,
   if (a.bias.data || a.mask.data || crosses || t.columns % panel)
     apply_bias_and_masks<Storage>(a, t, s.scores, s.stride);
 
-  const T* logsumexp = static_cast<const T*>(a.logsumexp) + (t.batch * a.heads + t.head) * a.rows + t.row;
+  const double* logsumexp = a.logsumexp + (t.batch * a.heads + t.head) * a.rows + t.row;
   const T kept_scale = T(a.kept_scale);
   for (int64_t r = 0; r < t.rows; ++r) {
     T* scores = s.scores + r * s.stride;
     T* grads = s.grad_scores + r * s.stride;
-    T subtracted = logsumexp[r] == -infinity<T>() ? infinity<T>() : logsumexp[r];
+    // In two parts: the first difference is exact or nearly so where P is not negligible.
+    T subtracted = logsumexp[r] == -infinity<double>() ? infinity<T>() : T(logsumexp[r]);
+    T remainder = subtracted == infinity<T>() ? T(0) : T(logsumexp[r] - double(subtracted));
     if (a.has_dropout) draw(a, t, r, s.words);
     Vec<T> sums{};
     for (int64_t c = 0; c < padded; c += W) {
-      Vec<T> p = exp_of_difference(load<T>(scores + c) - subtracted), g = load<T>(grads + c);
+      Vec<T> p = exp_of_difference(load<T>(scores + c) - subtracted - remainder), g = load<T>(grads + c);
       if (a.has_dropout) g = select(kept<T>(s.words + c, a.threshold), g * kept_scale, Vec<T>{});
       sums += p * g;
       store(scores + c, p);

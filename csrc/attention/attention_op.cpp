@@ -96,9 +96,9 @@ std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, std
                                      double dropout_p, bool is_causal, double scale) {
   AttentionArgs args = arguments(query, key, value, mask, bias, philox, dropout_p, is_causal, scale);
   Tensor output = empty_in_layout_of(query, args.value_width);
-  Tensor logsumexp = empty({args.batch, args.heads, args.rows}, accumulate_type(query.scalar_type()));
+  Tensor logsumexp = empty({args.batch, args.heads, args.rows}, ScalarType::Double);
   args.output = result(output);
-  args.logsumexp = logsumexp.data_ptr();
+  args.logsumexp = static_cast<double*>(logsumexp.data_ptr());
   bool out_of_memory = false;
   args.out_of_memory = &out_of_memory;
   FASTGAN_SELECT(attention_forward)(args, torch_threads());
@@ -117,9 +117,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   check_sizes("logsumexp", logsumexp, {args.batch, args.heads, args.rows});
   FASTGAN_CHECK(grad_output.scalar_type() == query.scalar_type() &&
                     output.scalar_type() == query.scalar_type() &&
-                    logsumexp.scalar_type() == accumulate_type(query.scalar_type()),
-                "attention_backward: grad_output and output must be of query's dtype, logsumexp of its "
-                "accumulation type");
+                    logsumexp.scalar_type() == ScalarType::Double,
+                "attention_backward: grad_output and output must be of query's dtype, logsumexp of float64");
   if (!logsumexp.is_contiguous()) logsumexp = torch::stable::contiguous(logsumexp);
   Tensor grad_query = empty_in_layout_of(query, args.width), grad_key = empty_in_layout_of(key, args.width),
          grad_value = empty_in_layout_of(value, args.value_width);
@@ -130,7 +129,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   Tensor workspace = empty({attention_workspace(args)}, accumulate_type(query.scalar_type()));
   args.grad_output = input(grad_output);
   args.saved_output = input(output);
-  args.logsumexp = logsumexp.data_ptr();
+  args.logsumexp = static_cast<double*>(logsumexp.data_ptr());
   args.grad_query = result(grad_query), args.grad_key = result(grad_key),
   args.grad_value = result(grad_value);
   if (wanted) args.grad_bias = grad_bias.data_ptr();

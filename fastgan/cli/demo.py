@@ -72,7 +72,7 @@ def _language(out: Path, seed: int, steps: int) -> dict[str, Any]:
     # A small vocabulary and many masks: 400 KB of text and a few minutes give each word few chances to be learnt.
     tokenizer = train_tokenizer(texts, vocab_size=1000)
     result = pretrain_bert(
-        texts, tokenizer, out=out, length=32, batch_size=32, steps=steps, lr=3e-3, mlm_probability=0.4, probes=PROBES,
+        texts, tokenizer, out=out, length=32, batch_size=32, steps=steps, lr=2e-3, mlm_probability=0.4, probes=PROBES,
         seed=seed, progress=True,
     )  # fmt: skip
     _say(
@@ -139,7 +139,7 @@ def demo(
     _title(1, f"A DCGAN, trained through fastgan's kernels, learns to draw {data}.")
     summary["gan"] = _gan(out / "gan", data, seed, quick)
     _title(2, "A BERT, pretrained through fastgan's attention, learns to guess masked words of the Python reference.")
-    summary["language"] = _language(out / "language", seed, steps=20 if quick else 900)
+    summary["language"] = _language(out / "language", seed, steps=20 if quick else 1000)
     _title(3, "The same BERT, fine-tuned, tells which chapter a sentence comes from.")
     summary["classification"] = _classification(out / "language", out / "classification", seed, 1 if quick else 4)
     _title(4, "Each kernel beside PyTorch's own, in one run.")

@@ -19,7 +19,8 @@ template <class T>
 struct Array {
   Array(int64_t b, int64_t h, int64_t r, int64_t c, bool heads_inside, int64_t gap)
       : size{b, h, r, c},
-        stride{r * h * (c + gap), heads_inside ? c + gap : r * (c + gap), heads_inside ? h * (c + gap) : c + gap, 1},
+        stride{r * h * (c + gap), heads_inside ? c + gap : r * (c + gap),
+               heads_inside ? h * (c + gap) : c + gap, 1},
         data(b * h * r * (c + gap)) {}
   T& operator()(int64_t b, int64_t h, int64_t r, int64_t c) {
     return data[b * stride[0] + h * stride[1] + r * stride[2] + c * stride[3]];
@@ -60,7 +61,8 @@ uint32_t philox_word(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint3
 template <class T>
 void check(const Case& c, Dtype dtype, int threads, double tolerance) {
   const int64_t group = c.heads / c.kv_heads;
-  Array<T> query(c.batch, c.heads, c.rows, c.width, true, 3), key(c.batch, c.kv_heads, c.columns, c.width, false, 0),
+  Array<T> query(c.batch, c.heads, c.rows, c.width, true, 3),
+      key(c.batch, c.kv_heads, c.columns, c.width, false, 0),
       value(c.batch, c.kv_heads, c.columns, c.value_width, true, 0),
       bias(c.batch, c.shared_bias ? 1 : c.heads, c.rows, c.columns, false, 0),
       grad(c.batch, c.heads, c.rows, c.value_width, false, 1);
@@ -68,7 +70,8 @@ void check(const Case& c, Dtype dtype, int threads, double tolerance) {
   query.fill_normal(), key.fill_normal(), value.fill_normal(), bias.fill_normal(), grad.fill_normal();
   for (int64_t i = 0; i < mask.data.size; ++i) mask.data[i] = harness::generator()() % 3 != 0;
   for (int64_t i = 0; c.rows > 0 && i < c.columns; ++i) mask(0, 0, 0, i) = 0;  // a dead row
-  Array<T> output(c.batch, c.heads, c.rows, c.value_width, true, 0), logsumexp(c.batch, c.heads, c.rows, 1, false, 0),
+  Array<double> logsumexp(c.batch, c.heads, c.rows, 1, false, 0);
+  Array<T> output(c.batch, c.heads, c.rows, c.value_width, true, 0),
       grad_query(c.batch, c.heads, c.rows, c.width, true, 0),
       grad_key(c.batch, c.kv_heads, c.columns, c.width, false, 0),
       grad_value(c.batch, c.kv_heads, c.columns, c.value_width, true, 0),
@@ -117,8 +120,8 @@ void check(const Case& c, Dtype dtype, int threads, double tolerance) {
           if ((c.mask && !mask(0, h, r, j)) || (c.is_causal && j > r)) s = -INFINITY;
           p[j] = s;
           top = std::fmax(top, s);
-          keep[j] = !c.dropout || philox_word(a.seed, a.offset, uint32_t(b * c.heads + h), uint32_t(r), uint32_t(j)) >=
-                                      a.threshold;
+          keep[j] = !c.dropout || philox_word(a.seed, a.offset, uint32_t(b * c.heads + h), uint32_t(r),
+                                              uint32_t(j)) >= a.threshold;
         }
         const bool dead = top == -INFINITY;
         for (int64_t j = 0; j < c.columns; ++j) total += p[j] = dead ? 0 : std::exp(p[j] - top);

@@ -1,8 +1,9 @@
-// What the harnesses share: threads from the standard library in place of torch's, exact-size buffers (so that the
-// address sanitizer sees a read one element beyond), and a count of failures.
+// What the harnesses share: threads from the standard library in place of torch's, exact-size buffers (so
+// that the address sanitizer sees a read one element beyond), and a count of failures.
 //
-// A harness includes csrc/<stem>/<stem>.h and calls FASTGAN_KERNEL(<stem>_forward)(arguments, harness::threads(n)):
-// sanitize.sh compiles both files for one instruction set at a time. Its main() ends with `return harness::result();`.
+// A harness includes csrc/<stem>/<stem>.h and calls FASTGAN_KERNEL(<stem>_forward)(arguments,
+// harness::threads(n)): sanitize.sh compiles both files for one instruction set at a time. Its main() ends
+// with `return harness::result();`.
 #pragma once
 #include <cmath>
 #include <cstdint>

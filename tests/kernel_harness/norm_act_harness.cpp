@@ -1,4 +1,5 @@
-// Batch norm and activation against the plain double loop: both layouts, tails, groups, every activation, 1 and 3 threads.
+// Batch norm and activation against the plain double loop: both layouts, tails, groups, every activation, 1
+// and 3 threads.
 #include "norm_act/norm_act.h"
 
 #include <cstring>
@@ -15,8 +16,8 @@ struct Case {
 };
 
 template <class T>
-void run(const Case& shape, Activation act, bool channels_last, bool batch_statistics, int threads, fastgan::Dtype dtype,
-         double tolerance) {
+void run(const Case& shape, Activation act, bool channels_last, bool batch_statistics, int threads,
+         fastgan::Dtype dtype, double tolerance) {
   int64_t N = shape.batch, C = shape.channels, S = shape.spatial, G = batch_statistics ? shape.groups : 1;
   int64_t total = N * C * S;
   auto input = harness::normal<T>(total), grad = harness::normal<T>(total);
@@ -27,8 +28,10 @@ void run(const Case& shape, Activation act, bool channels_last, bool batch_stati
   for (int64_t i = 0; i < G * C; ++i) mean[i] = 3.1, var[i] = 0.7;
 
   NormActArgs args{};
-  args.dtype = dtype, args.act = act, args.channels_last = channels_last, args.batch_statistics = batch_statistics;
-  args.batch = N, args.channels = C, args.spatial = S, args.groups = G, args.eps = 1e-5, args.negative_slope = 0.2;
+  args.dtype = dtype, args.act = act, args.channels_last = channels_last,
+  args.batch_statistics = batch_statistics;
+  args.batch = N, args.channels = C, args.spatial = S, args.groups = G, args.eps = 1e-5,
+  args.negative_slope = 0.2;
   args.input = input.get(), args.weight = weight.get(), args.bias = bias.get();
   args.mean = mean.get(), args.var = var.get(), args.output = output.get(), args.grad_output = grad.get();
   args.grad_input = grad_input.get(), args.grad_weight = grad_weight.get(), args.grad_bias = grad_bias.get();
@@ -37,7 +40,9 @@ void run(const Case& shape, Activation act, bool channels_last, bool batch_stati
   FASTGAN_KERNEL(norm_act_forward)(args, harness::threads(threads));
   FASTGAN_KERNEL(norm_act_backward)(args, harness::threads(threads));
 
-  auto at = [&](int64_t n, int64_t c, int64_t s) { return channels_last ? (n * S + s) * C + c : (n * C + c) * S + s; };
+  auto at = [&](int64_t n, int64_t c, int64_t s) {
+    return channels_last ? (n * S + s) * C + c : (n * C + c) * S + s;
+  };
   double count = double(N / G * S);
   for (int64_t c = 0; c < C; ++c) {
     double weight_sum = 0, bias_sum = 0;
@@ -83,7 +88,8 @@ void run(const Case& shape, Activation act, bool channels_last, bool batch_stati
 }  // namespace
 
 int main() {
-  const Case cases[] = {{4, 3, 25, 2}, {2, 1, 1, 1}, {6, 5, 1, 3}, {2, 130, 9, 1}, {2, 2, 1100, 1}, {300, 17, 4, 2}};
+  const Case cases[] = {{4, 3, 25, 2},  {2, 1, 1, 1},    {6, 5, 1, 3},
+                        {2, 130, 9, 1}, {2, 2, 1100, 1}, {300, 17, 4, 2}};
   for (const Case& shape : cases)
     for (Activation act : {Activation::none, Activation::relu, Activation::leaky_relu})
       for (bool channels_last : {false, true})
