@@ -150,8 +150,8 @@ def test_torch_samples():
         mask = kwargs.pop("attn_mask", None)
         grad = torch.randn_like(SDPA(*inputs, attn_mask=mask, **kwargs))
         call = lambda f, kwargs=kwargs: lambda *args: f(*args, **kwargs)
-        # Their inputs reach 9 and their scores 200. A score s is rounded to s·eps whatever the order of its sum, and that
-        # is the relative error of its probability: which of two implementations comes nearer is chance.
+        # Their inputs reach 9 and their scores 200. A score s is rounded to s·eps whatever the order of its sum, and
+        # that is the relative error of its probability: which of two implementations comes nearer is chance.
         query, key = inputs[0].double(), inputs[1].double()
         score = float((query.norm(dim=-1).max() * key.norm(dim=-1).max()) / query.shape[-1] ** 0.5)
         close_to_float64(call(F.scaled_dot_product_attention), call(SDPA), [*inputs, mask], grad, slack=4 + score / 4)
