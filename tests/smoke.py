@@ -31,7 +31,7 @@ def main() -> None:
     assert info["extension"] == "loaded", info["extension"]
     assert info["operators"]["attention"] == "kernel"
     assert info["operators"]["norm_act"] == "kernel"
-    assert info["operators"]["gan_loss"] == "kernel"
+    assert info["operators"]["conv_gan_loss"] == "kernel"
 
     q, k, v = torch.randn(3, 2, 4, 17, 16)
     with torch.nn.attention.sdpa_kernel(
