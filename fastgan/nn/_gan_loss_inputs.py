@@ -147,3 +147,20 @@ def broadcastable(
             f"{name} must be real, {either}broadcastable to the logits' shape {tuple(shape)}, got {describe(tensor)}"
         )
     return tensor.to(dtype)
+
+
+def targets_and_weights(
+    target: Tensor | float,
+    sample_weight: Tensor | None,
+    pos_weight: Tensor | float | None,
+    loss: str,
+    shape: list[int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor | None, float, Tensor | None, Tensor | None]:
+    """(target tensor or None, target number, sample weights, positive weights), checked, as the operator takes them."""
+    labels, target_value = check_target(target, shape, loss, dtype, device)
+    weights = broadcastable("sample_weight", sample_weight, shape, dtype, device, per_image=True)
+    if isinstance(pos_weight, (int, float)):
+        pos_weight = torch.full((), pos_weight, dtype=dtype, device=device)
+    return labels, target_value, weights, broadcastable("pos_weight", pos_weight, shape, dtype, device)

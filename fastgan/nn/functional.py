@@ -472,17 +472,13 @@ def conv_gan_loss(
         bias = None if bias is None else _gan_loss_inputs.lowered(bias, lower)
     shape = _gan_loss.output_shape(input, weight, stride, padding)
     accumulate = _gan_loss.accumulate_dtype(input.dtype)
-    labels, target_value = _gan_loss_inputs.check_target(target, shape, loss, accumulate, input.device)
-    weights = _gan_loss_inputs.broadcastable(
-        "sample_weight", sample_weight, shape, accumulate, input.device, per_image=True
+    tensors = _gan_loss_inputs.targets_and_weights(
+        target, sample_weight, pos_weight, loss, shape, accumulate, input.device
     )
-    if isinstance(pos_weight, (int, float)):
-        pos_weight = torch.full((), pos_weight, dtype=accumulate, device=input.device)
-    positive = _gan_loss_inputs.broadcastable("pos_weight", pos_weight, shape, accumulate, input.device)
-    parts = (labels, target_value, weights, positive, loss_index)
+    parts = (*tensors, loss_index)
     settings = (float(label_smoothing), reduction_index, autocast)
     if _impl.reference_selected() or input.device.type != "cpu":
-        _gan_loss_inputs.check_target_values(labels, loss)
+        _gan_loss_inputs.check_target_values(tensors[0], loss)
         return _gan_loss.reference(input, weight, bias, *parts, stride, padding, *settings)
     return _gan_loss.conv_gan_loss(input, weight, bias, *parts, stride, padding, *settings)
 
@@ -502,18 +498,12 @@ def gan_loss_with_logits(
         raise RuntimeError(f"logits must be floating-point of shape (N, ...), got {_gan_loss_inputs.describe(logits)}")
     loss_index, reduction_index = _gan_loss_inputs.check_loss(loss, reduction, label_smoothing, pos_weight)
     shape, accumulate = list(logits.shape), _gan_loss.accumulate_dtype(logits.dtype)
-    labels, target_value = _gan_loss_inputs.check_target(target, shape, loss, accumulate, logits.device)
-    weights = _gan_loss_inputs.broadcastable(
-        "sample_weight", sample_weight, shape, accumulate, logits.device, per_image=True
+    tensors = _gan_loss_inputs.targets_and_weights(
+        target, sample_weight, pos_weight, loss, shape, accumulate, logits.device
     )
-    if isinstance(pos_weight, (int, float)):
-        pos_weight = torch.full((), pos_weight, dtype=accumulate, device=logits.device)
-    positive = _gan_loss_inputs.broadcastable("pos_weight", pos_weight, shape, accumulate, logits.device)
-    _gan_loss_inputs.check_target_values(labels, loss)
+    _gan_loss_inputs.check_target_values(tensors[0], loss)
     autocast = logits.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(logits.device.type)
-    return _gan_loss.loss_of_logits(
-        logits, labels, target_value, weights, positive, loss_index, float(label_smoothing), reduction_index, autocast
-    )
+    return _gan_loss.loss_of_logits(logits, *tensors, loss_index, float(label_smoothing), reduction_index, autocast)
 
 
 # ---- linear_cross_entropy ----
