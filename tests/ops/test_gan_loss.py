@@ -76,8 +76,8 @@ def results(function, arguments, target, seed=0, **options):
 def assert_at_most_twice(got, peer, want, name, summed=None):
     """The error of ``got`` against ``want`` (float64) beside that of ``peer``, torch at the same precision.
 
-    ``summed``: what ``want`` would be, had none of its terms cancelled. The rounding of a sum is that of its terms: where
-    they cancel, torch's own error is small by luck, and 8 ulp of what was left would measure that luck.
+    ``summed``: what ``want`` would be, had none of its terms cancelled. The rounding of a sum is that of its terms:
+    where they cancel, torch's own error is small by luck, and 8 ulp of what was left would measure that luck.
     """
     error, allowed = (got.double() - want).abs().max(), (peer.double() - want).abs().max()
     scale = (want if summed is None else summed).abs().max()
