@@ -295,7 +295,7 @@ def _move(running: Tensor, statistic: Tensor, factor: float, momentum: float) ->
     if running.dtype in (torch.bfloat16, torch.float16):  # rounded once
         running.copy_(running.double() * (1 - momentum) + statistic * (factor * momentum))
     else:
-        running.mul_(1 - momentum).add_(statistic.to(running.dtype), alpha=factor * momentum)
+        running.mul_(1 - momentum).add_(statistic, alpha=factor * momentum)
 
 
 def _composed_batch_norm_act(

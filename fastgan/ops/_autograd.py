@@ -23,11 +23,10 @@ its reference, and forward mode runs the reference on dual numbers. They are rig
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled, make_dual, unpack_dual
 from torch.autograd.function import _SingleLevelFunction
 
@@ -39,11 +38,38 @@ Backward = Callable[
 ]
 
 
-@contextmanager
-def _below_autograd():
-    """Call the operator underneath the Autograd key; without the first two, nested levels are silently wrong."""
-    with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
-        yield
+# The two below are written without context managers of Python's: a small call's time is spent here.
+
+
+def _call_below_autograd(operator: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """The operator underneath the Autograd key; with either kind of gradient off, nested levels are silently wrong."""
+    grad, forward = torch._C.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+    torch._C._set_grad_enabled(True)
+    torch._C._set_fwd_grad_enabled(True)
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+    finally:
+        torch._C._set_fwd_grad_enabled(forward)
+        torch._C._set_grad_enabled(grad)
+
+
+def _apply_at_one_level(function: Any, args: Sequence[Any]) -> Any:
+    before = torch._C._functorch.get_single_level_autograd_function_allowed()
+    torch._C._functorch.set_single_level_autograd_function_allowed(True)
+    try:
+        return function.apply(*args)
+    finally:
+        torch._C._functorch.set_single_level_autograd_function_allowed(before)
+
+
+def _is_plain(tensors: Sequence[Any]) -> bool:
+    """True if nothing can ask for a derivative of this call: the whole layer is then left out."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return not torch._C.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors)
 
 
 def _is_differentiable(value: Any) -> bool:
@@ -128,19 +154,21 @@ def define(
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
     operator = getattr(torch.ops.fastgan, name).default
+    tensors = [i for i, argument in enumerate(operator._schema.arguments) if "Tensor" in str(argument.type)]
 
     class Node(_SingleLevelFunction):
         @staticmethod
         def forward(*args):
-            with _below_autograd():
-                return operator(*args)
+            return _call_below_autograd(operator, args)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
             outputs = output if isinstance(output, tuple) else (output,)
             ctx.is_single = not isinstance(output, tuple)
-            ctx.where = [i for i, value in enumerate(inputs) if isinstance(value, torch.Tensor)]
-            ctx.constants = [None if isinstance(value, torch.Tensor) else value for value in inputs]
+            ctx.where = [i for i in tensors if inputs[i] is not None]
+            ctx.constants = list(inputs)
+            for i in ctx.where:
+                ctx.constants[i] = None
             kept = [inputs[i] for i in ctx.where] + [outputs[i] for i in save_outputs]
             ctx.save_for_backward(*kept)
             ctx.save_for_forward(*kept)
@@ -203,13 +231,17 @@ def define(
         return function
 
     def autograd_kernel(*args):
+        if _is_plain([args[i] for i in tensors]):
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*args)
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             # The engine cannot be asked about a leaf itself (see _gradients_asked_for), so leaves go through a view.
-            args = tuple(
-                a.view_as(a) if isinstance(a, torch.Tensor) and a.requires_grad and a.is_leaf else a for a in args
-            )
-        with enable_single_level_autograd_function():
-            return Node.apply(*args)  # type: ignore[attr-defined]
+            leaves = [i for i in tensors if args[i] is not None and args[i].requires_grad and args[i].is_leaf]
+            if leaves:
+                args = list(args)
+                for i in leaves:
+                    args[i] = args[i].view_as(args[i])
+        return _apply_at_one_level(Node, args)
 
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgan::{name}", fake)
