@@ -201,19 +201,27 @@ def train_tokenizer(
     texts = list_of_texts(texts)
     if not texts:
         raise ValueError("there is no text to learn a vocabulary from")
-    tokenizer = Tokenizer(models.WordPiece(unk_token=special["unk"]))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(special.values()), show_progress=False, min_frequency=2
-    )
+    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
     # A word of a hundred thousand letters (a file without spaces) takes the trainer minutes, being quadratic in it.
-    tokenizer.train_from_iterator((_LONG_WORD.sub(r"\g<0> ", text) for text in texts), trainer)
-    # The trainer numbers its words in the order of a hash table, another one in each run: number them by name.
-    words = sorted(set(tokenizer.get_vocab()) - set(special.values()))
+    texts = [_LONG_WORD.sub(r"\g<0> ", normalizer.normalize_str(text)) for text in texts]
+    # The trainer numbers the letters within words in the order of a hash table, another one in each run, and decides by
+    # these numbers which of two equally frequent pairs to join. Told of them beforehand, it keeps this order.
+    within = sorted({letter for text in texts for word, _ in pre_tokenizer.pre_tokenize_str(text) for letter in word[1:]})
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[*special.values(), *(f"##{letter}" for letter in within)],
+        show_progress=False,
+        min_frequency=2,
+    )
+    learner = Tokenizer(models.WordPiece(unk_token=special["unk"]))
+    learner.pre_tokenizer = pre_tokenizer
+    learner.train_from_iterator(texts, trainer)
+    words = sorted(set(learner.get_vocab()) - set(special.values()))
     numbered = {word: number for number, word in enumerate([*special.values(), *words])}
-    tokenizer.model = models.WordPiece(vocab=numbered, unk_token=special["unk"])
+    tokenizer = Tokenizer(models.WordPiece(vocab=numbered, unk_token=special["unk"]))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(list(special.values()))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",

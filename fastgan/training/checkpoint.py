@@ -8,6 +8,7 @@ then is the older checkpoint deleted. So at every moment ``last`` names a whole 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -56,7 +57,8 @@ def replace_file(path: Path, data: bytes) -> None:
         write_file(temporary, data)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
@@ -135,7 +137,7 @@ def save_checkpoint(trainer: GANTrainer, folder: Path, config_digest: str) -> Pa
             error.errno, f"{error.strerror} (the last good checkpoint is untouched)", error.filename
         ) from error
     for other in place.iterdir():
-        if other != target:
+        if other != target and other.name.startswith(("step-", ".tmp-")):
             shutil.rmtree(other, ignore_errors=True)
     return target
 
@@ -219,7 +221,7 @@ def _read(path: Path) -> bytes:
 def _read_header(path: Path) -> dict[str, Any]:
     try:
         header = json.loads(_read(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path}: damaged, not JSON ({error})") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise RunError(f"{path}: not a checkpoint of fastgan")
@@ -228,6 +230,9 @@ def _read_header(path: Path) -> dict[str, Any]:
     digest = header.pop("sha256", None)
     if digest != sha256(canonical(header)):
         raise RunError(f"{path}: damaged or changed, its own hash does not fit")
+    step, files, optimizers = header.get("step"), header.get("files"), header.get("optimizers")
+    if type(step) is not int or step < 0 or not isinstance(files, dict) or not isinstance(optimizers, dict):
+        raise RunError(f"{path}: does not say its step, files and optimizers")
     return header
 
 
@@ -242,10 +247,7 @@ def load_checkpoint(trainer: GANTrainer, path: Path, config_digest: str | None =
         check_state(model, tensors[name], path / f"{name}.safetensors")
         apply.append(lambda model=model, state=tensors[name]: model.load_state_dict(state))  # type: ignore[misc]
         optimizer = trainer.optimizer_g if name == "generator" else trainer.optimizer_d
-        settings = header["optimizers"][name]
-        if settings["type"] != type(optimizer).__name__:
-            raise RunError(f"{path / 'trainer.json'}: saved with the optimizer {settings['type']}")
-        state = _restored(optimizer, name, tensors["optimizers"], settings)
+        state = _restored(optimizer, name, tensors["optimizers"], header["optimizers"].get(name), path)
         apply.append(lambda optimizer=optimizer, state=state: _load_optimizer(optimizer, state))  # type: ignore[misc]
     for action in apply:
         action()
@@ -253,29 +255,56 @@ def load_checkpoint(trainer: GANTrainer, path: Path, config_digest: str | None =
 
 
 def check_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """RunError unless the names and shapes are the model's."""
+    """RunError unless names, shapes and types are the model's, and all values finite."""
     expected = model.state_dict()
     for name, tensor in expected.items():
-        if name not in state or state[name].shape != tensor.shape:
-            got = tuple(state[name].shape) if name in state else "nothing"
-            raise RunError(f"{path}: {name} should have shape {tuple(tensor.shape)}, the file has {got}")
+        got = state.get(name)
+        if got is None or got.shape != tensor.shape or got.dtype != tensor.dtype:
+            has = "nothing" if got is None else _described(got)
+            raise RunError(f"{path}: {name} should be {_described(tensor)}, the file has {has}")
+        if got.is_floating_point() and not bool(got.isfinite().all()):
+            raise RunError(f"{path}: {name} holds values that are not finite")
     if extra := sorted(set(state) - set(expected)):
         raise RunError(f"{path}: has {extra[0]}, which the model has not")
 
 
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+
+
 def _restored(
-    optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor], settings: dict[str, Any]
+    optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor], settings: Any, path: Path
 ) -> dict[str, Any]:
+    """A state dict for ``optimizer`` that fits it; RunError otherwise."""
+    header, file = path / "trainer.json", path / "optimizers.safetensors"
+    if not isinstance(settings, dict) or not isinstance(settings.get("numbers"), dict):
+        raise RunError(f"{header}: does not describe the {prefix}'s optimizer")
+    if settings.get("type") != type(optimizer).__name__:
+        raise RunError(f"{header}: saved with the optimizer {settings.get('type')}, not {type(optimizer).__name__}")
+    groups, own = settings.get("groups"), optimizer.state_dict()["param_groups"]
+    if (
+        not isinstance(groups, list)
+        or not all(isinstance(group, dict) for group in groups)
+        or [(sorted(group), group["params"]) for group in own]
+        != [(sorted(group), group.get("params")) for group in groups]
+    ):
+        raise RunError(f"{header}: the {prefix}'s optimizer has other parameters or settings than this one")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
+    for name, value in (*tensors.items(), *((f"{prefix}.{key}", number) for key, number in settings["numbers"].items())):
         owner, _, rest = name.partition(".")
-        if owner == prefix:
-            index, _, key = rest.partition(".")
-            state.setdefault(int(index), {})[key] = tensor
-    for name, number in settings["numbers"].items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = number
-    return {"state": state, "param_groups": settings["groups"]}
+        if owner != prefix:
+            continue
+        index, _, key = rest.partition(".")
+        if not index.isdecimal() or int(index) >= len(parameters) or not key:
+            raise RunError(f"{file}: has {name}, which the optimizer has not")
+        parameter = parameters[int(index)]
+        if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
+            raise RunError(f"{file}: {name} should be of shape {tuple(parameter.shape)}, the file has {_described(value)}")
+        state.setdefault(int(index), {})[key] = value
+    if len({frozenset(entries) for entries in state.values()}) > 1:
+        raise RunError(f"{file}: what it holds for some parameters is missing for others")
+    return {"state": state, "param_groups": groups}
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
