@@ -19,8 +19,15 @@ from typing import Any
 
 from fastgan.data.decode import SUFFIXES, looks_like_image
 
+#: sources that are no paths
+NAMES = ("cifar10", "digits")
+
 #: a single file beyond this is no picture that fits into memory
 _LARGEST_FILE = 2**31
+
+
+class SourceError(RuntimeError):
+    """A data set that cannot be had from where it is kept."""
 
 
 @dataclass
@@ -95,18 +102,33 @@ def open_source(source: str | os.PathLike[str]) -> Source:
     Raises FileNotFoundError where there is no such path, PermissionError where it may not be read, and ValueError for
     a file that is not a zip.
     """
+    where = locate(source)
+    if where == "digits":
+        return Source("digits", "digits", 1797, _read_digits)
+    if where == "cifar10":
+        return _cifar10()
+    path = Path(where)
+    return _folder(path) if path.is_dir() else _zip(path)
+
+
+def as_text(source: str | os.PathLike[str]) -> str:
+    """The source in one string; a Path is a path, even where it is called digits."""
+    text = os.fspath(source)
+    return text if isinstance(source, str) or text not in NAMES else os.path.join(os.curdir, text)
+
+
+def locate(source: str | os.PathLike[str]) -> str:
+    """ "digits", "cifar10", or the path of what is there; raises as :func:`open_source`, without looking inside."""
     if not isinstance(source, (str, os.PathLike)):
         raise TypeError(f"source must be a path, 'cifar10' or 'digits', got {type(source).__name__}")
-    source = os.fspath(source)
+    source = as_text(source)
     if source == "":
         raise ValueError("source is empty; give a folder, a zip file, 'cifar10' or 'digits' (here itself is '.')")
-    if source == "digits":
-        return Source("digits", "digits", 1797, _read_digits)
-    if source == "cifar10":
-        return _cifar10()
-    path = Path(os.path.expanduser(source))  # leaves the ~ of a user that is not there
+    if source in NAMES:
+        return source
+    path = os.path.expanduser(source)  # leaves the ~ of a user that is not there
     try:
-        mode = os.stat(path).st_mode
+        os.stat(path)
     except PermissionError as error:
         raise PermissionError(f"{source!r} may not be read") from error
     except (OSError, ValueError) as error:
@@ -117,7 +139,7 @@ def open_source(source: str | os.PathLike[str]) -> Source:
             f"no folder or zip file at {source!r} "
             + (f"(did you mean {close!r}?)" if close else "(the names known are 'cifar10' and 'digits')")
         ) from error
-    return _folder(path) if stat.S_ISDIR(mode) else _zip(path)
+    return path
 
 
 def _hash(*parts: object) -> str:
@@ -296,7 +318,7 @@ def _read_cifar10() -> Iterator[tuple[str, Callable[[], Any]]]:
         rows = load_dataset("uoft-cs/cifar10", split="train")
     except Exception as error:
         reason = (str(error).splitlines() or ["no reason given"])[0]
-        raise RuntimeError(
+        raise SourceError(
             f"CIFAR-10 could not be loaded from the Hugging Face hub ({type(error).__name__}: {reason}). Without "
             "internet, give a folder or a zip of pictures, or name in FASTGAN_DATA a folder with cifar10-train-10k.zip."
         ) from error

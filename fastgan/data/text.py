@@ -206,7 +206,8 @@ def train_tokenizer(
     texts = [_LONG_WORD.sub(r"\g<0> ", normalizer.normalize_str(text)) for text in texts]
     # The trainer numbers the letters within words in the order of a hash table, another one in each run, and decides by
     # these numbers which of two equally frequent pairs to join. Told of them beforehand, it keeps this order.
-    within = sorted({letter for text in texts for word, _ in pre_tokenizer.pre_tokenize_str(text) for letter in word[1:]})
+    words = (word for text in texts for word, _ in pre_tokenizer.pre_tokenize_str(text))
+    within = sorted({letter for word in words for letter in word[1:]})
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         special_tokens=[*special.values(), *(f"##{letter}" for letter in within)],
@@ -216,8 +217,8 @@ def train_tokenizer(
     learner = Tokenizer(models.WordPiece(unk_token=special["unk"]))
     learner.pre_tokenizer = pre_tokenizer
     learner.train_from_iterator(texts, trainer)
-    words = sorted(set(learner.get_vocab()) - set(special.values()))
-    numbered = {word: number for number, word in enumerate([*special.values(), *words])}
+    learnt = sorted(set(learner.get_vocab()) - set(special.values()))
+    numbered = {word: number for number, word in enumerate([*special.values(), *learnt])}
     tokenizer = Tokenizer(models.WordPiece(vocab=numbered, unk_token=special["unk"]))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
     tokenizer.decoder = decoders.WordPiece()

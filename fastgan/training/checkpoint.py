@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgan.training.gan import GANTrainer
+from fastgan.training.gan import GANTrainer, _match_layouts
 
 FORMAT = "fastgan-checkpoint"
 VERSION = 1
@@ -231,7 +231,8 @@ def _read_header(path: Path) -> dict[str, Any]:
     if digest != sha256(canonical(header)):
         raise RunError(f"{path}: damaged or changed, its own hash does not fit")
     step, files, optimizers = header.get("step"), header.get("files"), header.get("optimizers")
-    if type(step) is not int or step < 0 or not isinstance(files, dict) or not isinstance(optimizers, dict):
+    told = isinstance(files, dict) and isinstance(optimizers, dict)
+    if not told or type(step) is not int or not 0 <= step < 2**53:
         raise RunError(f"{path}: does not say its step, files and optimizers")
     return header
 
@@ -239,7 +240,7 @@ def _read_header(path: Path) -> dict[str, Any]:
 def load_checkpoint(trainer: GANTrainer, path: Path, config_digest: str | None = None) -> None:
     """Puts a checkpoint into a trainer; nothing of the trainer has changed where RunError is raised."""
     header, tensors = read_checkpoint(path)
-    if config_digest is not None and header["config_sha256"] != config_digest:
+    if config_digest is not None and header.get("config_sha256") != config_digest:
         raise RunError(f"{path / 'trainer.json'}: belongs to another configuration than config.json")
     apply: list[Callable[[], None]] = []
     for name in MODELS:
@@ -248,6 +249,8 @@ def load_checkpoint(trainer: GANTrainer, path: Path, config_digest: str | None =
         apply.append(lambda model=model, state=tensors[name]: model.load_state_dict(state))  # type: ignore[misc]
         optimizer = trainer.optimizer_g if name == "generator" else trainer.optimizer_d
         state = _restored(optimizer, name, tensors["optimizers"], header["optimizers"].get(name), path)
+        if header["step"] and not state["state"]:
+            raise RunError(f"{path / 'optimizers.safetensors'}: holds nothing of the {name}'s optimizer")
         apply.append(lambda optimizer=optimizer, state=state: _load_optimizer(optimizer, state))  # type: ignore[misc]
     for action in apply:
         action()
@@ -282,42 +285,41 @@ def _restored(
     if settings.get("type") != type(optimizer).__name__:
         raise RunError(f"{header}: saved with the optimizer {settings.get('type')}, not {type(optimizer).__name__}")
     groups, own = settings.get("groups"), optimizer.state_dict()["param_groups"]
-    if (
-        not isinstance(groups, list)
-        or not all(isinstance(group, dict) for group in groups)
-        or [(sorted(group), group["params"]) for group in own]
-        != [(sorted(group), group.get("params")) for group in groups]
-    ):
+    if not isinstance(groups, list) or len(groups) != len(own) or not all(map(_same_settings, own, groups)):
         raise RunError(f"{header}: the {prefix}'s optimizer has other parameters or settings than this one")
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
-    for name, value in (*tensors.items(), *((f"{prefix}.{key}", number) for key, number in settings["numbers"].items())):
+    numbers = {f"{prefix}.{key}": number for key, number in settings["numbers"].items()}
+    for name, value in {**tensors, **numbers}.items():
         owner, _, rest = name.partition(".")
+        if owner not in MODELS:
+            raise RunError(f"{file}: has {name}, which no optimizer has")
         if owner != prefix:
             continue
         index, _, key = rest.partition(".")
         if not index.isdecimal() or int(index) >= len(parameters) or not key:
             raise RunError(f"{file}: has {name}, which the optimizer has not")
         parameter = parameters[int(index)]
-        if isinstance(value, Tensor) and value.dim() and value.shape != parameter.shape:
-            raise RunError(f"{file}: {name} should be of shape {tuple(parameter.shape)}, the file has {_described(value)}")
+        if isinstance(value, Tensor):
+            kind = (parameter.shape, parameter.dtype) if value.dim() else (value.shape, torch.float32)
+            if (value.shape, value.dtype) != kind:
+                raise RunError(f"{file}: {name} is {_described(value)}, which does not fit its parameter")
+            if not bool((value >= 0).all() if value.dim() == 0 else value.isfinite().all()):
+                raise RunError(f"{file}: {name} holds values that cannot be")
         state.setdefault(int(index), {})[key] = value
     if len({frozenset(entries) for entries in state.values()}) > 1:
         raise RunError(f"{file}: what it holds for some parameters is missing for others")
     return {"state": state, "param_groups": groups}
 
 
+def _same_settings(own: dict[str, Any], other: Any) -> bool:
+    """Whether a parameter group has the same parameters, and settings of the same names and kinds."""
+    if not isinstance(other, dict) or set(own) != set(other) or own["params"] != other["params"]:
+        return False
+    numbers = [name for name, value in own.items() if isinstance(value, (int, float))]
+    return all(isinstance(other[name], (int, float)) for name in numbers)
+
+
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(state)
-    # Files hold contiguous tensors. A fused step walks parameter and moments as one row of memory each, so the moments
-    # must have their parameter's layout again.
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            entries = optimizer.state.get(parameter, {})
-            for key, value in entries.items():
-                if (
-                    isinstance(value, Tensor)
-                    and value.shape == parameter.shape
-                    and value.stride() != parameter.stride()
-                ):
-                    entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    _match_layouts(optimizer, states=True)  # files hold contiguous tensors

@@ -22,6 +22,7 @@ import torch
 
 from fastgan._version import __version__
 from fastgan.data import ImageArray, ImageBatches, load_images
+from fastgan.data.sources import as_text
 from fastgan.models.dcgan import DCGAN, check_image_size
 from fastgan.ops.gan_loss import LOSSES
 from fastgan.training.checkpoint import (
@@ -72,9 +73,14 @@ class DCGANConfig:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not isinstance(self.data, (str, os.PathLike)):
             raise TypeError(f"data must be a path, 'cifar10' or 'digits', got {self.data!r}")
-        object.__setattr__(self, "data", os.fspath(self.data))
+        object.__setattr__(self, "data", as_text(self.data))
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed must be an integer, got {self.seed!r}")
+        for name in ("lr", "beta1"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), (int, float)):
+                raise TypeError(f"{name} must be a number, got {getattr(self, name)!r}")
+        if not isinstance(self.flip, bool):
+            raise TypeError(f"flip must be True or False, got {self.flip!r}")
         check_image_size(self.image_size)
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr must be positive and finite, got {self.lr}")
@@ -186,16 +192,19 @@ def resume_dcgan(
     """Goes on with the run in ``out`` from its last checkpoint, with the same bits as if it had never stopped.
 
     ``changes`` may name ``epochs``, ``max_steps``, ``checkpoint_every``, ``sample_every``, and ``data`` where the same
-    pictures lie in another place now; another field must be as it was. A finished run is left as it is. Everything is checked before any file is changed; arguments and errors
-    otherwise as ``run_dcgan``'s.
+    pictures lie in another place now; another field must be as it was. A finished run is left as it is. Everything is
+    checked before any file is changed; arguments and errors otherwise as ``run_dcgan``'s.
     """
     folder = RunFolder(out)
     document = folder.read_config()
     before = config_of(document, folder.path)
     config = before
+    fields = {field.name for field in dataclasses.fields(DCGANConfig)}
     for name, value in (changes or {}).items():
         if name in CHANGEABLE:
             config = dataclasses.replace(config, **{name: value})
+        elif name not in fields:
+            raise TypeError(f"changes: there is no {name!r} in a run's configuration")
         elif getattr(before, name) != value:
             raise RunError(
                 f"{folder.path}: this run has {name} = {getattr(before, name)!r}, not {value!r}; a resumed run may "
@@ -208,7 +217,7 @@ def resume_dcgan(
         if checkpoint is not None:
             header, _ = read_checkpoint(checkpoint)
             step = header["step"]
-            if header["config_sha256"] != _digest(document):
+            if header.get("config_sha256") != _digest(document):
                 raise RunError(f"{checkpoint / 'trainer.json'}: belongs to another configuration than config.json")
         total = config.total_steps(document["pictures"])
         if step >= total:
@@ -292,6 +301,10 @@ def _digest(document: dict[str, Any]) -> str:
     return config_digest({**identity, "data": document["data_sha256"], "pictures": document["pictures"]})
 
 
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def check_memory(config: DCGANConfig, device: str | None = None) -> None:
     """ValueError where the weights alone, with gradients and Adam's averages, do not fit into this machine's memory."""
     with torch.device("meta"):
@@ -299,7 +312,7 @@ def check_memory(config: DCGANConfig, device: str | None = None) -> None:
     weights = sum(parameter.numel() for parameter in gan.parameters())
     needed = 4 * weights * (8 if config.precision == "float64" else 4)
     there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > there and (device or "cpu").startswith("cpu"):
+    if needed > there and (device or _default_device()).startswith("cpu"):
         raise ValueError(
             f"image_size = {config.image_size} with ngf = {config.ngf}, ndf = {config.ndf} and latent = "
             f"{config.latent} makes {weights / 1e6:,.0f} million weights, {needed / 1e9:,.0f} GB with gradients and "
@@ -309,8 +322,7 @@ def check_memory(config: DCGANConfig, device: str | None = None) -> None:
 
 def make_trainer(config: DCGANConfig, device: str | None = None) -> GANTrainer:
     """The networks and their trainer at step 0, a pure function of the configuration."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or _default_device()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_seed(config.seed, _INIT, 0))
         gan = DCGAN(config.image_size, config.channels, config.latent, config.ngf, config.ndf)
@@ -411,8 +423,9 @@ def _stop_when_asked() -> Iterator[Callable[[], bool]]:
             raise KeyboardInterrupt
         asked.append(number)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, handler) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heard = [number for number in wanted if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield lambda: bool(asked)
     finally:
