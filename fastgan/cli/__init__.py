@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import io
+import os
+import sys
+import warnings
+
 import typer
 
 from fastgan.cli import demo, sample, train
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, help="Adversarial training for PyTorch, made fast.")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    help="Adversarial training for PyTorch, made fast.",
+    epilog="Begin with: fastgan demo, or fastgan train dcgan --data my_pictures",
+)
 
 
 def _print_version(value: bool) -> None:
@@ -38,4 +48,13 @@ app.command()(demo.demo)
 
 
 def main() -> None:
+    # Closed by who started us (a service, >&-), they are None.
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  until the process ends
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A folder's name can be any bytes, and a terminal may know no ×: neither is a reason to stop.
+            stream.reconfigure(errors="backslashreplace")
+    # On a line of its own and without the place in our source, which tells a user nothing.
+    warnings.formatwarning = lambda message, *_, **__: f"fastgan: {message}\n"
     app()

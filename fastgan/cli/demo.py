@@ -9,13 +9,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+from fastgan.cli.failures import in_one_line
+from fastgan.cli.train import check_data
+
+if TYPE_CHECKING:
+    from fastgan.data import ImageArray
+    from fastgan.training import DCGANConfig
 
 PROBES = (
     "the function returns a new [MASK] .",
@@ -31,18 +39,22 @@ def _title(number: int, text: str) -> None:
     _say(f"\n[{number}/4] {text}")
 
 
-def _gan(out: Path, data: str, seed: int, quick: bool) -> dict[str, Any]:
-    from fastgan.cli.progress import reporter
+def _pictures(data: str, seed: int, quick: bool) -> tuple[DCGANConfig, ImageArray]:
     from fastgan.data import load_images
-    from fastgan.training import load_generator, run_dcgan
-    from fastgan.training.gan import GANTrainer
-    from fastgan.training.pictures import grid_png
     from fastgan.training.presets import article, digits_demo
 
     config = digits_demo(seed=seed) if data == "digits" else article(data, max_steps=300, seed=seed)
     if quick:
         config = replace(config, max_steps=6)
-    images = load_images(config.data, config.image_size, config.channels)
+    return config, load_images(config.data, config.image_size, config.channels)
+
+
+def _gan(out: Path, config: DCGANConfig, images: ImageArray) -> dict[str, Any]:
+    from fastgan.cli.progress import reporter
+    from fastgan.training import load_generator, run_dcgan
+    from fastgan.training.gan import GANTrainer
+    from fastgan.training.pictures import grid_png
+
     begin = time.perf_counter()
     shown = reporter()
     try:
@@ -53,7 +65,7 @@ def _gan(out: Path, data: str, seed: int, quick: bool) -> dict[str, Any]:
         raise typer.Exit(130)
     seconds = time.perf_counter() - begin
     generator, _, _ = load_generator(out)
-    pictures = GANTrainer.sample_from(generator, (config.latent, 1, 1), 64, seed)
+    pictures = GANTrainer.sample_from(generator, (config.latent, 1, 1), 64, config.seed)
     (out / "samples.png").write_bytes(grid_png(pictures))
     chosen = range(0, len(images), max(1, len(images) // 64))
     (out / "real.png").write_bytes(grid_png(images.batch(list(chosen)[:64])))
@@ -61,7 +73,7 @@ def _gan(out: Path, data: str, seed: int, quick: bool) -> dict[str, Any]:
         f"      {len(images)} pictures at {config.image_size}×{config.image_size}, {result.step} steps of "
         f"{config.batch_size} in {seconds:.0f} s: {result.step / seconds:.1f} steps/s"
     )
-    return {"seconds": seconds, "steps": result.step, "image_size": config.image_size, "data": data}
+    return {"seconds": seconds, "steps": result.step, "image_size": config.image_size, "data": config.data}
 
 
 def _language(out: Path, seed: int, steps: int) -> dict[str, Any]:
@@ -123,21 +135,31 @@ def _kernels(out: Path) -> list[dict[str, Any]]:
 def demo(
     out: Path = typer.Option(Path("runs/demo"), help="Folder for all it writes; an earlier demo is replaced."),
     data: str = typer.Option("digits", help="Pictures for part 1: digits, cifar10, or a folder or zip of pictures."),
-    seed: int = typer.Option(0, help="Seed of every part."),
+    seed: int = typer.Option(0, min=0, max=2**32 - 1, help="Seed of every part."),
     quick: bool = typer.Option(False, help="A few steps of each part, to see that all of it runs."),
 ) -> None:
     """Train, fine-tune and measure on real input; a few minutes on two cores."""
-    if out.exists():
-        if any(out.iterdir()) and not (out / "summary.json").exists() and not (out / ".demo").exists():
+    check_data(data)
+    if os.path.lexists(out):
+        if not out.is_dir():
+            raise typer.BadParameter(f"{out} is not a folder", param_hint="--out")
+        if not (out / ".demo").exists() and any(out.iterdir()):
             raise typer.BadParameter(f"{out} is not a demo's folder, and holds files", param_hint="--out")
-        shutil.rmtree(out)
-    out.mkdir(parents=True)
-    (out / ".demo").touch()
+    with in_one_line():
+        _demo(out, data, seed, quick)
+
+
+def _demo(out: Path, data: str, seed: int, quick: bool) -> None:
     begin = time.perf_counter()
     summary: dict[str, Any] = {}
 
     _title(1, f"A DCGAN, trained through fastgan's kernels, learns to draw {data}.")
-    summary["gan"] = _gan(out / "gan", data, seed, quick)
+    config, images = _pictures(data, seed, quick)  # before an earlier demo is deleted: there may be none
+    if out.exists():
+        shutil.rmtree(out)
+    out.mkdir(parents=True)
+    (out / ".demo").touch()
+    summary["gan"] = _gan(out / "gan", config, images)
     _title(2, "A BERT, pretrained through fastgan's attention, learns to guess masked words of the Python reference.")
     summary["language"] = _language(out / "language", seed, steps=20 if quick else 1000)
     _title(3, "The same BERT, fine-tuned, tells which chapter a sentence comes from.")

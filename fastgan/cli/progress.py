@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 
 def reporter() -> Any:
     """A bar where standard output is a terminal, else plain lines."""
-    return Bar() if sys.stdout.isatty() else Lines()
+    return Bar() if sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown") else Lines()
 
 
 class _Rate:
@@ -32,14 +33,18 @@ class _Rate:
 
 
 class Lines:
-    """A line every ten seconds and at the end."""
+    """A line every ten seconds and at the end.
+
+    Raises BrokenPipeError where nobody reads them any more. Where they cannot be written otherwise (the terminal has
+    gone, the log's disk is full), training goes on without them.
+    """
 
     def __init__(self, seconds: float = 10.0) -> None:
         self._every = seconds
 
     def start(self, step: int, total: int, batch_size: int) -> None:
         self._rate, self._total, self._shown = _Rate(), total, time.monotonic()
-        print(f"step {step} of {total}", flush=True)
+        self.say(f"step {step} of {total}")
 
     def update(self, step: int, metrics: dict[str, float], images: int) -> None:
         self._rate.add(images)
@@ -48,14 +53,18 @@ class Lines:
             return
         self._shown = now
         left = (self._total - step) / self._rate.steps
-        print(
+        self.say(
             f"step {step} of {self._total}, {self._rate.steps:.2f} steps/s, {self._rate.images:.0f} images/s, "
-            f"{_duration(left)} left, loss_d {metrics['loss_d']:.4f}, loss_g {metrics['loss_g']:.4f}",
-            flush=True,
+            f"{_duration(left)} left, loss_d {metrics['loss_d']:.4f}, loss_g {metrics['loss_g']:.4f}"
         )
 
     def say(self, message: str) -> None:
-        print(message, flush=True)
+        try:
+            print(message, flush=True)
+        except BrokenPipeError:
+            raise
+        except (OSError, ValueError):  # ValueError: a closed stream
+            pass
 
     def close(self) -> None:
         pass

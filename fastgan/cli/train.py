@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import typer
+
+from fastgan.cli.failures import in_one_line
 
 app = typer.Typer(no_args_is_help=True, help="Train a model.")
 
@@ -49,13 +52,16 @@ def dcgan(
 
     Ctrl-C saves and says how to go on. A run killed in any way goes on from its last checkpoint by --resume, and ends
     with the same weights, bit for bit.
+
+    For example: fastgan train dcgan --data my_pictures --image-size 64 --out runs/mine
+
+    Then: fastgan train dcgan --resume runs/mine --epochs 200
     """
     given = {name: context.params[name] for name in _FIELDS if _source(context, name) not in ("DEFAULT", "DEFAULT_MAP")}
     if resume is not None and out is not None:
         raise typer.BadParameter("--resume names the folder already; leave out --out")
 
     from fastgan.cli.progress import reporter
-    from fastgan.training.checkpoint import RunError
     from fastgan.training.run import DCGANConfig, resume_dcgan, run_dcgan
 
     settings: dict[str, Any] = {"device": _device(device), "num_workers": num_workers, "reporter": reporter()}
@@ -65,25 +71,16 @@ def dcgan(
     except (TypeError, ValueError) as error:
         raise _usage(str(error)) from error
     if resume is None:
-        _check_data(config.data)
+        check_data(config.data)
     try:
-        if resume is None:
-            folder = out or _free_folder(config)
-            typer.echo(f"training in {folder}")
-            result = run_dcgan(config, folder, **settings)
-        else:
-            typer.echo(f"resuming {resume}")
-            result = resume_dcgan(resume, given, **settings)
-    except RunError as error:
-        raise _failure(str(error)) from error
-    except OSError as error:
-        named = f"{error.filename}: " if error.filename else ""
-        raise _failure(f"{named}{error.strerror or error}") from error
-    except KeyboardInterrupt:
-        typer.echo("stopped", err=True)
-        raise typer.Exit(130) from None
-    except (ImportError, ValueError) as error:
-        raise _failure(str(error)) from error
+        with in_one_line():
+            if resume is None:
+                folder = out or _free_folder(config)
+                typer.echo(f"training in {folder}")
+                result = run_dcgan(config, folder, **settings)
+            else:
+                typer.echo(f"resuming {resume}")
+                result = resume_dcgan(resume, given, **settings)
     finally:
         settings["reporter"].close()
     if result.interrupted:
@@ -106,15 +103,13 @@ def _source(context: typer.Context, name: str) -> str:
     return "DEFAULT" if source is None else source.name
 
 
-def _failure(message: str) -> typer.Exit:
-    """Says it in one line; the exit status is 1."""
-    typer.echo(f"fastgan: {' '.join(message.split())}", err=True)
-    return typer.Exit(1)
+def check_data(data: str) -> None:
+    from fastgan.data.sources import locate
 
-
-def _check_data(data: str) -> None:
-    if data not in ("digits", "cifar10") and not Path(data).expanduser().exists():
-        raise typer.BadParameter(f"--data: there is no folder or zip file {data!r} (nor is it cifar10 or digits)")
+    try:
+        locate(data)
+    except (OSError, ValueError) as error:
+        raise typer.BadParameter(f"--data: {error}") from error
 
 
 def _device(device: str | None) -> str | None:
@@ -124,15 +119,18 @@ def _device(device: str | None) -> str | None:
 
     try:
         torch.empty(0, device=torch.device(device))
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise typer.BadParameter(f"--device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+        torch.Generator(device)  # "meta" has tensors, but nothing in them
+    except Exception as error:  # each kind of device that is not there says so in its own way
+        reason = "this PyTorch was built without it" if "Could not run" in str(error) else str(error).splitlines()[0]
+        raise typer.BadParameter(f"--device {device!r} cannot be used: {reason}") from error
     return device
 
 
 def _free_folder(config: Any) -> Path:
-    """runs/dcgan-<data>-<size>, with a number behind it where that holds a run already."""
-    name = f"dcgan-{Path(config.data).stem}-{config.image_size}"
+    """runs/dcgan-<data>-<size>, with a number behind it where that is there already."""
+    data = Path(os.path.abspath(os.path.expanduser(config.data)))  # "." and "pictures/" have names, too
+    name = f"dcgan-{data.name if data.is_dir() else data.stem}-{config.image_size}"
     folder, number = Path("runs") / name, 2
-    while (folder / "config.json").exists():
+    while os.path.lexists(folder):
         folder, number = Path("runs") / f"{name}-{number}", number + 1
     return folder

@@ -5,7 +5,8 @@ The rules, in the order they apply:
 - a picture of several frames or pages gives its first one;
 - the rotation that a camera noted in EXIF is carried out;
 - 16-bit grey is scaled to 8 bits (65535 becomes 255); 12-bit likewise; 32-bit integers and floats, which have no
-  agreed white, by the smallest of the usual ranges that holds them (1, 255, 65535, else their own);
+  agreed white, by the smallest of the usual ranges that holds them (1, 255, 65535, else their own); with negative
+  values they are refused, since cutting them off would ruin a picture that runs from -1 to 1;
 - transparency is composited over white, unless an alpha channel was asked for (2 or 4 channels);
 - CMYK, palette, 1-bit, YCbCr, LAB become RGB or grey by Pillow's own conversions, without colour profiles;
 - the shorter side is resized to ``image_size`` with Pillow's antialiased bilinear filter, and the centre is cropped:
@@ -18,10 +19,10 @@ import io
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 #: part of the cache's key: raise it when the same file would give other pixels
-DECODER_VERSION = 1
+DECODER_VERSION = 2
 
 #: what Pillow calls the mode for so many channels
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -63,11 +64,18 @@ def decode(data: bytes | np.ndarray | Image.Image, image_size: int, channels: in
         # Pillow warns from 89 million pixels on and refuses from twice as many; a large photograph is no attack.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         warnings.filterwarnings("ignore", category=UserWarning, module=r"PIL\.")
-        image = Image.open(io.BytesIO(data), formats=formats) if isinstance(data, bytes) else data
+        image = _open(data, formats) if isinstance(data, bytes) else data
         image.load()
         bits = _bits(image)  # noted before: a turned copy has no tags
         image = to_mode(_upright(image), MODES[channels], bits)
     return to_array(resize_and_crop(image, image_size))
+
+
+def _open(data: bytes, formats: list[str]) -> Image.Image:
+    try:
+        return Image.open(io.BytesIO(data), formats=formats)
+    except UnidentifiedImageError as error:  # names the address of the buffer
+        raise ValueError("the file is empty" if not data else "not a picture, or cut off in its first bytes") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:
@@ -123,7 +131,13 @@ def _to_8_bits(image: Image.Image, bits: int) -> Image.Image:
 
 def _white(values: np.ndarray) -> float:
     finite = values[np.isfinite(values)]
-    largest = float(finite.max()) if finite.size else 1.0
+    largest, least = (float(finite.max()), float(finite.min())) if finite.size else (1.0, 0.0)
+    # A little below zero is what sharpening and resampling leave, and is cut off.
+    if least < -0.05 * max(largest, 1.0):
+        raise ValueError(
+            f"its values run from {least:.4g} to {largest:.4g}, and below zero there is no agreed black: save it as "
+            "uint8, or from 0 to 1"
+        )
     return next((white for white in (1.0, 255.0, 65535.0) if largest <= white), largest)
 
 
@@ -154,7 +168,8 @@ def _decode_array(values: np.ndarray, image_size: int, channels: int) -> np.ndar
         ]
         return np.stack([np.asarray(plane) for plane in planes])
     if values.shape[2] not in MODES or channels not in MODES:
-        raise ValueError(f"the array has {values.shape[2]} channels, {channels} were asked for")
+        hint = "; channels come last: (height, width, channels)" if values.shape[0] == channels else ""
+        raise ValueError(f"the array has {values.shape[2]} channels, {channels} were asked for{hint}")
     picture = np.ascontiguousarray(values if values.shape[2] > 1 else values[:, :, 0])
     return to_array(resize_and_crop(to_mode(Image.fromarray(picture), MODES[channels]), image_size))
 

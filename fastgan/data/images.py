@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from fastgan.data.decode import DECODER_VERSION, MODES, decode
-from fastgan.data.sources import Source, open_source
+from fastgan.data.sources import Source, advice, open_source
 
 #: how many skipped files a warning names; ImageArray.skipped has all of them
 _NAMED = 10
@@ -182,7 +182,7 @@ def load_images(
         images = _build_in_memory(listing, shape, progress)
     images.ignored = listing.ignored
     if images.skipped:
-        named = "; ".join(f"{name} ({reason})" for name, reason in images.skipped[:_NAMED])
+        named = "; ".join(f"{_shown(name)} ({reason})" for name, reason in images.skipped[:_NAMED])
         more = len(images.skipped) - _NAMED
         warnings.warn(
             f"{len(images.skipped)} of {len(images) + len(images.skipped)} pictures in {listing.name!r} were skipped: "
@@ -190,6 +190,11 @@ def load_images(
             stacklevel=2,
         )
     return images
+
+
+def _shown(name: str) -> str:
+    """A file's name on one line, whatever bytes it is made of."""
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in name)
 
 
 class _CacheError(Exception):
@@ -238,7 +243,7 @@ def _build_cached(
             pixels_file = _temporary(folder, temporary)
         except OSError as error:
             raise _CacheError(error.strerror or str(error)) from error
-        with pixels_file:
+        with _closed(pixels_file):
 
             def write(picture: np.ndarray) -> None:
                 try:
@@ -268,6 +273,16 @@ def _build_cached(
         for path in temporary:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _closed(file: Any) -> Iterator[None]:
+    """Closes a file whose content counts only once it was flushed: on a full disk, closing fails a second time."""
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.close()
 
 
 def _temporary(folder: Path, made: list[Path]) -> Any:
@@ -305,7 +320,8 @@ def _decode_all(
             try:
                 picture = decode(read(), image_size, channels)
             except Exception as error:  # Pillow's decoders raise a dozen kinds for a broken file
-                reason = " ".join(str(error).split())[:200] or type(error).__name__
+                said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+                reason = " ".join(said.split())[:200] or type(error).__name__
                 skipped.append((name, reason))
             else:
                 write(picture)
@@ -313,10 +329,10 @@ def _decode_all(
                 count += 1
             advance()
     if count == 0:
-        first = f"; the first: {skipped[0][0]}: {skipped[0][1]}" if skipped else ""
+        first = f"; the first: {_shown(skipped[0][0])}: {skipped[0][1]}" if skipped else ""
         raise ValueError(
             f"no usable picture in {listing.name!r}: {tried} picture files tried, {len(skipped)} could not be used, "
-            f"{listing.ignored} other files ignored{first}"
+            f"{listing.ignored} other files ignored{advice(listing.kinds)}{first}"
             + ("" if channels in MODES else f" (channels={channels} needs .npy files with that many)")
         )
     digest.update(repr((count, *shape)).encode())

@@ -9,7 +9,7 @@ import hashlib
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -34,31 +34,48 @@ CHAPTERS: dict[str, tuple[str, ...]] = {
 _RULE = re.compile(r"\s*[-=*~^+|_#]{3,}[-=*~^+| ]*")
 _SENTENCE_END = re.compile(r"(?<=[.!?])[\"')\]”]*\s+(?=[A-Z\"“*(])")
 _SPACE = re.compile(r"\s+")
+_LONG_WORD = re.compile(r"\w{100}(?=\w)")
 
 
 def read_texts(source: str | os.PathLike[str]) -> list[str]:
     """The texts of a file, or of every ``.txt``, ``.md`` and ``.rst`` file of a folder, in the order of their names.
 
-    UTF-8 with or without a byte order mark. Raises FileNotFoundError where there is nothing at ``source``, and
-    ValueError naming the file for another encoding, or where there is no text at all.
+    UTF-8 with or without a byte order mark, lines ended in any way. Hidden files and folders are left out. Raises
+    FileNotFoundError where there is nothing at ``source``, OSError naming a file that cannot be read, and ValueError
+    naming the file for another encoding or for what is no text, or where there is no text at all.
     """
-    path = Path(source).expanduser()
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix.lower() in (".txt", ".md", ".rst"))
-    elif path.is_file():
+    path = Path(os.path.expanduser(source))
+    if os.path.isdir(path):
+        found = (Path(folder, name) for folder, subfolders, names in _walk(path) for name in names)
+        files = sorted(file for file in found if file.suffix.lower() in (".txt", ".md", ".rst"))
+    elif os.path.isfile(path):
         files = [path]
     else:
         raise FileNotFoundError(f"no file or folder at {str(source)!r}")
-    texts = []
-    for file in files:
-        try:
-            texts.append(file.read_text(encoding="utf-8-sig"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{str(file)!r} is not UTF-8 text: byte {error.start} cannot be read") from error
-    texts = [text for text in texts if text.strip()]
+    texts = [text for text in map(_read_text, files) if text.strip()]
     if not texts:
         raise ValueError(f"no text in {str(source)!r}: {len(files)} .txt, .md or .rst files looked at")
     return texts
+
+
+def _walk(root: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    """os.walk without what is hidden; links to folders are not followed."""
+    for folder, subfolders, names in os.walk(root):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        yield folder, subfolders, [name for name in names if not name.startswith(".")]
+
+
+def _read_text(file: Path) -> str:
+    data = file.read_bytes()
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise ValueError(f"{str(file)!r} is UTF-16 text; save it as UTF-8")
+    if b"\0" in data:
+        raise ValueError(f"{str(file)!r} is not text: byte {data.index(0)} is zero")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(file)!r} is not UTF-8 text: byte {error.start} cannot be read") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def python_reference() -> dict[str, str]:
@@ -155,14 +172,25 @@ def split_by_hash(texts: Sequence[str], validation: float = 0.1, salt: str = "")
     return training, held_out
 
 
+def list_of_texts(texts: Iterable[str]) -> list[str]:
+    """Those that are not blank. One string alone is one text: its letters are not."""
+    texts = [texts] if isinstance(texts, (str, bytes)) else list(texts)
+    for text in texts:
+        if not isinstance(text, str):
+            raise TypeError(f"texts must be strings, got {type(text).__name__}")
+    return [text for text in texts if text.strip()]
+
+
 def train_tokenizer(
     texts: Iterable[str], vocab_size: int = 4096, lowercase: bool = True, max_length: int = 512
 ) -> PreTrainedTokenizerFast:
     """A WordPiece tokenizer with BERT's special tokens, learnt from ``texts``.
 
     Returns a transformers fast tokenizer: ``[CLS] text [SEP]``, ``mask_token``, ``save_pretrained(folder)``, and read
-    back by ``AutoTokenizer.from_pretrained(folder)``. The same texts give the same vocabulary in the same order.
-    Raises ValueError where ``vocab_size`` does not hold the five special tokens or there is no text.
+    back by ``AutoTokenizer.from_pretrained(folder)``. The same texts give the same vocabulary in the same order. It has
+    fewer words than ``vocab_size`` where the texts have no more, and more where their letters alone are more.
+    Raises ValueError where ``vocab_size`` does not hold the five special tokens or there is no text, and TypeError for
+    texts that are no strings.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
@@ -170,21 +198,31 @@ def train_tokenizer(
     special = {"pad": "[PAD]", "unk": "[UNK]", "cls": "[CLS]", "sep": "[SEP]", "mask": "[MASK]"}
     if vocab_size <= len(special):
         raise ValueError(f"vocab_size must be more than the {len(special)} special tokens, got {vocab_size}")
-    texts = [text for text in texts if text.strip()]
+    texts = list_of_texts(texts)
     if not texts:
         raise ValueError("there is no text to learn a vocabulary from")
-    tokenizer = Tokenizer(models.WordPiece(unk_token=special["unk"]))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.decoder = decoders.WordPiece()
+    normalizer, pre_tokenizer = normalizers.BertNormalizer(lowercase=lowercase), pre_tokenizers.BertPreTokenizer()
+    # A word of a hundred thousand letters (a file without spaces) takes the trainer minutes, being quadratic in it.
+    texts = [_LONG_WORD.sub(r"\g<0> ", normalizer.normalize_str(text)) for text in texts]
+    # The trainer numbers the letters within words in the order of a hash table, another one in each run, and decides by
+    # these numbers which of two equally frequent pairs to join. Told of them beforehand, it keeps this order.
+    words = (word for text in texts for word, _ in pre_tokenizer.pre_tokenize_str(text))
+    within = sorted({letter for word in words for letter in word[1:]})
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(special.values()), show_progress=False, min_frequency=2
+        vocab_size=vocab_size,
+        special_tokens=[*special.values(), *(f"##{letter}" for letter in within)],
+        show_progress=False,
+        min_frequency=2,
     )
-    tokenizer.train_from_iterator(texts, trainer)
-    # The trainer numbers its words in the order of a hash table, another one in each run: number them by name.
-    words = sorted(set(tokenizer.get_vocab()) - set(special.values()))
-    numbered = {word: number for number, word in enumerate([*special.values(), *words])}
-    tokenizer.model = models.WordPiece(vocab=numbered, unk_token=special["unk"])
+    learner = Tokenizer(models.WordPiece(unk_token=special["unk"]))
+    learner.pre_tokenizer = pre_tokenizer
+    learner.train_from_iterator(texts, trainer)
+    learnt = sorted(set(learner.get_vocab()) - set(special.values()))
+    numbered = {word: number for number, word in enumerate([*special.values(), *learnt])}
+    tokenizer = Tokenizer(models.WordPiece(vocab=numbered, unk_token=special["unk"]))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizer
+    tokenizer.decoder = decoders.WordPiece()
+    tokenizer.add_special_tokens(list(special.values()))
     tokenizer.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]",
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",

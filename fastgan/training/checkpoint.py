@@ -8,6 +8,7 @@ then is the older checkpoint deleted. So at every moment ``last`` names a whole 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgan.training.gan import GANTrainer
+from fastgan.training.gan import GANTrainer, _match_layouts
 
 FORMAT = "fastgan-checkpoint"
 VERSION = 1
@@ -56,7 +57,8 @@ def replace_file(path: Path, data: bytes) -> None:
         write_file(temporary, data)
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
@@ -135,7 +137,7 @@ def save_checkpoint(trainer: GANTrainer, folder: Path, config_digest: str) -> Pa
             error.errno, f"{error.strerror} (the last good checkpoint is untouched)", error.filename
         ) from error
     for other in place.iterdir():
-        if other != target:
+        if other != target and other.name.startswith(("step-", ".tmp-")):
             shutil.rmtree(other, ignore_errors=True)
     return target
 
@@ -219,7 +221,7 @@ def _read(path: Path) -> bytes:
 def _read_header(path: Path) -> dict[str, Any]:
     try:
         header = json.loads(_read(path))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RunError(f"{path}: damaged, not JSON ({error})") from error
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise RunError(f"{path}: not a checkpoint of fastgan")
@@ -228,13 +230,17 @@ def _read_header(path: Path) -> dict[str, Any]:
     digest = header.pop("sha256", None)
     if digest != sha256(canonical(header)):
         raise RunError(f"{path}: damaged or changed, its own hash does not fit")
+    step, files, optimizers = header.get("step"), header.get("files"), header.get("optimizers")
+    told = isinstance(files, dict) and isinstance(optimizers, dict)
+    if not told or type(step) is not int or not 0 <= step < 2**53:
+        raise RunError(f"{path}: does not say its step, files and optimizers")
     return header
 
 
 def load_checkpoint(trainer: GANTrainer, path: Path, config_digest: str | None = None) -> None:
     """Puts a checkpoint into a trainer; nothing of the trainer has changed where RunError is raised."""
     header, tensors = read_checkpoint(path)
-    if config_digest is not None and header["config_sha256"] != config_digest:
+    if config_digest is not None and header.get("config_sha256") != config_digest:
         raise RunError(f"{path / 'trainer.json'}: belongs to another configuration than config.json")
     apply: list[Callable[[], None]] = []
     for name in MODELS:
@@ -242,10 +248,9 @@ def load_checkpoint(trainer: GANTrainer, path: Path, config_digest: str | None =
         check_state(model, tensors[name], path / f"{name}.safetensors")
         apply.append(lambda model=model, state=tensors[name]: model.load_state_dict(state))  # type: ignore[misc]
         optimizer = trainer.optimizer_g if name == "generator" else trainer.optimizer_d
-        settings = header["optimizers"][name]
-        if settings["type"] != type(optimizer).__name__:
-            raise RunError(f"{path / 'trainer.json'}: saved with the optimizer {settings['type']}")
-        state = _restored(optimizer, name, tensors["optimizers"], settings)
+        state = _restored(optimizer, name, tensors["optimizers"], header["optimizers"].get(name), path)
+        if header["step"] and not state["state"]:
+            raise RunError(f"{path / 'optimizers.safetensors'}: holds nothing of the {name}'s optimizer")
         apply.append(lambda optimizer=optimizer, state=state: _load_optimizer(optimizer, state))  # type: ignore[misc]
     for action in apply:
         action()
@@ -253,42 +258,68 @@ def load_checkpoint(trainer: GANTrainer, path: Path, config_digest: str | None =
 
 
 def check_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """RunError unless the names and shapes are the model's."""
+    """RunError unless names, shapes and types are the model's, and all values finite."""
     expected = model.state_dict()
     for name, tensor in expected.items():
-        if name not in state or state[name].shape != tensor.shape:
-            got = tuple(state[name].shape) if name in state else "nothing"
-            raise RunError(f"{path}: {name} should have shape {tuple(tensor.shape)}, the file has {got}")
+        got = state.get(name)
+        if got is None or got.shape != tensor.shape or got.dtype != tensor.dtype:
+            has = "nothing" if got is None else _described(got)
+            raise RunError(f"{path}: {name} should be {_described(tensor)}, the file has {has}")
+        if got.is_floating_point() and not bool(got.isfinite().all()):
+            raise RunError(f"{path}: {name} holds values that are not finite")
     if extra := sorted(set(state) - set(expected)):
         raise RunError(f"{path}: has {extra[0]}, which the model has not")
 
 
+def _described(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} of shape {tuple(tensor.shape)}"
+
+
 def _restored(
-    optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor], settings: dict[str, Any]
+    optimizer: torch.optim.Optimizer, prefix: str, tensors: dict[str, Tensor], settings: Any, path: Path
 ) -> dict[str, Any]:
+    """A state dict for ``optimizer`` that fits it; RunError otherwise."""
+    header, file = path / "trainer.json", path / "optimizers.safetensors"
+    if not isinstance(settings, dict) or not isinstance(settings.get("numbers"), dict):
+        raise RunError(f"{header}: does not describe the {prefix}'s optimizer")
+    if settings.get("type") != type(optimizer).__name__:
+        raise RunError(f"{header}: saved with the optimizer {settings.get('type')}, not {type(optimizer).__name__}")
+    groups, own = settings.get("groups"), optimizer.state_dict()["param_groups"]
+    if not isinstance(groups, list) or len(groups) != len(own) or not all(map(_same_settings, own, groups)):
+        raise RunError(f"{header}: the {prefix}'s optimizer has other parameters or settings than this one")
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Any]] = {}
-    for name, tensor in tensors.items():
+    numbers = {f"{prefix}.{key}": number for key, number in settings["numbers"].items()}
+    for name, value in {**tensors, **numbers}.items():
         owner, _, rest = name.partition(".")
-        if owner == prefix:
-            index, _, key = rest.partition(".")
-            state.setdefault(int(index), {})[key] = tensor
-    for name, number in settings["numbers"].items():
-        index, _, key = name.partition(".")
-        state.setdefault(int(index), {})[key] = number
-    return {"state": state, "param_groups": settings["groups"]}
+        if owner not in MODELS:
+            raise RunError(f"{file}: has {name}, which no optimizer has")
+        if owner != prefix:
+            continue
+        index, _, key = rest.partition(".")
+        if not index.isdecimal() or int(index) >= len(parameters) or not key:
+            raise RunError(f"{file}: has {name}, which the optimizer has not")
+        parameter = parameters[int(index)]
+        if isinstance(value, Tensor):
+            kind = (parameter.shape, parameter.dtype) if value.dim() else (value.shape, torch.float32)
+            if (value.shape, value.dtype) != kind:
+                raise RunError(f"{file}: {name} is {_described(value)}, which does not fit its parameter")
+            if not bool((value >= 0).all() if value.dim() == 0 else value.isfinite().all()):
+                raise RunError(f"{file}: {name} holds values that cannot be")
+        state.setdefault(int(index), {})[key] = value
+    if len({frozenset(entries) for entries in state.values()}) > 1:
+        raise RunError(f"{file}: what it holds for some parameters is missing for others")
+    return {"state": state, "param_groups": groups}
+
+
+def _same_settings(own: dict[str, Any], other: Any) -> bool:
+    """Whether a parameter group has the same parameters, and settings of the same names and kinds."""
+    if not isinstance(other, dict) or set(own) != set(other) or own["params"] != other["params"]:
+        return False
+    numbers = [name for name, value in own.items() if isinstance(value, (int, float))]
+    return all(isinstance(other[name], (int, float)) for name in numbers)
 
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(state)
-    # Files hold contiguous tensors. A fused step walks parameter and moments as one row of memory each, so the moments
-    # must have their parameter's layout again.
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            entries = optimizer.state.get(parameter, {})
-            for key, value in entries.items():
-                if (
-                    isinstance(value, Tensor)
-                    and value.shape == parameter.shape
-                    and value.stride() != parameter.stride()
-                ):
-                    entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+    _match_layouts(optimizer, states=True)  # files hold contiguous tensors

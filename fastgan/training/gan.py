@@ -14,11 +14,12 @@ from torch import Tensor, nn
 from fastgan.nn import functional
 from fastgan.ops.gan_loss import LOSSES
 from fastgan.replace import replace_modules
-from fastgan.training.joining import DROPOUTS, statistics_per_half, why_two_passes
+from fastgan.training.joining import DROPOUTS, has_gradient_hook, statistics_per_half, why_two_passes
 from fastgan.training.outputs import Outputs
 from fastgan.training.penalties import PENALTIES, r1_penalty, wgan_gp_penalty
 
 PRECISIONS = ("float32", "float64", "bfloat16")
+_PARTS = ("generator", "discriminator", "optimizer_g", "optimizer_d")
 
 
 class GANTrainer:
@@ -48,7 +49,8 @@ class GANTrainer:
         device: where to train. None: where the generator is.
         precision: "float32" or "float64" convert the modules, "bfloat16" is autocast. None leaves them as they are.
         channels_last: keep convolution weights and pictures in that memory format, the faster one. None: unless a
-            layer is a dropout, which draws its mask in the order of the memory and so would draw another one.
+            layer is a dropout, which draws its mask in the order of the memory and so would draw another one, or
+            DistributedDataParallel, whose layout of the gradients is fixed when it is made.
         optimizers: (generator's, discriminator's), in place of Adam.
 
     Raises ValueError or TypeError that names the argument.
@@ -83,6 +85,12 @@ class GANTrainer:
             raise ValueError(f"penalty must be None or one of {tuple(PENALTIES)}, got {penalty!r}")
         if precision is not None and precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {PRECISIONS}, got {precision!r}")
+        if generator is discriminator:
+            raise ValueError("generator and discriminator are one module; they must be two")
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise TypeError(f"seed must be None or an integer, got {seed!r}")
+        if penalty_weight is not None and not (penalty_weight >= 0 and math.isfinite(penalty_weight)):
+            raise ValueError(f"penalty_weight must not be negative, and finite, got {penalty_weight}")
         if not 0 < real_label <= 1:
             raise ValueError(f"real_label must be above 0 and at most 1, got {real_label}")
         self.generator, self.discriminator = generator, discriminator
@@ -90,14 +98,19 @@ class GANTrainer:
         self.penalty = penalty
         self.penalty_weight = PENALTIES.get(penalty or "", 0.0) if penalty_weight is None else float(penalty_weight)
         self.latent_shape = _latent_shape(generator, latent_shape)
+        layers = (*generator.modules(), *discriminator.modules())
+        # DDP writes gradients into buckets laid out as the weights were when it was made, and mixes them up afterwards.
+        wrapped = any(isinstance(layer, nn.parallel.DistributedDataParallel) for layer in layers)
+        if channels_last and wrapped:
+            raise ValueError("channels_last: change the memory format before wrapping in DistributedDataParallel")
         if channels_last is None:
-            layers = (*generator.modules(), *discriminator.modules())
-            channels_last = not any(isinstance(layer, DROPOUTS) for layer in layers)
+            channels_last = not wrapped and not any(isinstance(layer, DROPOUTS) for layer in layers)
         self.channels_last = channels_last
         self._outputs = Outputs(discriminator, discriminator_output)
         parameter = next(generator.parameters(), None)
         self.device = torch.device(device) if device is not None else parameter.device if parameter is not None else (
             torch.device("cpu"))  # fmt: skip
+        _refuse_meta(self.device, generator=generator, discriminator=discriminator)
         for module in (generator, discriminator):
             module.to(device=self.device, dtype=_converted(precision))
             if channels_last:
@@ -105,11 +118,14 @@ class GANTrainer:
             if replace:
                 replace_modules(module)
         self.dtype = parameter.dtype if parameter is not None else torch.float32
-        self.optimizer_g, self.optimizer_d = optimizers or _adams(generator, discriminator, lr, betas)
+        if optimizers is None:
+            optimizers = _adams(generator, discriminator, lr, betas)
+        self.optimizer_g, self.optimizer_d = _own_optimizers(optimizers, generator, discriminator)
         #: steps made so far
         self.step = 0
         self._joined: tuple[Any, bool] | None = None
         self._said = False
+        self._range_checked = False
 
     # ---- one step ----
 
@@ -127,11 +143,17 @@ class GANTrainer:
         Raises ValueError or TypeError for a batch that is empty or does not fit, FloatingPointError where a loss is not
         finite; the player whose loss it is has not been updated then.
         """
+        if not torch.is_grad_enabled():
+            raise RuntimeError("train_step needs gradients, but was called under torch.no_grad or inference_mode")
         real = self._check_real(real)
+        if not self._range_checked:
+            self._range_checked = True
+            _warn_of_range(self.generator, real)
         noise = self._noise(len(real)) if noise is None and self.seed is not None else noise
         self.optimizer_d.zero_grad(set_to_none=True)
         fake, loss_d, logits_real, logits_fake = self._discriminator_gradients(real, noise)
-        self._refuse_not_finite("loss_d", loss_d)
+        self._refuse_not_finite("loss_d", loss_d, real)
+        _match_layouts(self.optimizer_d)
         self.optimizer_d.step()
         self.optimizer_g.zero_grad(set_to_none=True)
         with self._discriminator_frozen():
@@ -139,6 +161,7 @@ class GANTrainer:
                 loss_g = self._generator_loss(self._outputs(fake))
             self._refuse_not_finite("loss_g", loss_g)
             loss_g.backward()
+        _match_layouts(self.optimizer_g)
         self.optimizer_g.step()
         self.step += 1
         with torch.no_grad():
@@ -209,11 +232,12 @@ class GANTrainer:
         return functional.gan_loss_with_logits(logits, 1.0, loss=loss)
 
     def _one_batch(self) -> bool:
-        state = tuple(
+        state: tuple[Any, ...] = tuple(
             (id(module), module.training, len(module._forward_hooks), len(module._forward_pre_hooks),
              len(module._backward_hooks))
             for module in self.discriminator.modules()
         )  # fmt: skip
+        state += tuple(has_gradient_hook(parameter) for parameter in self.discriminator.parameters())
         if self._joined is None or self._joined[0] != state:
             reason = why_two_passes(self.discriminator)
             self._joined = (state, reason is None)
@@ -262,6 +286,8 @@ class GANTrainer:
             raise ValueError(f"noise must have real's batch of {len(real)}, got {tuple(noise.shape)}")
         try:
             fake = self.generator(noise)
+        except TypeError as error:
+            raise _one_argument("generator", "noise", error) from error
         except RuntimeError as error:
             if tuple(noise.shape[1:]) == self.latent_shape and self.step == 0:
                 raise RuntimeError(
@@ -269,6 +295,9 @@ class GANTrainer:
                     f"{self.latent_shape}): {error}"
                 ) from error
             raise
+        if not isinstance(fake, Tensor) or not fake.is_floating_point():
+            what = str(fake.dtype) if isinstance(fake, Tensor) else type(fake).__name__
+            raise TypeError(f"generator must return one floating tensor (N, ...), got {what}")
         if fake.shape != real.shape:
             raise _wrong_shape(real, fake.shape[1:])
         return fake
@@ -309,6 +338,8 @@ class GANTrainer:
             raise TypeError(f"real must be a tensor (N, ...), got {type(real).__name__}")
         if real.dim() < 2:
             raise ValueError(f"real must be a batch (N, ...), got shape {tuple(real.shape)}")
+        if real.is_meta or real.layout != torch.strided:
+            raise TypeError(f"real must be a dense tensor with values, got {real.layout} on {real.device}")
         if not real.is_floating_point():
             raise TypeError(f"real must be floating, scaled as the generator's pictures; got {real.dtype}")
         if real.numel() == 0:
@@ -319,10 +350,15 @@ class GANTrainer:
             real = real.to(memory_format=torch.channels_last)
         return real
 
-    def _refuse_not_finite(self, name: str, loss: Tensor) -> None:
+    def _refuse_not_finite(self, name: str, loss: Tensor, real: Tensor | None = None) -> None:
         # On a GPU this would wait for it in the middle of a step; train_step looks at the end there.
         if self.device.type == "cpu":
-            self._refuse_value(name, loss.item())
+            value = loss.item()
+            if not math.isfinite(value) and real is not None and not bool(real.isfinite().all()):
+                raise FloatingPointError(
+                    f"{name} is {value} at step {self.step}: real holds values that are not finite"
+                )
+            self._refuse_value(name, value)
 
     def _refuse_value(self, name: str, value: float) -> None:
         if not math.isfinite(value):
@@ -330,6 +366,22 @@ class GANTrainer:
                 f"{name} is {value} at step {self.step}: training has diverged. A lower learning rate, a penalty or "
                 "another seed may help"
             )
+
+    # ---- saving ----
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both modules', both optimizers' and the step: with ``seed`` given, all that the next steps depend on."""
+        return {name: getattr(self, name).state_dict() for name in _PARTS} | {"step": self.step}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Takes over what ``state_dict`` gave; ValueError where that is not its form."""
+        if not isinstance(state, dict) or set(state) != {*_PARTS, "step"}:
+            raise ValueError(f"state must hold {', '.join(_PARTS)} and step")
+        for name in _PARTS:
+            getattr(self, name).load_state_dict(state[name])
+        for optimizer in (self.optimizer_g, self.optimizer_d):
+            _match_layouts(optimizer, states=True)
+        self.step = int(state["step"])
 
     # ---- many steps ----
 
@@ -356,6 +408,11 @@ class GANTrainer:
         """
         from fastgan.training.loop import batches_of, check_positive
 
+        if isinstance(data, str) or not (hasattr(data, "__iter__") or hasattr(data, "__getitem__")):
+            raise TypeError(
+                f"data must be pictures or an iterable of batches, got {type(data).__name__}; "
+                "fastgan.data.load_images loads a folder"
+            )
         check_positive(epochs=epochs, max_steps=max_steps, batch_size=batch_size)
         history: list[dict[str, float]] = []
         for epoch in range(epochs):
@@ -395,6 +452,8 @@ def _wrong_shape(real: Tensor, expected: torch.Size) -> ValueError:
 
 
 def _latent_shape(generator: nn.Module, latent_shape: Sequence[int] | None) -> tuple[int, ...]:
+    if isinstance(latent_shape, str):
+        raise TypeError(f"latent_shape must be integers, got {latent_shape!r}")
     if latent_shape is not None:
         shape = (latent_shape,) if isinstance(latent_shape, int) else tuple(int(size) for size in latent_shape)
         if not shape or min(shape) < 1:
@@ -412,6 +471,73 @@ def _converted(precision: str | None) -> torch.dtype | None:
     return {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}.get(precision or "")
 
 
+def _refuse_meta(device: torch.device, **modules: nn.Module) -> None:
+    for name, module in modules.items():
+        if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+            raise ValueError(f"{name} is on the meta device and has no values yet: to_empty, then initialise it")
+    if device.type == "meta":
+        raise ValueError("device must be one that computes, not meta")
+
+
+def _warn_of_range(generator: nn.Module, real: Tensor) -> None:
+    """Says once that pictures are not scaled as a generator that ends in Tanh makes them."""
+    last = [module for module in generator.modules() if not list(module.children())][-1]
+    if not isinstance(last, nn.Tanh):
+        return
+    low, high = (float(value) for value in real.detach().aminmax())
+    if high > 1.5 or low < -1.5 or (low >= 0 and high > low):
+        warnings.warn(
+            f"real runs from {low:.3g} to {high:.3g}, but the generator ends in Tanh, whose pictures run from -1 to 1: "
+            f"{'scale it to that range' if high > 1.5 or low < -1.5 else '2 * real - 1 is what it can learn to make'}",
+            stacklevel=3,
+        )
+
+
+def _one_argument(name: str, argument: str, error: TypeError) -> TypeError:
+    if "argument" not in str(error):
+        return error
+    return TypeError(
+        f"{name} must take {argument} alone ({error}); a conditional one can be wrapped in a module that holds the rest"
+    )
+
+
+def _match_layouts(optimizer: torch.optim.Optimizer, states: bool = False) -> None:
+    """Gives gradients (and moments) the strides of their parameters.
+
+    A fused step walks parameter, gradient and moments as one row of memory each: with other strides it would pair each
+    weight with another one's gradient, silently. Autograd itself keeps to the parameter's strides; hooks that set
+    ``.grad``, and optimizers older than a change of the memory format, do not.
+    """
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is not None and gradient.stride() != parameter.stride() and gradient.layout == torch.strided:
+                parameter.grad = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+            entries = optimizer.state.get(parameter, {}) if states else {}
+            for key, value in entries.items():
+                if (
+                    isinstance(value, Tensor)
+                    and value.shape == parameter.shape
+                    and value.stride() != parameter.stride()
+                ):
+                    entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def _own_optimizers(
+    optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer], generator: nn.Module, discriminator: nn.Module
+) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
+    if not isinstance(optimizers, (tuple, list)) or len(optimizers) != 2:
+        raise TypeError("optimizers must be a pair, the generator's and the discriminator's")
+    for optimizer, module, name in zip(optimizers, (generator, discriminator), _PARTS[:2], strict=True):
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizers must be torch.optim.Optimizer, got {type(optimizer).__name__}")
+        own = {id(parameter) for parameter in module.parameters()}
+        if own.isdisjoint(id(parameter) for group in optimizer.param_groups for parameter in group["params"]):
+            raise ValueError(f"optimizers: the {name}'s has none of its parameters (generator's first)")
+        _match_layouts(optimizer, states=True)
+    return optimizers[0], optimizers[1]
+
+
 def _to_channels_last(module: nn.Module) -> None:
     # Not Module.to(memory_format=...): that would reach user tensors of four dimensions too, such as constant inputs.
     for layer in module.modules():
@@ -425,9 +551,15 @@ def _adams(
     generator: nn.Module, discriminator: nn.Module, lr: float | tuple[float, float], betas: tuple[float, float]
 ) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
     rates = lr if isinstance(lr, (tuple, list)) else (lr, lr)
+    if len(rates) != 2:
+        raise ValueError(f"lr must be one number, or the generator's and the discriminator's, got {lr}")
     for rate in rates:
+        if isinstance(rate, bool) or not isinstance(rate, (int, float)):
+            raise TypeError(f"lr must be a number, got {rate!r}")
         if not rate > 0 or not math.isfinite(rate):
             raise ValueError(f"lr must be positive and finite, got {lr}")
+    if not isinstance(betas, (tuple, list)):
+        raise TypeError(f"betas must be two numbers, got {betas!r}")
     if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
     optimizers = []

@@ -61,6 +61,9 @@ def why_two_passes(discriminator: nn.Module) -> str | None:
             return f"{where} has a parametrization"
         if "forward" in vars(module):
             return f"{where} has another forward than its class"
+    for name, parameter in discriminator.named_parameters():
+        if has_gradient_hook(parameter):
+            return f"{name} has a gradient hook, which sees each backward's gradient alone"
     try:
         graph = _Tracer().trace(discriminator)
     except Exception as error:
@@ -72,6 +75,11 @@ def why_two_passes(discriminator: nn.Module) -> str | None:
         if reason is not None:
             return reason
     return None
+
+
+def has_gradient_hook(parameter: torch.Tensor) -> bool:
+    """Whether something is called with this parameter's gradient during backward."""
+    return bool(parameter._backward_hooks) or bool(getattr(parameter, "_post_accumulate_grad_hooks", None))
 
 
 def _why_not(discriminator: nn.Module, node: fx.Node) -> str | None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastgan.data.text import pack, split_by_hash
+from fastgan.data.text import list_of_texts, pack, split_by_hash
 
 Guess = tuple[str, float]
 
@@ -109,8 +109,10 @@ def pretrain_bert(
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.model_max_length = length
 
-    texts = list(texts)
+    texts = list_of_texts(texts)
     training, held_out = split_by_hash(texts, validation)
+    if not training:  # one text alone, and its hash says to hold it out
+        training, held_out = held_out, []
     blocks = _blocks(tokenizer, [texts[index] for index in training], length)
     try:
         held_out_blocks = _blocks(tokenizer, [texts[index] for index in held_out], length)

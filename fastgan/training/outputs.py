@@ -31,7 +31,7 @@ class Outputs:
     def __call__(self, images: Tensor) -> Tensor:
         """The logits of ``images``, shaped as the discriminator's output."""
         if self.kind == "logits":
-            return _single(self.discriminator(images))
+            return _single(self._call(images))
         passed: list[tuple[Tensor, Tensor]] = []
         hooks = [
             module.register_forward_hook(lambda _, inputs, output: passed.append((inputs[0], output)))
@@ -39,7 +39,7 @@ class Outputs:
             if isinstance(module, nn.Sigmoid)
         ]
         try:
-            output = _single(self.discriminator(images))
+            output = _single(self._call(images))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -54,18 +54,31 @@ class Outputs:
             self._checked = True
         return output
 
+    def _call(self, images: Tensor) -> Any:
+        try:
+            return self.discriminator(images)
+        except TypeError as error:
+            if "argument" not in str(error):
+                raise
+            raise TypeError(
+                f"discriminator must take pictures alone ({error}); a conditional one can be wrapped in a module that "
+                "holds the rest"
+            ) from error
+
 
 def _single(output: Any) -> Tensor:
     if not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() == 0:
         what = f"{output.dtype} of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise TypeError(f"discriminator must return one floating tensor (N, ...), got {what}")
+    if torch.is_grad_enabled() and not output.requires_grad:
+        raise ValueError("discriminator's output has no gradient: it is detached, or computed under no_grad")
     return output
 
 
 def _logit(probabilities: Tensor) -> Tensor:
     wide = probabilities if probabilities.dtype == torch.float64 else probabilities.float()
     if not bool(((wide >= 0) & (wide <= 1) | wide.isnan()).all()):
-        low, high = wide.aminmax()
+        low, high = wide.detach().aminmax()
         raise ValueError(
             f"discriminator_output='probabilities', but the discriminator returned values from {float(low):.4g} to "
             f"{float(high):.4g}, outside [0, 1]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import warnings
 from typing import Any
 
 import numpy as np
@@ -59,9 +60,12 @@ def curves_png(metrics: list[dict[str, Any]], title: str = "") -> bytes:
     lower.set_ylim(0, 1)
     lower.set_xlabel("step")
     if title:
-        upper.set_title(title)
+        # A folder's name can be any bytes, and a $ in it begins no formula.
+        upper.set_title("".join(letter if letter.isprintable() else "?" for letter in title), parse_math=False)
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        figure.savefig(buffer, format="png", dpi=110)
     return buffer.getvalue()
 
 

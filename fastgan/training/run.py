@@ -22,6 +22,7 @@ import torch
 
 from fastgan._version import __version__
 from fastgan.data import ImageArray, ImageBatches, load_images
+from fastgan.data.sources import as_text
 from fastgan.models.dcgan import DCGAN, check_image_size
 from fastgan.ops.gan_loss import LOSSES
 from fastgan.training.checkpoint import (
@@ -70,6 +71,16 @@ class DCGANConfig:
                 raise TypeError(f"{name} must be an integer, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if not isinstance(self.data, (str, os.PathLike)):
+            raise TypeError(f"data must be a path, 'cifar10' or 'digits', got {self.data!r}")
+        object.__setattr__(self, "data", as_text(self.data))
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed must be an integer, got {self.seed!r}")
+        for name in ("lr", "beta1"):
+            if isinstance(getattr(self, name), bool) or not isinstance(getattr(self, name), (int, float)):
+                raise TypeError(f"{name} must be a number, got {getattr(self, name)!r}")
+        if not isinstance(self.flip, bool):
+            raise TypeError(f"flip must be True or False, got {self.flip!r}")
         check_image_size(self.image_size)
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ValueError(f"lr must be positive and finite, got {self.lr}")
@@ -87,8 +98,8 @@ class DCGANConfig:
         return total if self.max_steps is None else min(total, self.max_steps)
 
 
-#: fields that a resumed run may change
-CHANGEABLE = ("epochs", "max_steps", "checkpoint_every", "sample_every")
+#: fields that a resumed run may change; ``data`` only in its place: the pictures themselves must be the same
+CHANGEABLE = ("data", "epochs", "max_steps", "checkpoint_every", "sample_every")
 
 
 class Reporter(Protocol):
@@ -138,7 +149,7 @@ def run_dcgan(
     reporter: Reporter | None = None,
     data: ImageArray | None = None,
 ) -> Result:
-    """Trains a new DCGAN in ``out``, which may exist but holds no run yet.
+    """Trains a new DCGAN in ``out``, which may exist, but holds nothing that a run writes.
 
     Args:
         config: what to train on what.
@@ -149,22 +160,21 @@ def run_dcgan(
         reporter: is told how it goes.
         data: pictures loaded already, in place of loading ``config.data``.
 
-    SIGINT and SIGTERM end the run after the current step, saved. Raises RunError, ValueError, FileNotFoundError or
-    OSError (a full disk) with the file's name, and leaves the last whole checkpoint as it was.
+    SIGINT, SIGTERM and SIGHUP end the run after the current step, saved, and so does a reporter that nobody reads any
+    more (BrokenPipeError). Raises RunError, ValueError, FileNotFoundError or OSError (a full disk) with the file's
+    name, and leaves the last whole checkpoint as it was.
     """
     folder = RunFolder(out)
-    if folder.exists():
-        raise RunError(f"{folder.path}: holds a run already; resume it, or name another folder")
-    if folder.path.exists() and not folder.path.is_dir():
-        raise RunError(f"{folder.path}: is not a folder")
+    folder.refuse_used()
+    check_memory(config, device)
     images = _load(config, cache_dir) if data is None else data
+    trainer = make_trainer(config, device)  # what does not fit into memory leaves no folder behind
     folder.path.mkdir(parents=True, exist_ok=True)
     folder.lock()
     try:
-        if folder.exists():
-            raise RunError(f"{folder.path}: holds a run already; resume it, or name another folder")
+        folder.refuse_used()
         folder.write_config(_document(config, images))
-        return _train(config, folder, images, None, device, num_workers, reporter or Silent())
+        return _train(config, folder, images, None, trainer, num_workers, reporter or Silent())
     finally:
         folder.close()
 
@@ -181,17 +191,20 @@ def resume_dcgan(
 ) -> Result:
     """Goes on with the run in ``out`` from its last checkpoint, with the same bits as if it had never stopped.
 
-    ``changes`` may name ``epochs``, ``max_steps``, ``checkpoint_every`` and ``sample_every``; another field must be as
-    it was. A finished run is left as it is. Everything is checked before any file is changed; arguments and errors
-    otherwise as ``run_dcgan``'s.
+    ``changes`` may name ``epochs``, ``max_steps``, ``checkpoint_every``, ``sample_every``, and ``data`` where the same
+    pictures lie in another place now; another field must be as it was. A finished run is left as it is. Everything is
+    checked before any file is changed; arguments and errors otherwise as ``run_dcgan``'s.
     """
     folder = RunFolder(out)
     document = folder.read_config()
     before = config_of(document, folder.path)
     config = before
+    fields = {field.name for field in dataclasses.fields(DCGANConfig)}
     for name, value in (changes or {}).items():
         if name in CHANGEABLE:
             config = dataclasses.replace(config, **{name: value})
+        elif name not in fields:
+            raise TypeError(f"changes: there is no {name!r} in a run's configuration")
         elif getattr(before, name) != value:
             raise RunError(
                 f"{folder.path}: this run has {name} = {getattr(before, name)!r}, not {value!r}; a resumed run may "
@@ -204,17 +217,26 @@ def resume_dcgan(
         if checkpoint is not None:
             header, _ = read_checkpoint(checkpoint)
             step = header["step"]
-            if header["config_sha256"] != _digest(document):
+            if header.get("config_sha256") != _digest(document):
                 raise RunError(f"{checkpoint / 'trainer.json'}: belongs to another configuration than config.json")
         total = config.total_steps(document["pictures"])
         if step >= total:
             return Result(folder.path, step, total)
-        images = _load(config, cache_dir) if data is None else data
+        try:
+            images = _load(config, cache_dir) if data is None else data
+        except FileNotFoundError as error:
+            raise RunError(
+                f"{error}; the run in {folder.path} was started with these pictures. Where they have moved, name "
+                "their new place (--data)"
+            ) from error
         if images.digest != document["data_sha256"]:
             raise RunError(f"{config.data}: these are not the pictures that the run in {folder.path} was started with")
+        trainer = make_trainer(config, device)
+        if checkpoint is not None:
+            load_checkpoint(trainer, checkpoint, _digest(document))
         if config != before:
             folder.write_config(_document(config, images))
-        return _train(config, folder, images, checkpoint, device, num_workers, reporter or Silent())
+        return _train(config, folder, images, checkpoint, trainer, num_workers, reporter or Silent())
     finally:
         folder.close()
 
@@ -251,9 +273,9 @@ def load_generator(folder: str | os.PathLike[str]) -> tuple[torch.nn.Module, DCG
                 raise
     assert checkpoint is not None
     model = DCGAN(config.image_size, config.channels, config.latent, config.ngf, config.ndf).generator
-    check_state(model, tensors["generator"], checkpoint / "generator.safetensors")
     if config.precision == "float64":
         model.double()
+    check_state(model, tensors["generator"], checkpoint / "generator.safetensors")
     model.load_state_dict(tensors["generator"])
     return model.eval(), config, int(header["step"])
 
@@ -275,13 +297,32 @@ def _document(config: DCGANConfig, images: ImageArray) -> dict[str, Any]:
 def _digest(document: dict[str, Any]) -> str:
     """Of everything that the weights depend on."""
     identity = {name: value for name, value in document["config"].items() if name not in CHANGEABLE}
+    # the pictures themselves, wherever they lie
     return config_digest({**identity, "data": document["data_sha256"], "pictures": document["pictures"]})
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_memory(config: DCGANConfig, device: str | None = None) -> None:
+    """ValueError where the weights alone, with gradients and Adam's averages, do not fit into this machine's memory."""
+    with torch.device("meta"):
+        gan = DCGAN(config.image_size, config.channels, config.latent, config.ngf, config.ndf)
+    weights = sum(parameter.numel() for parameter in gan.parameters())
+    needed = 4 * weights * (8 if config.precision == "float64" else 4)
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there and (device or _default_device()).startswith("cpu"):
+        raise ValueError(
+            f"image_size = {config.image_size} with ngf = {config.ngf}, ndf = {config.ndf} and latent = "
+            f"{config.latent} makes {weights / 1e6:,.0f} million weights, {needed / 1e9:,.0f} GB with gradients and "
+            f"Adam's averages; this machine has {there / 1e9:,.0f} GB. A smaller image_size, or ngf and ndf, fits"
+        )
 
 
 def make_trainer(config: DCGANConfig, device: str | None = None) -> GANTrainer:
     """The networks and their trainer at step 0, a pure function of the configuration."""
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or _default_device()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(mixed_seed(config.seed, _INIT, 0))
         gan = DCGAN(config.image_size, config.channels, config.latent, config.ngf, config.ndf)
@@ -303,43 +344,49 @@ def _train(
     folder: RunFolder,
     images: ImageArray,
     checkpoint: Path | None,
-    device: str | None,
+    trainer: GANTrainer,
     num_workers: int,
     reporter: Reporter,
 ) -> Result:
     """The loop. Its order matters: metrics and pictures of a step are on disk before the checkpoint that ends it."""
     digest = _digest(_document(config, images))
     total = config.total_steps(len(images))
-    trainer = make_trainer(config, device)
-    if checkpoint is not None:
-        load_checkpoint(trainer, checkpoint, digest)
     folder.start_metrics(trainer.step)
     batches = ImageBatches(images, config.batch_size, config.seed, flip=config.flip, num_workers=num_workers)
     reporter.start(trainer.step, total, config.batch_size)
     saved: int | None = trainer.step if checkpoint is not None else None
     begin = time.monotonic() - folder.seconds
-    with _stop_when_asked() as stopping:
-        for real in batches.steps(trainer.step, total):
-            try:
-                metrics = trainer.train_step(real)
-            except FloatingPointError as error:
-                raise RunError(f"{folder.path}: {error}. {_kept(folder.path, saved)}") from error
-            step = trainer.step
-            epoch, _ = batches.order.position(step - 1)
-            folder.log({"step": step, "epoch": epoch, **metrics, "seconds": round(time.monotonic() - begin, 3)})
-            reporter.update(step, metrics, len(real))
-            stop = stopping() or step == total
-            if step % config.sample_every == 0 or step == total:
-                folder.write_sample(step, grid_png(trainer.sample(64, config.seed)))
-            if stop or step % config.checkpoint_every == 0:
-                _refuse_not_finite(trainer, folder.path, saved)
-                folder.flush()
-                folder.draw_curves(force=stop)
-                folder.write_events()
-                save_checkpoint(trainer, folder.path, digest)
-                saved = step
-            if stop:
-                break
+    unread = False
+    try:
+        with _stop_when_asked() as stopping:
+            for real in batches.steps(trainer.step, total):
+                try:
+                    metrics = trainer.train_step(real)
+                except FloatingPointError as error:
+                    raise RunError(f"{folder.path}: {error}. {_kept(folder.path, saved)}") from error
+                step = trainer.step
+                epoch, _ = batches.order.position(step - 1)
+                folder.log({"step": step, "epoch": epoch, **metrics, "seconds": round(time.monotonic() - begin, 3)})
+                try:
+                    reporter.update(step, metrics, len(real))
+                except BrokenPipeError:
+                    unread = True
+                stop = unread or stopping() or step == total
+                if step % config.sample_every == 0 or step == total:
+                    folder.write_sample(step, grid_png(trainer.sample(64, config.seed)))
+                if stop or step % config.checkpoint_every == 0:
+                    _refuse_not_finite(trainer, folder.path, saved)
+                    folder.flush()
+                    folder.draw_curves(force=stop)
+                    folder.write_events()
+                    save_checkpoint(trainer, folder.path, digest)
+                    saved = step
+                if stop:
+                    break
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise OSError(error.errno, f"{error.strerror}. {_kept(folder.path, saved)}", error.filename) from error
     return Result(folder.path, trainer.step, total, interrupted=trainer.step < total)
 
 
@@ -362,20 +409,25 @@ def _refuse_not_finite(trainer: GANTrainer, folder: Path, saved: int | None) -> 
 
 @contextmanager
 def _stop_when_asked() -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM came. A second SIGINT ends the process at once, as usual."""
+    """Whether SIGINT, SIGTERM or SIGHUP came. A second SIGINT ends the process at once, as usual.
+
+    A signal that is ignored stays so: nohup ignores SIGHUP, a shell SIGINT for what it runs in the background.
+    """
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
 
     def handler(number: int, frame: Any) -> None:
-        if asked:
+        if number == signal.SIGINT and number in asked:
             raise KeyboardInterrupt
         asked.append(number)
 
-    before = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    wanted = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    heard = [number for number in wanted if signal.getsignal(number) != signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heard}
     try:
         yield lambda: bool(asked)
     finally:
         for number, old in before.items():
-            signal.signal(number, old)
+            signal.signal(number, signal.SIG_DFL if old is None else old)

@@ -12,10 +12,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,9 @@ from fastgan.training.checkpoint import RunError, canonical, replace_file, sha25
 
 FORMAT = "fastgan-run"
 VERSION = 1
+#: what a run writes
+NAMES = ("config.json", "metrics.jsonl", "last", "checkpoints", "samples", "curves.png", "tensorboard")
+_FIGURES = ("loss_d", "loss_g", "d_real", "d_fake")
 
 
 class RunFolder:
@@ -36,6 +41,7 @@ class RunFolder:
         self._curves_drawn = 0.0
         self._events: Any = None
         self._events_row = 0
+        self._without_events = False
 
     # ---- the lock ----
 
@@ -45,22 +51,40 @@ class RunFolder:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            os.close(self._lock)
-            self._lock = None
-            raise RunError(f"{self.path}: another process is training in this folder") from error
+            if isinstance(error, BlockingIOError):
+                os.close(self._lock)
+                self._lock = None
+                raise RunError(f"{self.path}: another process is training in this folder") from error
+            warnings.warn(
+                f"{self.path}: this file system has no locks ({error.strerror}), so that two processes training in "
+                "this folder at once would not be noticed",
+                stacklevel=3,
+            )
 
     def close(self) -> None:
-        """Closes files and gives the lock back."""
+        """Closes files and gives the lock back. On a full disk closing fails like the writing before it, which told."""
         try:
-            if self._metrics is not None:
-                self._metrics.close()
-            if self._events is not None:
-                self._events.close()
+            for file in (self._metrics, self._events):
+                if file is not None:
+                    with contextlib.suppress(Exception):
+                        file.close()
         finally:
             self._metrics = self._events = None
             if self._lock is not None:
                 os.close(self._lock)
                 self._lock = None
+
+    def refuse_used(self) -> None:
+        """RunError unless a new run may begin here: nothing that is there would be overwritten."""
+        if self.exists():
+            raise RunError(f"{self.path}: holds a run already; resume it, or name another folder")
+        if os.path.lexists(self.path) and not self.path.is_dir():
+            raise RunError(f"{self.path}: is not a folder")
+        for name in NAMES:
+            if os.path.lexists(self.path / name):
+                raise RunError(
+                    f"{self.path / name}: is there already, and a run would write to it; name another folder"
+                )
 
     # ---- config.json ----
 
@@ -73,13 +97,14 @@ class RunFolder:
 
     def read_config(self) -> dict[str, Any]:
         path = self.path / "config.json"
-        if not self.path.is_dir():
-            raise RunError(f"{self.path}: there is no such folder to resume from")
+        if not os.path.isdir(self.path):
+            what = "is a file, not the folder of a run" if os.path.lexists(self.path) else "there is no such folder"
+            raise RunError(f"{self.path}: {what}")
         try:
             document = json.loads(path.read_bytes())
         except FileNotFoundError as error:
             raise RunError(f"{self.path}: holds no run of fastgan (no config.json)") from error
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RunError(f"{path}: cannot be read ({error})") from error
         if not isinstance(document, dict) or document.get("format") != FORMAT:
             raise RunError(f"{path}: not the configuration of a fastgan run")
@@ -150,15 +175,31 @@ class RunFolder:
         if not rows:
             return
         if self._events is None:
+            if self._without_events:
+                return
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
+                self._without_events = True
                 return
-            self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=rows[0]["step"])
-        for row in rows:
-            for name in ("loss_d", "loss_g", "d_real", "d_fake"):
-                self._events.add_scalar(name, row[name], row["step"])
-        self._events.flush()
+            except Exception as error:  # one that does not fit the protobuf or numpy beside it
+                self._no_events(error)
+                return
+        try:
+            if self._events is None:
+                self._events = SummaryWriter(str(self.path / "tensorboard"), purge_step=rows[0]["step"])
+            for row in rows:
+                for name in _FIGURES:
+                    self._events.add_scalar(name, row[name], row["step"])
+            self._events.flush()
+        except Exception as error:
+            self._no_events(error)
+
+    def _no_events(self, error: Exception) -> None:
+        """TensorBoard is an addition: the run goes on without it."""
+        self._events, self._without_events = None, True
+        reason = (str(error).splitlines() or [""])[0]
+        warnings.warn(f"no TensorBoard events are written: {type(error).__name__}: {reason}", stacklevel=4)
 
 
 def _row(line: bytes) -> dict[str, Any] | None:
@@ -169,7 +210,9 @@ def _row(line: bytes) -> dict[str, Any] | None:
         row = json.loads(line)
     except ValueError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+        return None
+    return row if all(isinstance(row.get(name), (int, float)) for name in (*_FIGURES, "seconds")) else None
 
 
 def config_digest(identity: dict[str, Any]) -> str:
