@@ -91,7 +91,7 @@ struct Side {
 struct Slots {
   char* data = nullptr;
   int64_t size = 0, count = 0;
-  int32_t taken = 0;
+  int64_t taken = 0, next = 0;
 };
 
 struct Slot {
@@ -120,12 +120,14 @@ struct Cutter {
   }
 };
 
+// Each thread takes the next item that nobody has: a thread that the machine holds up delays one item and not its
+// share. The items write to different places, so who takes which changes nothing.
 template <class Body>
 void over_slots(const Threads& threads, Slots& slots, int64_t count, const Body& body) {
-  slots.taken = 0;
-  parallel_for(threads, count, 1, [&](int64_t begin, int64_t end) {
+  slots.taken = slots.next = 0;
+  parallel_for(threads, count, 1, [&](int64_t, int64_t) {
     Slot slot(slots);
-    for (int64_t i = begin; i < end; ++i) body(i, slot.data);
+    for (int64_t i; (i = __atomic_fetch_add(&slots.next, 1, __ATOMIC_RELAXED)) < count;) body(i, slot.data);
     slot.release();
   });
 }
