@@ -1,7 +1,8 @@
 // The matrix products between the transforms: C (rows × columns) = or += A (rows × depth) B (depth × columns), one a
 // point, all in scratch. As common/gemm.h's, but B is read where the transforms left it, with the distance between its
 // rows as an argument, and columns come in multiples of kSlice. The micro-kernel keeps kRowsOf × 2 vectors of C in
-// registers. Each number of C is one chain of multiply-adds in the order of depth.
+// registers. Each product is one chain of multiply-adds in the order of depth, begun at zero and then added to C: chains
+// of at most kDepth or kTiles steps, which keep half the error of one chain over thousands.
 #pragma once
 #include "conv/layout.h"
 
@@ -18,7 +19,7 @@ __attribute__((noinline)) void conv_micro_kernel(int64_t depth, const float* a, 
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) sums[i][v] = add ? load<float>(c + i * ldc + v * W) : Vec<float>{};
+    for (int v = 0; v < kVectors; ++v) sums[i][v] = Vec<float>{};
   for (int64_t k = 0; k < depth; ++k) {
     Vec<float> row[kVectors];
 #pragma GCC unroll 2
@@ -35,7 +36,10 @@ __attribute__((noinline)) void conv_micro_kernel(int64_t depth, const float* a, 
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i)
 #pragma GCC unroll 2
-    for (int v = 0; v < kVectors; ++v) store(c + i * ldc + v * W, sums[i][v]);
+    for (int v = 0; v < kVectors; ++v) {
+      float* at = c + i * ldc + v * W;
+      store(at, add ? load<float>(at) + sums[i][v] : sums[i][v]);
+    }
 }
 
 template <int kVectors, bool kTransposed>
