@@ -133,6 +133,7 @@ def define(
     backward: Backward | None = None,
     save_outputs: Sequence[int] = (),
     nondifferentiable_outputs: Sequence[int] = (),
+    jvp: Callable[[Sequence[Any], Sequence[torch.Tensor | None]], torch.Tensor] | None = None,
     vmap: Callable[..., Any] | None = None,
     autocast: str | None = None,
 ) -> torch._ops.OpOverload:
@@ -148,6 +149,8 @@ def define(
         save_outputs: indices of the outputs that ``backward`` gets as ``saved_outputs``. Whatever of them enters a
             gradient must be recomputed, or be taken with its own derivative, by the backward operator's reference.
         nondifferentiable_outputs: indices of outputs without a gradient.
+        jvp: ``(args, tangents) -> the output's tangent``, for an operator with one output, in differentiable operators.
+            None: the reference on dual numbers.
         vmap: a rule as for ``torch.library.register_vmap``, where one is better than the decomposed reference.
         autocast: ``"lower"``, ``"float32"`` or None (autocast leaves the arguments alone).
     """
@@ -155,6 +158,8 @@ def define(
     LIBRARY.define(schema)
     operator = getattr(torch.ops.fastgan, name).default
     tensors = [i for i, argument in enumerate(operator._schema.arguments) if "Tensor" in str(argument.type)]
+
+    forward_mode = jvp  # the Function's own method has that name
 
     class Node(_SingleLevelFunction):
         @staticmethod
@@ -205,6 +210,8 @@ def define(
             args, _ = _restore(ctx)
             with _set_fwd_grad_enabled(True):
                 duals = [unpack_dual(a, level=0).primal if _is_differentiable(a) else a for a in args]
+                if forward_mode is not None:
+                    return forward_mode(duals, tangents)
                 for i, tangent in enumerate(tangents):
                     if tangent is not None and _is_differentiable(duals[i]):
                         duals[i] = make_dual(duals[i], tangent, level=0)
