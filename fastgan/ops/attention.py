@@ -13,6 +13,14 @@ Dropout is a pure function of ``philox`` = (seed, offset), int64: row r, column 
 c % 4 of Philox4x32-10(counter = (offset, b·H + h, r, c // 4), key = seed) is at least p · 2³², so that the mask is
 recomputed and never stored. (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011.)
 
+Second order has operators of its own, tiled as well (the mathematics is in csrc/attention/attention_second_cpu.cpp):
+
+    tangent_output = attention_jvp(...)                       forward mode
+    tangent_output, *gradients = attention_double_backward()  the four gradients' derivative along a direction
+
+The second is the vjp of attention_backward and, a Hessian being symmetric, its jvp. A direction has a tangent for each
+of query, key, value and bias, or None. Third derivatives are those of the references.
+
 logsumexp is that of the scores before dropout, −inf in a dead row; always float64: at scores of 100 a
 float32 step is 1e-5, the relative error of every probability of the row. It has no derivative of its own.
 """
@@ -122,10 +130,29 @@ def _probabilities(
     return weights / live, logsumexp
 
 
+def _tangent_probabilities(weights, query, key, tangent_query, tangent_key, tangent_bias, scale: float) -> Tensor:
+    """The derivative of ``weights``, softmax(query keyᵀ · scale + bias), along the tangents; each may be None."""
+    dtype = weights.dtype
+    tangent = torch.zeros_like(weights)
+    for q, k in ((tangent_query, key), (query, tangent_key)):
+        if q is not None and k is not None:
+            tangent = tangent + _times_value(q.to(dtype), k.transpose(-1, -2)) * scale
+    if tangent_bias is not None:
+        tangent = tangent + tangent_bias.to(dtype)
+    return weights * (tangent - (weights * tangent).sum(-1, keepdim=True))
+
+
 def _times_value(weights: Tensor, value: Tensor) -> Tensor:
     kv_heads = value.shape[1]
     grouped = weights.unflatten(1, (kv_heads, weights.shape[1] // kv_heads)) if kv_heads else weights.unsqueeze(2)
     return (grouped @ value.to(weights.dtype).unsqueeze(2)).flatten(1, 2)
+
+
+def _dropped(philox: Tensor | None, dropout_p: float, tensor: Tensor) -> Tensor:
+    if philox is None:
+        return tensor
+    kept = dropout_mask(philox, *tensor.shape, dropout_p)
+    return (tensor * _kept_scale(dropout_p)).masked_fill(~kept, 0.0)
 
 
 def attention_reference(
@@ -141,11 +168,7 @@ def attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """The operator in plain PyTorch, the (B, H, L, S) matrix stored: slow, obvious, differentiable to any order."""
     weights, logsumexp = _probabilities(query, key, mask, bias, is_causal, scale)
-    if philox is not None:
-        batch, heads, rows, columns = weights.shape
-        kept = dropout_mask(philox, batch, heads, rows, columns, dropout_p)
-        weights = (weights * _kept_scale(dropout_p)).masked_fill(~kept, 0.0)
-    output = _times_value(weights, value).to(query.dtype)
+    output = _times_value(_dropped(philox, dropout_p, weights), value).to(query.dtype)
     return _in_layout_of(output, query), logsumexp.detach()
 
 
@@ -177,14 +200,8 @@ def attention_backward_reference(
     def sum_groups(tensor: Tensor) -> Tensor:
         return tensor.reshape(tensor.shape[0], kv_heads, groups, *tensor.shape[2:]).sum(2)
 
-    grad_weights = _times_value(grad, value.transpose(-1, -2))
-    used = weights
-    if philox is not None:
-        batch, _, rows, columns = weights.shape
-        kept = dropout_mask(philox, batch, heads, rows, columns, dropout_p)
-        used = (weights * _kept_scale(dropout_p)).masked_fill(~kept, 0.0)
-        grad_weights = (grad_weights * _kept_scale(dropout_p)).masked_fill(~kept, 0.0)
-    grad_value = sum_groups(used.transpose(-1, -2) @ grad)
+    grad_weights = _dropped(philox, dropout_p, _times_value(grad, value.transpose(-1, -2)))
+    grad_value = sum_groups(_dropped(philox, dropout_p, weights).transpose(-1, -2) @ grad)
     grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
     grad_query = _times_value(grad_scores, key) * scale
     grad_key = sum_groups(grad_scores.transpose(-1, -2) @ query.to(dtype)) * scale
@@ -195,6 +212,92 @@ def attention_backward_reference(
     return (
         _in_layout_of(grad_query.to(query.dtype), query),
         _in_layout_of(grad_key.to(key.dtype), key),
+        _in_layout_of(grad_value.to(value.dtype), value),
+        grad_bias,
+    )
+
+
+def attention_jvp_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    philox: Tensor | None,
+    output: Tensor,
+    logsumexp: Tensor,
+    tangent_query: Tensor | None,
+    tangent_key: Tensor | None,
+    tangent_value: Tensor | None,
+    tangent_bias: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    """The derivative of output along the tangents. ``output`` and ``logsumexp`` are not looked at."""
+    weights, _ = _probabilities(query, key, mask, bias, is_causal, scale)
+    moved = _tangent_probabilities(weights, query, key, tangent_query, tangent_key, tangent_bias, scale)
+    tangent = _times_value(_dropped(philox, dropout_p, moved), value)
+    if tangent_value is not None:
+        tangent = tangent + _times_value(_dropped(philox, dropout_p, weights), tangent_value)
+    return _in_layout_of(tangent.to(query.dtype), query)
+
+
+def attention_double_backward_reference(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    philox: Tensor | None,
+    output: Tensor,
+    logsumexp: Tensor,
+    tangent_query: Tensor | None,
+    tangent_key: Tensor | None,
+    tangent_value: Tensor | None,
+    tangent_bias: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The derivatives of output and of the four gradients (for a constant grad_output) along the tangents."""
+    weights, _ = _probabilities(query, key, mask, bias, is_causal, scale)
+    moved = _tangent_probabilities(weights, query, key, tangent_query, tangent_key, tangent_bias, scale)
+    heads, kv_heads, dtype = query.shape[1], key.shape[1], weights.dtype
+    groups = heads // max(kv_heads, 1)
+    grad = grad_output.to(dtype)
+
+    def sum_groups(tensor: Tensor) -> Tensor:
+        return tensor.reshape(tensor.shape[0], kv_heads, groups, *tensor.shape[2:]).sum(2)
+
+    used, used_moved = _dropped(philox, dropout_p, weights), _dropped(philox, dropout_p, moved)
+    grads = _dropped(philox, dropout_p, _times_value(grad, value.transpose(-1, -2)))
+    centred = grads - (weights * grads).sum(-1, keepdim=True)
+    grad_scores = weights * centred
+    tangent_output = _times_value(used_moved, value)
+    grads_moved = torch.zeros_like(grads)
+    if tangent_value is not None:
+        tangent_output = tangent_output + _times_value(used, tangent_value)
+        grads_moved = _dropped(philox, dropout_p, _times_value(grad, tangent_value.transpose(-1, -2)))
+    mean_moved = (moved * grads + weights * grads_moved).sum(-1, keepdim=True)
+    scores_moved = moved * centred + weights * (grads_moved - mean_moved)
+    grad_query = _times_value(scores_moved, key)
+    if tangent_key is not None:
+        grad_query = grad_query + _times_value(grad_scores, tangent_key)
+    grad_key = scores_moved.transpose(-1, -2) @ query.to(dtype)
+    if tangent_query is not None:
+        grad_key = grad_key + grad_scores.transpose(-1, -2) @ tangent_query.to(dtype)
+    grad_value = sum_groups(used_moved.transpose(-1, -2) @ grad)
+    if bias is not None and bias_gradient:
+        grad_bias = scores_moved.sum_to_size(bias.shape).to(bias.dtype).contiguous()
+    else:
+        grad_bias = query.new_empty((0,))
+    return (
+        _in_layout_of(tangent_output.to(query.dtype), query),
+        _in_layout_of((grad_query * scale).to(query.dtype), query),
+        _in_layout_of((sum_groups(grad_key) * scale).to(key.dtype), key),
         _in_layout_of(grad_value.to(value.dtype), value),
         grad_bias,
     )
@@ -220,6 +323,18 @@ def _fake_backward(
     )
 
 
+def _fake_jvp(query, key, value, *rest):
+    return _empty_like(query, value.shape[3])
+
+
+def _fake_double_backward(grad_output, query, key, value, mask, bias, philox, output, logsumexp, *rest):
+    *_, bias_gradient = rest
+    gradients = _fake_backward(
+        grad_output, query, key, value, mask, bias, philox, output, logsumexp, *(None,) * 3, bias_gradient
+    )
+    return (_empty_like(query, value.shape[3]), *gradients)
+
+
 def _backward(args, saved, grads, needs):
     query, key, value, mask, bias, philox, dropout_p, is_causal, scale = args
     output, logsumexp = saved
@@ -241,6 +356,55 @@ def _backward(args, saved, grads, needs):
         None,
         None,
     )
+
+
+def _jvp(args, saved, tangents):
+    query, key, value, mask, bias, philox, dropout_p, is_causal, scale = args
+    output, logsumexp = (t.detach() for t in saved)
+    tangent = torch.ops.fastgan.attention_jvp(
+        query,
+        key,
+        value,
+        mask,
+        bias,
+        philox,
+        output,
+        logsumexp,
+        *tangents[:3],
+        tangents[4],
+        dropout_p,
+        is_causal,
+        scale,
+    )
+    return tangent, None
+
+
+def _along(args, tangents, bias_gradient):
+    """The derivatives of output and of the gradients, along the tangents of query, key, value and bias."""
+    *tensors, dropout_p, is_causal, scale, _ = args
+    return torch.ops.fastgan.attention_double_backward(*tensors, *tangents, dropout_p, is_causal, scale, bias_gradient)
+
+
+def _double_backward(args, saved, grads, needs):
+    bias = args[5]
+    tangents = (*grads[:3], grads[3] if bias is not None and args[-1] else None)
+    out = [None] * len(args)
+    if all(t is None for t in tangents):
+        return tuple(out)
+    output, *gradients = _along(args, tangents, needs[5])
+    for i, gradient in zip((0, 1, 2, 3, 5), (output, *gradients), strict=True):
+        out[i] = gradient if needs[i] else None
+    return tuple(out)
+
+
+def _backward_jvp(args, saved, tangents):
+    along = (*tangents[1:4], tangents[5])
+    parts = []
+    if tangents[0] is not None:
+        parts.append(torch.ops.fastgan.attention_backward(tangents[0], *args[1:]))
+    if any(t is not None for t in along):
+        parts.append(_along(args, along, args[-1])[1:])
+    return tuple(sum(each[1:], each[0]) for each in zip(*parts, strict=True))
 
 
 # ---- vmap: the mapped dimension becomes part of the batch ----
@@ -320,6 +484,7 @@ define(
     reference=attention_reference,
     fake=_fake,
     backward=_backward,
+    jvp=_jvp,
     save_outputs=(0, 1),
     nondifferentiable_outputs=(1,),
     vmap=_vmap_forward,
@@ -331,5 +496,22 @@ define(
     " bool bias_gradient) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)",
     reference=attention_backward_reference,
     fake=_fake_backward,
+    backward=_double_backward,
+    jvp=_backward_jvp,
     vmap=_vmap_backward,
+)
+_DIRECTION = "Tensor? tangent_query, Tensor? tangent_key, Tensor? tangent_value, Tensor? tangent_bias"
+define(
+    "attention_jvp(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? philox, Tensor output,"
+    f" Tensor logsumexp, {_DIRECTION}, float dropout_p, bool is_causal, float scale) -> Tensor tangent_output",
+    reference=attention_jvp_reference,
+    fake=_fake_jvp,
+)
+define(
+    "attention_double_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias,"
+    f" Tensor? philox, Tensor output, Tensor logsumexp, {_DIRECTION}, float dropout_p, bool is_causal, float scale,"
+    " bool bias_gradient) -> (Tensor tangent_output, Tensor grad_query, Tensor grad_key, Tensor grad_value,"
+    " Tensor grad_bias)",
+    reference=attention_double_backward_reference,
+    fake=_fake_double_backward,
 )
