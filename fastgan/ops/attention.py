@@ -30,6 +30,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastgan.ops import _attention_vmap
 from fastgan.ops._autograd import define
 
 _WORD = 0xFFFFFFFF
@@ -151,7 +152,8 @@ def _times_value(weights: Tensor, value: Tensor) -> Tensor:
 def _dropped(philox: Tensor | None, dropout_p: float, tensor: Tensor) -> Tensor:
     if philox is None:
         return tensor
-    kept = dropout_mask(philox, *tensor.shape, dropout_p)
+    batch, heads, rows, columns = tensor.shape
+    kept = dropout_mask(philox, batch, heads, rows, columns, dropout_p)
     return (tensor * _kept_scale(dropout_p)).masked_fill(~kept, 0.0)
 
 
@@ -407,77 +409,6 @@ def _backward_jvp(args, saved, tangents):
     return tuple(sum(each[1:], each[0]) for each in zip(*parts, strict=True))
 
 
-# ---- vmap: the mapped dimension becomes part of the batch ----
-
-
-def _fold(info, tensor: Tensor, dim: int | None, batch: int) -> Tensor:
-    """(N, B, ...) -> (N·B, ...); what is not mapped, or has one batch for all, is expanded first."""
-    if dim is None:
-        tensor = tensor.unsqueeze(0).expand(info.batch_size, *tensor.shape)
-    else:
-        tensor = tensor.movedim(dim, 0)
-    return tensor.expand(tensor.shape[0], batch, *tensor.shape[2:]).reshape(-1, *tensor.shape[2:])
-
-
-def _fold_mask(info, mask: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
-    if mask is None or (dim is None and mask.shape[0] == 1):
-        return mask
-    return _fold(info, mask, dim, batch)
-
-
-def _batch_of(tensor: Tensor, dim: int | None) -> int:
-    return tensor.shape[0] if dim is None else tensor.movedim(dim, 0).shape[1]
-
-
-def _sample_by_sample(operator, info, in_dims, args):
-    """With dropout: the counter holds the index within a sample's own batch, so that nothing may be folded."""
-
-    def of(i):
-        return [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
-
-    results = [operator(*of(i)) for i in range(info.batch_size)]
-    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-    return stacked, (0,) * len(stacked)
-
-
-def _vmap_forward(info, in_dims, *args):
-    query, key, value, mask, bias, philox, *rest = args
-    if philox is not None:
-        return _sample_by_sample(torch.ops.fastgan.attention, info, in_dims, args)
-    batch = _batch_of(query, in_dims[0])
-    folded: list[Tensor | None] = [
-        _fold(info, t, d, batch) for t, d in zip((query, key, value), in_dims[:3], strict=True)
-    ]
-    folded += [_fold_mask(info, t, d, batch) for t, d in zip((mask, bias), in_dims[3:5], strict=True)]
-    results = torch.ops.fastgan.attention(*folded, None, *rest)
-    return tuple(t.unflatten(0, (info.batch_size, batch)) for t in results), (0, 0)
-
-
-def _vmap_backward(info, in_dims, *args):
-    grad, query, key, value, mask, bias, philox, output, logsumexp, dropout_p, is_causal, scale, bias_gradient = args
-    if philox is not None:
-        return _sample_by_sample(torch.ops.fastgan.attention_backward, info, in_dims, args)
-    batch = _batch_of(query, in_dims[1])
-    tensors = (grad, query, key, value, output, logsumexp)
-    folded = [_fold(info, t, d, batch) for t, d in zip(tensors, (*in_dims[:4], *in_dims[7:9]), strict=True)]
-    mask = _fold_mask(info, mask, in_dims[4], batch)
-    bias_gradient = bias is not None and bias_gradient
-    one_bias = bias_gradient and _batch_of(bias, in_dims[5]) == 1
-    if bias_gradient:  # each sample has its own gradient of the bias, even of one that all share
-        bias = _fold(info, bias, in_dims[5], batch)
-    else:
-        bias = _fold_mask(info, bias, in_dims[5], batch)
-    results = torch.ops.fastgan.attention_backward(
-        *folded[:4], mask, bias, None, *folded[4:], dropout_p, is_causal, scale, bias_gradient
-    )
-    *gradients, grad_bias = results
-    out = [t.unflatten(0, (info.batch_size, batch)) for t in gradients]
-    if not bias_gradient:
-        return (*out, grad_bias), (0, 0, 0, None)
-    grad_bias = grad_bias.unflatten(0, (info.batch_size, batch))
-    return (*out, grad_bias.sum(1, keepdim=True) if one_bias else grad_bias), (0, 0, 0, 0)
-
-
 define(
     "attention(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? philox, float dropout_p,"
     " bool is_causal, float scale) -> (Tensor output, Tensor logsumexp)",
@@ -487,7 +418,7 @@ define(
     jvp=_jvp,
     save_outputs=(0, 1),
     nondifferentiable_outputs=(1,),
-    vmap=_vmap_forward,
+    vmap=_attention_vmap.forward,
     autocast="lower",
 )
 define(
@@ -498,7 +429,7 @@ define(
     fake=_fake_backward,
     backward=_double_backward,
     jvp=_backward_jvp,
-    vmap=_vmap_backward,
+    vmap=_attention_vmap.backward,
 )
 _DIRECTION = "Tensor? tangent_query, Tensor? tangent_key, Tensor? tangent_value, Tensor? tangent_bias"
 define(
@@ -506,6 +437,7 @@ define(
     f" Tensor logsumexp, {_DIRECTION}, float dropout_p, bool is_causal, float scale) -> Tensor tangent_output",
     reference=attention_jvp_reference,
     fake=_fake_jvp,
+    vmap=_attention_vmap.jvp,
 )
 define(
     "attention_double_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias,"
@@ -514,4 +446,5 @@ define(
     " Tensor grad_bias)",
     reference=attention_double_backward_reference,
     fake=_fake_double_backward,
+    vmap=_attention_vmap.double_backward,
 )
