@@ -16,8 +16,9 @@ FuncTorchBatched      the reference, decomposed under vmap; or the rule given as
 Autocast              ``autocast="lower"`` casts floating arguments to the autocast dtype, ``"float32"`` to float32
 ====================  ================================================================================================
 
-Derivatives that have no kernel come from the reference: a backward operator is differentiated by running the vjp of
-its reference, and forward mode runs the reference on dual numbers. They are right to any order, and slower.
+Derivatives that have no kernel come from the reference: an operator without ``backward`` is differentiated by running
+the vjp of its reference, and one without ``jvp`` by running its reference on dual numbers. They are right to any order,
+and slower.
 """
 
 from __future__ import annotations
@@ -36,6 +37,9 @@ LIBRARY = torch.library.Library("fastgan", "DEF")
 Backward = Callable[
     [Sequence[Any], Sequence[torch.Tensor], Sequence[torch.Tensor | None], Sequence[bool]], Sequence[Any]
 ]
+
+#: what a forward-mode formula gets: arguments, saved outputs, and the arguments' tangents, None where there is none
+Jvp = Callable[[Sequence[Any], Sequence[torch.Tensor], Sequence[torch.Tensor | None]], Sequence[torch.Tensor | None]]
 
 
 # The two below are written without context managers of Python's: a small call's time is spent here.
@@ -131,9 +135,9 @@ def define(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     backward: Backward | None = None,
+    jvp: Jvp | None = None,
     save_outputs: Sequence[int] = (),
     nondifferentiable_outputs: Sequence[int] = (),
-    jvp: Callable[[Sequence[Any], Sequence[torch.Tensor | None]], torch.Tensor] | None = None,
     vmap: Callable[..., Any] | None = None,
     autocast: str | None = None,
 ) -> torch._ops.OpOverload:
@@ -146,20 +150,20 @@ def define(
         backward: ``(args, saved_outputs, grad_outputs, needs) -> a gradient or None for each argument``. It may call
             only differentiable operators (its own backward operator is one), so that it can be differentiated again.
             None: the vjp of ``reference``.
-        save_outputs: indices of the outputs that ``backward`` gets as ``saved_outputs``. Whatever of them enters a
-            gradient must be recomputed, or be taken with its own derivative, by the backward operator's reference.
+        jvp: ``(args, saved_outputs, tangents) -> a tangent or None for each output``, by differentiable operators as
+            well. None: ``reference`` on dual numbers.
+        save_outputs: indices of the outputs that ``backward`` and ``jvp`` get as ``saved_outputs``. Whatever of them
+            enters a gradient must be recomputed, or be taken with its own derivative, by the backward operator's
+            reference.
         nondifferentiable_outputs: indices of outputs without a gradient.
-        jvp: ``(args, tangents) -> the output's tangent``, for an operator with one output, in differentiable operators.
-            None: the reference on dual numbers.
         vmap: a rule as for ``torch.library.register_vmap``, where one is better than the decomposed reference.
         autocast: ``"lower"``, ``"float32"`` or None (autocast leaves the arguments alone).
     """
     name = schema[: schema.index("(")]
+    formula = jvp  # Node has a method of that name
     LIBRARY.define(schema)
     operator = getattr(torch.ops.fastgan, name).default
     tensors = [i for i, argument in enumerate(operator._schema.arguments) if "Tensor" in str(argument.type)]
-
-    forward_mode = jvp  # the Function's own method has that name
 
     class Node(_SingleLevelFunction):
         @staticmethod
@@ -207,13 +211,16 @@ def define(
 
         @staticmethod
         def jvp(ctx, *tangents):
-            args, _ = _restore(ctx)
+            args, outputs = _restore(ctx)
             with _set_fwd_grad_enabled(True):
                 duals = [unpack_dual(a, level=0).primal if _is_differentiable(a) else a for a in args]
-                if forward_mode is not None:
-                    return forward_mode(duals, tangents)
+                tangents = tuple(t if _is_differentiable(a) else None for a, t in zip(duals, tangents, strict=True))
+                if formula is not None:
+                    outputs = [unpack_dual(o, level=0).primal for o in outputs]
+                    results = formula(duals, outputs, tangents)
+                    return results[0] if ctx.is_single else tuple(results)
                 for i, tangent in enumerate(tangents):
-                    if tangent is not None and _is_differentiable(duals[i]):
+                    if tangent is not None:
                         duals[i] = make_dual(duals[i], tangent, level=0)
                 out = reference(*duals)
                 if ctx.is_single:

@@ -319,7 +319,7 @@ def _conv_weight_gradient_backward(args, _, grads, needs):
 def _bilinear_jvp(operator_of, bias_at: int | None):
     """The tangent of a map that is linear in its first two arguments and, added to that, in a bias."""
 
-    def jvp(args, tangents):
+    def jvp(args, _, tangents):
         terms = []
         for i in (0, 1):
             if tangents[i] is not None:
@@ -334,7 +334,7 @@ def _bilinear_jvp(operator_of, bias_at: int | None):
             total = total + term
         if bias_at is not None and len(terms) == 1 and tangents[bias_at] is not None:
             total = total + torch.zeros_like(operator_of()(*args))
-        return total
+        return (total,)
 
     return jvp
 
