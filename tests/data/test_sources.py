@@ -106,7 +106,7 @@ def test_R59_names_of_any_bytes_stay_on_one_line(pictures):
     (pictures / "new\nline.png").write_bytes(b"")
     with open(os.fsencode(pictures) + b"/bad\xff.png", "wb") as file:
         file.write(b"hello")
-    with pytest.warns(UserWarning) as caught:
+    with pytest.warns(UserWarning, match="were skipped") as caught:
         images = load_images(pictures, SIZE, progress=False)
     (said,) = [str(warning.message) for warning in caught]
     assert r"new\nline.png (the file is empty)" in said

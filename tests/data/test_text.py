@@ -123,6 +123,8 @@ def test_other_scripts_a_file_without_spaces_and_a_single_string():
     for line in ("日本語のテキスト", "مرحبا بالعالم", "x" * 100_000):  # the last took minutes
         tokenizer = text.train_tokenizer([line], 200)
         assert tokenizer.unk_token_id not in tokenizer(line[:50])["input_ids"]
-    assert text.train_tokenizer("a text alone", 50).get_vocab() == text.train_tokenizer(["a text alone"], 50).get_vocab()
+    assert (
+        text.train_tokenizer("a text alone", 50).get_vocab() == text.train_tokenizer(["a text alone"], 50).get_vocab()
+    )
     with pytest.raises(TypeError, match="texts must be strings, got bytes"):
         text.train_tokenizer([b"x"])
