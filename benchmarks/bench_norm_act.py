@@ -31,4 +31,4 @@ def test_batch_norm_leaky_relu(benchmark, shape, layout, kind):
     if kind == "forward+backward":
         leaves = tuple(t.requires_grad_() for t in (x, weight, bias))
         calls = {name: lambda call=call: torch.autograd.grad(call(), leaves, grad) for name, call in calls.items()}
-    compare(benchmark, calls, case=f"{'x'.join(map(str, shape))} {layout} {kind}", seconds=3.0)
+    compare(benchmark, calls, case=f"{'x'.join(map(str, shape))} {layout} {kind}")

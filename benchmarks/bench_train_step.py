@@ -79,6 +79,5 @@ def test_train_step(benchmark, image_size, channels, width):
             "best PyTorch": best(copy.deepcopy(gan), real),
         },
         case=f"step {image_size}x{image_size}, width {width}, batch {BATCH}",
-        rounds=9,
-        seconds=20.0,
+        seconds=12.0,
     )

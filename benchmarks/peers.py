@@ -25,7 +25,7 @@ def compare(
     case: str,
     gflop: float | None = None,
     rounds: int = 15,
-    seconds: float = 6.0,
+    seconds: float = 2.5,
 ) -> dict[str, float]:
     """Times ``peers`` interleaved; the first is ours, the rest are what it is measured against.
 

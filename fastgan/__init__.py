@@ -19,11 +19,22 @@ _impl.load_extension()
 
 from fastgan import nn, ops  # noqa: E402  the kernels are registered first
 from fastgan._info import info  # noqa: E402
+from fastgan.ops.conv import get_conv_algorithm, set_conv_algorithm  # noqa: E402
 from fastgan.replace import explain, replace_modules  # noqa: E402
 
 _LAZY = ("cli", "data", "hf", "models", "training")
 
-__all__ = ["__version__", "explain", "info", "nn", "ops", "replace_modules", "use"]
+__all__ = [
+    "__version__",
+    "explain",
+    "get_conv_algorithm",
+    "info",
+    "nn",
+    "ops",
+    "replace_modules",
+    "set_conv_algorithm",
+    "use",
+]
 
 
 def __getattr__(name: str):

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from fastgan.nn.activation import FusedLeakyReLU, FusedReLU
 from fastgan.nn.attention import MultiheadAttention
-from fastgan.nn.conv import Conv2d, ConvTranspose2d
+from fastgan.nn.conv import Conv2d, ConvTranspose2d, algorithm_of
 from fastgan.nn.norm_act import BatchNormAct2d
 
 _SWAPS: dict[type[nn.Module], type[nn.Module]] = {
@@ -194,6 +194,8 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
                     reason = f"with the {type(act).__name__} after it"
                 else:
                     reason = f"without the {type(act).__name__} after it: {seen}"
+            elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                reason = algorithm_of(module)
             row = Row(name, type(module).__name__, "will be swapped", target.__name__, reason)
             yield _Decision(module, row, target, attributes)
         elif isinstance(module, nn.TransformerEncoder) and _uses_nested_tensors(module):
@@ -209,6 +211,8 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
                 reason = f"without the {type(after[id(module)]).__name__} after it: {seen}"
             elif isinstance(module, (FusedReLU, FusedLeakyReLU)):
                 reason = "in the norm before it"
+            elif isinstance(module, (Conv2d, ConvTranspose2d)):
+                reason = algorithm_of(module)
             yield _Decision(module, Row(name, type(module).__name__, "swapped", kind.__name__, reason))
         elif (used := _attention_implementation(module)) is not None:
             why = "" if used == "fastgan" else _why_not_transformers(used)

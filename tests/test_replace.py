@@ -14,94 +14,15 @@ import fastgan
 from fastgan import explain, replace_modules
 from fastgan.nn import BatchNormAct2d, Conv2d, ConvTranspose2d, MultiheadAttention
 from fastgan.nn.activation import FusedLeakyReLU, FusedReLU
+from tests.networks import Discriminator, Generator, conv_bn_relu, mobile, weights_init
 
 
-class Generator(nn.Module):
-    """The PyTorch tutorial's DCGAN generator, at 32 pixels and small."""
-
-    def __init__(self, nz=8, ngf=4, nc=3):
-        super().__init__()
-        self.main = nn.Sequential(
-            nn.ConvTranspose2d(nz, ngf * 4, 4, 1, 0, bias=False),
-            nn.BatchNorm2d(ngf * 4),
-            nn.ReLU(True),
-            nn.ConvTranspose2d(ngf * 4, ngf * 2, 4, 2, 1, bias=False),
-            nn.BatchNorm2d(ngf * 2),
-            nn.ReLU(True),
-            nn.ConvTranspose2d(ngf * 2, ngf, 4, 2, 1, bias=False),
-            nn.BatchNorm2d(ngf),
-            nn.ReLU(True),
-            nn.ConvTranspose2d(ngf, nc, 4, 2, 1, bias=False),
-            nn.Tanh(),
-        )
-
-    def forward(self, input):
-        return self.main(input)
+def small_generator():
+    return Generator(nz=8, ngf=4)
 
 
-class Discriminator(nn.Module):
-    """The tutorial's discriminator, likewise."""
-
-    def __init__(self, ndf=4, nc=3):
-        super().__init__()
-        self.main = nn.Sequential(
-            nn.Conv2d(nc, ndf, 4, 2, 1, bias=False),
-            nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(ndf, ndf * 2, 4, 2, 1, bias=False),
-            nn.BatchNorm2d(ndf * 2),
-            nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(ndf * 2, ndf * 4, 4, 2, 1, bias=False),
-            nn.BatchNorm2d(ndf * 4),
-            nn.LeakyReLU(0.2, inplace=True),
-            nn.Conv2d(ndf * 4, 1, 4, 1, 0, bias=False),
-            nn.Sigmoid(),
-        )
-
-    def forward(self, input):
-        return self.main(input)
-
-
-def weights_init(m):
-    """The tutorial's and the examples' own: it goes by the name of the class."""
-    classname = m.__class__.__name__
-    if classname.find("Conv") != -1:
-        nn.init.normal_(m.weight.data, 0.0, 0.02)
-    elif classname.find("BatchNorm") != -1:
-        nn.init.normal_(m.weight.data, 1.0, 0.02)
-        nn.init.constant_(m.bias.data, 0)
-
-
-def conv_bn_relu(cin, cout, act=nn.ReLU):
-    return nn.Sequential(nn.Conv2d(cin, cout, 3, padding=1, bias=False), nn.BatchNorm2d(cout), act())
-
-
-class ConvBNReLU(nn.Sequential):
-    """torchvision's style: a subclass of Sequential that only fills it."""
-
-    def __init__(self, cin, cout, stride=1, groups=1):
-        super().__init__(
-            nn.Conv2d(cin, cout, 3, stride, 1, groups=groups, bias=False), nn.BatchNorm2d(cout), nn.ReLU(inplace=True)
-        )
-
-
-class InvertedResidual(nn.Module):
-    def __init__(self, channels):
-        super().__init__()
-        self.conv = nn.Sequential(
-            ConvBNReLU(channels, 2 * channels),
-            ConvBNReLU(2 * channels, 2 * channels, groups=2 * channels),
-            nn.Conv2d(2 * channels, channels, 1, bias=False),
-            nn.BatchNorm2d(channels),
-        )
-
-    def forward(self, x):
-        return x + self.conv(x)
-
-
-def mobile():
-    return nn.Sequential(
-        ConvBNReLU(3, 4, 2), InvertedResidual(4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
-    )
+def small_discriminator():
+    return Discriminator(ndf=4)
 
 
 def noise(*shape):
@@ -162,8 +83,8 @@ def classes(model):
 
 
 MODELS = {
-    "generator": (Generator, lambda: noise(3, 8, 1, 1)),
-    "discriminator": (Discriminator, lambda: noise(3, 3, 32, 32)),
+    "generator": (small_generator, lambda: noise(3, 8, 1, 1)),
+    "discriminator": (small_discriminator, lambda: noise(3, 3, 64, 64)),
     "mobile": (mobile, lambda: noise(2, 3, 16, 16)),
     "linear network": (lambda: nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)), lambda: noise(2, 2, 5, 5)),
     "encoder layer": (
@@ -211,15 +132,15 @@ def test_norm_and_activation(kind):
 
 
 def test_the_tutorial_becomes_all_ours():
-    generator, discriminator = replace_modules(Generator()), replace_modules(Discriminator())
-    assert classes(generator.main)[1:] == [ConvTranspose2d, BatchNormAct2d, FusedReLU] * 3 + [ConvTranspose2d, nn.Tanh]
+    generator, discriminator = replace_modules(small_generator()), replace_modules(small_discriminator())
+    assert classes(generator.main)[1:] == [ConvTranspose2d, BatchNormAct2d, FusedReLU] * 4 + [ConvTranspose2d, nn.Tanh]
     conv, block = [Conv2d], [Conv2d, BatchNormAct2d, FusedLeakyReLU]
-    assert classes(discriminator.main)[1:] == [*conv, nn.LeakyReLU, *block, *block, *conv, nn.Sigmoid]
+    assert classes(discriminator.main)[1:] == [*conv, nn.LeakyReLU, *block * 3, *conv, nn.Sigmoid]
     assert discriminator.main[3].negative_slope == 0.2
 
 
 def test_in_place_and_only_once():
-    model = Discriminator()
+    model = small_discriminator()
     before = dict(model.named_modules()), dict(model.named_parameters()), dict(model.named_buffers())
     assert replace_modules(model) is model
     found = dict(model.named_modules()), dict(model.named_parameters()), dict(model.named_buffers())
@@ -279,12 +200,12 @@ def test_R46_norms_keep_every_flag():
 
 
 def test_frozen_norm_stays_bit_for_bit_while_the_rest_trains():
-    model = replace_modules(Discriminator())
+    model = replace_modules(small_discriminator())
     frozen = model.main[3].eval().requires_grad_(False)
     before = {name: t.clone() for name, t in frozen.state_dict().items()}
     for m in model.main[:3]:
         m.requires_grad_(False)
-    model(torch.randn(4, 3, 32, 32)).sum().backward()
+    model(torch.randn(4, 3, 64, 64)).sum().backward()
     for name, tensor in frozen.state_dict().items():
         assert torch.equal(tensor, before[name])
     assert frozen.training is False
@@ -421,7 +342,7 @@ def test_parametrizations_come_off_and_leave_our_class():
 
 
 def test_R50_weights_init_reaches_the_same_tensors():
-    for make in (Generator, Discriminator, lambda: nn.Sequential(conv_bn_relu(2, 3), conv_bn_relu(3, 4))):
+    for make in (small_generator, small_discriminator, lambda: nn.Sequential(conv_bn_relu(2, 3), conv_bn_relu(3, 4))):
         plain, ours = make(), make()
         ours.load_state_dict(plain.state_dict())
         replace_modules(ours)
@@ -453,7 +374,7 @@ def test_a_block_used_twice_is_fused():
 
 
 def test_hooks_keep_firing():
-    model = Discriminator()
+    model = small_discriminator()
     conv, norm, act = model.main[2], model.main[3], model.main[4]
     fired = []
 
@@ -470,7 +391,7 @@ def test_hooks_keep_firing():
     conv.register_load_state_dict_post_hook(hook("load"))
     for p in conv.parameters():
         p.register_hook(lambda g: fired.append("parameter"))
-    x = torch.randn(2, 3, 32, 32)
+    x = torch.randn(2, 3, 64, 64)
     plain = copy.deepcopy(model)
     plain(x)
     expected = seen.pop()
@@ -507,11 +428,11 @@ def test_hooks_that_would_see_a_fusion_prevent_it(where):
 
 
 def test_optimizer_of_before_moves_the_weights():
-    model = Discriminator()
+    model = small_discriminator()
     optimizer = torch.optim.Adam(model.parameters())
     replace_modules(model)
     before = [p.clone() for p in model.parameters()]
-    model(torch.randn(2, 3, 32, 32)).sum().backward()
+    model(torch.randn(2, 3, 64, 64)).sum().backward()
     optimizer.step()
     assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
@@ -534,12 +455,12 @@ def test_copies_pickles_and_saves():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_dtype_moves_as_before(dtype):
-    model = Discriminator()
+    model = small_discriminator()
     plain = copy.deepcopy(model)
     replace_modules(model)
     plain.to(dtype), model.to(dtype)
     assert [p.dtype for p in plain.parameters()] == [p.dtype for p in model.parameters()]
-    x = torch.randn(4, 3, 32, 32).to(dtype)
+    x = torch.randn(4, 3, 64, 64).to(dtype)
     out = model(x)
     assert out.dtype == dtype
     torch.testing.assert_close(out, plain(x), rtol=0.05, atol=0.05)
@@ -572,10 +493,10 @@ def test_compiles_before_and_after_replacing():
 def test_wrapped_in_ddp(tmp_path):
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        model = Discriminator().double()
+        model = small_discriminator().double()
         plain = copy.deepcopy(model)
         wrapped = nn.parallel.DistributedDataParallel(replace_modules(model))
-        x = noise(2, 3, 32, 32)
+        x = noise(2, 3, 64, 64)
         for module in (plain, wrapped):
             module(x).sum().backward()
         assert_close(
@@ -622,12 +543,12 @@ def test_functional_call_and_per_sample_gradients():
         assert_close(expected.items(), {name: g[i] for name, g in found.items()}.items())
 
 
-@pytest.mark.parametrize("make", [Discriminator, mobile])
+@pytest.mark.parametrize("make", [small_discriminator, mobile])
 def test_gradient_penalty_equals_the_unreplaced(make):
     model = make().double()
     plain = copy.deepcopy(model)
     replace_modules(model)
-    x = noise(3, 3, 32, 32).requires_grad_()
+    x = noise(3, 3, 64, 64).requires_grad_()
     found = []
     for module in (plain, model):
         (gradient,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
@@ -637,102 +558,23 @@ def test_gradient_penalty_equals_the_unreplaced(make):
     assert_close(*found)
 
 
-def padded_encoder():
-    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.1, batch_first=True)
-    model = nn.TransformerEncoder(layer, 2).double()
-    x, padding = noise(3, 6, 8), torch.zeros(3, 6, dtype=torch.bool)
-    padding[0, 4:] = True
-    padding[2, 2:] = True
-    return model, x, padding
-
-
-def test_R22_the_encoder_evaluates_as_it_trains():
-    model, x, padding = padded_encoder()
-    plain = copy.deepcopy(model).eval()
-    replace_modules(model)
-    for m in model.modules():
-        if isinstance(m, nn.Dropout):
-            m.p = 0.0
-        if isinstance(m, MultiheadAttention):
-            m.dropout = 0.0
-    trained = model(x, src_key_padding_mask=padding)
-    model.eval()
-    with torch.no_grad():
-        evaluated = model(x, src_key_padding_mask=padding)
-        expected = plain(x, src_key_padding_mask=padding)
-    torch.testing.assert_close(evaluated, trained, rtol=0, atol=0)
-    torch.testing.assert_close(evaluated[~padding], expected[~padding])
-
-
-def test_the_encoders_switch_is_explained():
-    model, _, _ = padded_encoder()
-    row = explain(model)[0]
-    assert (row.state, row.becomes) == ("will be swapped", "use_nested_tensor=False")
-    replace_modules(model)
-    assert model.use_nested_tensor is False
-    assert {row.name: row.state for row in explain(model)}["layers.1.self_attn"] == "swapped"
-
-
-def test_hooks_on_attention_fire_in_both_modes():
-    model, x, padding = padded_encoder()
-    replace_modules(model)
-    fired = []
-    model.layers[0].self_attn.register_forward_hook(lambda *_: fired.append(0))
-    model.layers[1].linear1.register_forward_hook(lambda *_: fired.append(1))
-    model(x, src_key_padding_mask=padding)
-    model.eval()
-    with torch.no_grad():
-        model(x, src_key_padding_mask=padding)
-    assert fired == [0, 1, 0, 1]
-
-
-@pytest.mark.parametrize("batch_first", [True, False])
-def test_whole_transformer_with_causal_decoder(batch_first):
-    model = nn.Transformer(8, 2, 1, 1, 16, dropout=0.0, batch_first=batch_first).double()
-    plain = copy.deepcopy(model)
-    replace_modules(model)
-    src, tgt = noise(2, 5, 8), noise(2, 4, 8)
-    if not batch_first:
-        src, tgt = src.transpose(0, 1), tgt.transpose(0, 1)
-    options = {
-        "tgt_mask": nn.Transformer.generate_square_subsequent_mask(4, dtype=torch.float64),
-        "tgt_is_causal": True,
-    }
-    found = []
-    for module in (plain, model):
-        out = module(src, tgt, **options)
-        found.append(
-            [
-                ("out", out),
-                *(
-                    (str(i), g)
-                    for i, g in enumerate(torch.autograd.grad(out.square().sum(), list(module.parameters())))
-                ),
-            ]
-        )
-    assert_close(*found)
-    plain.eval(), model.eval()
-    with torch.no_grad():
-        torch.testing.assert_close(model(src, tgt, **options), plain(src, tgt, **options))
-
-
 def test_explain_before_and_after():
-    model = Discriminator()
+    model = small_discriminator()
     kinds = classes(model)
     before = explain(model)
     assert classes(model) == kinds
-    assert [row.state for row in before].count("will be swapped") == 8
+    assert [row.state for row in before].count("will be swapped") == 11
     assert (before[3].name, before[3].becomes) == ("main.3", "BatchNormAct2d")
     assert before[1].state == "left"
     assert "no norm directly before it" in before[1].reason
-    assert before[9].reason == "fastgan has nothing for Sigmoid"
+    assert before[12].reason == "fastgan has nothing for Sigmoid"
     replace_modules(model)
     after = explain(model)
     assert [(row.name, row.becomes) for row in after] == [(row.name, row.becomes) for row in before]
     assert not any(row.state == "will be swapped" for row in after)
     text = str(after)
     assert len(text.splitlines()) == len(after) + 3
-    assert text.splitlines()[-1] == "8 swapped, 2 left"
+    assert text.splitlines()[-1] == "11 swapped, 2 left"
     assert "main.3" in text
     assert "leaky_relu" in text
     assert repr(explain(nn.ReLU())).splitlines()[2].startswith("(the model)")
@@ -743,30 +585,6 @@ def test_a_large_table_is_folded():
     text = str(explain(nn.Sequential(nn.Conv2d(1, 1, 1), *(nn.Dropout() for _ in range(70)))))
     assert len(text.splitlines()) == 5
     assert "fastgan has nothing for 70 Dropout" in text
-
-
-def test_transformers_attention_is_switched_where_fastgan_is_registered(monkeypatch):
-    transformers = pytest.importorskip("transformers")
-    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    config = transformers.BertConfig(vocab_size=9, **sizes)
-    model = transformers.BertModel(config)
-    model.set_attn_implementation("sdpa")
-    mapping = ALL_ATTENTION_FUNCTIONS._global_mapping
-
-    def states():
-        return [(row.state, row.reason) for row in explain(model) if row.name.endswith("attention.self")]
-
-    monkeypatch.delitem(mapping, "fastgan", raising=False)
-    assert states() == [("left", 'attn_implementation is "sdpa"; import fastgan.hf first')]
-    assert replace_modules(model).config._attn_implementation == "sdpa"
-    monkeypatch.setitem(mapping, "fastgan", mapping["sdpa"])
-    assert states() == [("will be swapped", "")]
-    assert replace_modules(model).config._attn_implementation == "fastgan"
-    assert states() == [("swapped", "")]
-    model.set_attn_implementation("eager")
-    assert replace_modules(model).config._attn_implementation == "eager"
 
 
 def test_names_are_exported():

@@ -1,6 +1,7 @@
-// The contract of the attention kernels: softmax(query keyᵀ · scale + bias) value, its log-sum-exp, and the
-// gradients. What each argument means, and the mathematics, is in fastgan/ops/attention.py. Strides count
-// elements; a broadcast dimension has stride 0. Nothing of PyTorch here.
+// The contract of the attention kernels: softmax(query keyᵀ · scale + bias) value, its log-sum-exp, the
+// gradients, and the derivatives of output and gradients along a direction. What each argument means, and the
+// mathematics, is in fastgan/ops/attention.py. Strides count elements; a broadcast dimension has stride 0.
+// Nothing of PyTorch here.
 #pragma once
 #include "common/capability.h"
 #include "common/types.h"
@@ -41,9 +42,21 @@ struct AttentionArgs {
   // backward
   AttentionInput grad_output, saved_output;
   AttentionOutput grad_query, grad_key, grad_value;
-  void* grad_bias = nullptr;      // contiguous; null: not asked for
-  int64_t bias_size[4] = {};      // each 1 or the scores' own
-  void* workspace = nullptr;      // attention_workspace() numbers of the accumulation type
+  void* grad_bias = nullptr;  // contiguous; null: not asked for
+  int64_t bias_size[4] = {};  // each 1 or the scores' own
+  void* workspace = nullptr;  // attention_workspace() numbers of the accumulation type
+
+  // Second order: the derivative of output (attention_jvp), and of the four gradients for a constant
+  // grad_output (attention_double_backward, written to grad_*), along the direction `tangent_*`, each of
+  // which may be absent. Both read saved_output and logsumexp.
+  AttentionInput tangent_query, tangent_key, tangent_value;
+  AttentionInput tangent_bias;  // of bias's dtype
+  AttentionOutput tangent_output;
+  // Three numbers of the accumulation type for each row, (3, batch, heads, rows): the mean of the tangent of
+  // its scores, grad_output · output, grad_output · tangent_output. Written by attention_jvp if not null (it
+  // then needs grad_output), read by attention_double_backward.
+  void* row_sums = nullptr;
+
   bool* out_of_memory = nullptr;  // set if scratch could not be had
 };
 
@@ -71,3 +84,5 @@ static inline int64_t attention_workspace(const AttentionArgs& a) {
 
 FASTGAN_DECLARE_KERNEL(attention_forward, fastgan::AttentionArgs)
 FASTGAN_DECLARE_KERNEL(attention_backward, fastgan::AttentionArgs)
+FASTGAN_DECLARE_KERNEL(attention_jvp, fastgan::AttentionArgs)
+FASTGAN_DECLARE_KERNEL(attention_double_backward, fastgan::AttentionArgs)

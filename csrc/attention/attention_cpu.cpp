@@ -7,13 +7,10 @@
 // is all that the backward needs.
 //
 // Backward. With D = rowsum(dO ∘ O):  P = exp(S − lse),  dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ − D),  dQ = dS K,  dK =
-// dSᵀ Q. A piece is one key head of one batch (or a range of its keys where these are too few to keep threads
-// busy, with a partial dQ each, added in order afterwards): blocks of keys outside, so that dK and dV are
-// summed in scratch and written once, all query rows of all the heads that share them inside. dQ is added to
-// in place. The gradient of a bias may be summed over batches and heads, which belong to several pieces; it
-// has a pass of its own over its tiles.
+// dSᵀ Q, in tiles that are cut as attention_by_keys.h says.
 //
-// Blocks in which nothing is visible under is_causal are skipped, and the ones on the diagonal are cut at it.
+// Tiles in which nothing is visible, under is_causal or under a mask, are skipped, and others are cut at the
+// last column that is (the first, for a whole block of keys): what is left out has probability 0.
 // A dead row (all scores −inf) has maximum −inf, and −inf − (−inf) is NaN: 0 is subtracted there instead,
 // +inf in the backward, so that P is exactly 0. A NaN score is no maximum, but goes through exp into the
 // row's sum, and so to the whole row.
@@ -21,159 +18,15 @@
 // Dropout: P is kept or dropped by the word that Philox gives for its place, in both passes the same; row
 // sums are over what is not dropped yet. Inputs of half precision are packed as float32. All work is cut by
 // shape alone and sums have one order, so that the result has the same bits for every number of threads.
-#include <cstdlib>
-
-#include "attention/attention.h"
-#include "common/gemm.h"
-#include "common/philox.h"
+#include "attention/attention_by_keys.h"
+#include "attention/attention_tiles.h"
 
 namespace {
 
 using namespace fastgan;
 
 constexpr int64_t kForwardChunk = 192, kForwardRows = 48, kForwardKeys = 256;
-constexpr int64_t kBackwardRows = 96, kBackwardKeys = kAttentionKeyBlock;
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-
-template <class T>
-T infinity() {
-  return T(__builtin_inf());
-}
-
-// One allocation for all the scratch of a piece: count first, then take.
-struct Scratch {
-  char* memory = nullptr;
-  int64_t used = 0;
-  template <class T>
-  T* take(int64_t count) {
-    T* at = memory ? reinterpret_cast<T*>(memory + used) : nullptr;
-    used += (count * int64_t(sizeof(T)) + 127) / 64 * 64;
-    return at;
-  }
-};
-
-template <class Layout>
-bool allocate(Layout& layout, const AttentionArgs& args) {
-  Scratch scratch;
-  layout.place(scratch);
-  scratch.memory = static_cast<char*>(std::aligned_alloc(64, size_t((scratch.used + 127) / 64 * 64)));
-  if (!scratch.memory) {
-    if (args.out_of_memory) __atomic_store_n(args.out_of_memory, true, __ATOMIC_RELAXED);
-    return false;
-  }
-  scratch.used = 0;
-  layout.place(scratch);
-  layout.memory = scratch.memory;
-  return true;
-}
-
-template <class Storage>
-const Storage* at(const AttentionInput& x, int64_t batch, int64_t head, int64_t row) {
-  return static_cast<const Storage*>(x.data) + batch * x.stride[0] + head * x.stride[1] + row * x.stride[2];
-}
-
-template <class Storage>
-Storage* at(const AttentionOutput& x, int64_t batch, int64_t head, int64_t row) {
-  return static_cast<Storage*>(x.data) + batch * x.stride[0] + head * x.stride[1] + row * x.stride[2];
-}
-
-template <class T, class Storage>
-void store_row(const T* from, T factor, int64_t count, Storage* to) {
-  int64_t c = 0;
-  for (; c + lanes<T> <= count; c += lanes<T>) store(to + c, load<T>(from + c) * factor);
-  for (; c < count; ++c) store1(to + c, from[c] * factor);
-}
-
-// exp for x <= 88: what comes in is a score less its row's maximum or log-sum-exp. Without the upper half of
-// vector.h's exp, and zero where the result would be denormal; NaN stays NaN.
-FASTGAN_INLINE Vec<float> exp_of_difference(Vec<float> x) {
-  constexpr float kShift = 12582912.0f, kLowest = -87.33f;
-  Vec<float> shifted = x * 1.44269504088896341f + kShift;
-  Vec<float> n = shifted - kShift;
-  Vec<float> r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  // The integer n is in the low bits of shifted; the shift leaves nothing else.
-  p = (Vec<float>)((Mask<float>)p + ((Mask<float>)shifted << 23));
-  p = select(x == x, p, x);
-  return select(x < kLowest, Vec<float>{}, p);
-}
-FASTGAN_INLINE Vec<double> exp_of_difference(Vec<double> x) { return exp(x); }
-
-// ---- a tile of scores: bias, masks ----
-
-template <class T>
-FASTGAN_INLINE Mask<T> load_mask(const uint8_t* p) {
-  typedef uint8_t Bytes __attribute__((vector_size(lanes<T>)));
-  Bytes bytes;
-  std::memcpy(&bytes, p, sizeof bytes);
-  return __builtin_convertvector(bytes, Mask<T>) != 0;
-}
-
-template <class T, class BiasStorage>
-void add_bias(T* scores, int64_t count, const BiasStorage* bias, int64_t stride) {
-  int64_t c = 0;
-  if (stride == 1)
-    for (; c + lanes<T> <= count; c += lanes<T>) store(scores + c, load<T>(scores + c) + load<T>(bias + c));
-  for (; c < count; ++c) scores[c] += load1<T>(bias + c * stride);
-}
-
-template <class T>
-void apply_mask(T* scores, int64_t count, const uint8_t* mask, int64_t stride) {
-  const Vec<T> hidden = broadcast<T>(-infinity<T>());
-  int64_t c = 0;
-  if (stride == 1)
-    for (; c + lanes<T> <= count; c += lanes<T>)
-      store(scores + c, select(load_mask<T>(mask + c), load<T>(scores + c), hidden));
-  for (; c < count; ++c)
-    if (!mask[c * stride]) scores[c] = -infinity<T>();
-}
-
-struct Tile {
-  int64_t batch, head, row, column;  // of its first number
-  int64_t rows, columns;             // columns rounded up to whole vectors hold −inf
-};
-
-template <class Storage, class T>
-void apply_bias_and_masks(const AttentionArgs& a, const Tile& t, T* scores, int64_t stride) {
-  int64_t padded = whole_panels<T>(t.columns);
-  for (int64_t r = 0; r < t.rows; ++r, scores += stride) {
-    int64_t row = t.row + r;
-    if (a.bias.data) {
-      int64_t step = a.bias.stride[3];
-      if (a.bias_dtype == a.dtype)
-        add_bias<T>(scores, t.columns, at<Storage>(a.bias, t.batch, t.head, row) + t.column * step, step);
-      else if constexpr (sizeof(Storage) == 2)
-        add_bias<T>(scores, t.columns, at<float>(a.bias, t.batch, t.head, row) + t.column * step, step);
-    }
-    if (a.mask.data) {
-      int64_t step = a.mask.stride[3];
-      apply_mask<T>(scores, t.columns, at<uint8_t>(a.mask, t.batch, t.head, row) + t.column * step, step);
-    }
-    int64_t visible = t.columns;
-    if (a.is_causal) visible = smaller(visible, row + 1 > t.column ? row + 1 - t.column : 0);
-    for (int64_t c = visible; c < padded; ++c) scores[c] = -infinity<T>();
-  }
-}
-
-template <class T>
-FASTGAN_INLINE Mask<T> kept(const uint32_t* words, uint32_t threshold) {
-  typedef uint32_t Words __attribute__((vector_size(lanes<T> * 4)));
-  Words w;
-  std::memcpy(&w, words, sizeof w);
-  return __builtin_convertvector(w >= threshold, Mask<T>);
-}
-
-void draw(const AttentionArgs& a, const Tile& t, int64_t r, uint32_t* words) {
-  philox_row(words, t.columns, a.seed, a.offset, uint32_t(t.batch * a.heads + t.head), uint32_t(t.row + r),
-             uint32_t(t.column / 4));
-}
+constexpr int64_t kBackwardRows = 96;
 
 // ---- forward ----
 
@@ -250,14 +103,19 @@ void forward_piece(const AttentionArgs& a, ForwardScratch<T>& s, int64_t batch, 
 
   int64_t end = a.is_causal ? smaller(a.columns, row0 + rows) : a.columns;
   for (int64_t key0 = 0; key0 < end; key0 += kForwardKeys) {
-    int64_t keys = smaller(kForwardKeys, end - key0);
-    pack_transposed<T>(at<Storage>(a.key, batch, kv_head, key0), a.key.stride[2], a.key.stride[3], keys,
+    const Range seen =
+        visible<Storage>(a, Tile{batch, head, row0, key0, rows, smaller(kForwardKeys, end - key0)});
+    const int64_t first = key0 + seen.begin, keys = seen.end - seen.begin;
+    if (keys <= 0) continue;
+    pack_transposed<T>(at<Storage>(a.key, batch, kv_head, first), a.key.stride[2], a.key.stride[3], keys,
                        a.width, s.key);
-    pack_panels<T>(at<Storage>(a.value, batch, kv_head, key0), a.value.stride[2], a.value.stride[3], keys,
+    pack_panels<T>(at<Storage>(a.value, batch, kv_head, first), a.value.stride[2], a.value.stride[3], keys,
                    a.value_width, s.value);
     for (int64_t block = 0; block < rows; block += kForwardRows) {
-      Tile t{batch, head, row0 + block, key0, smaller(kForwardRows, rows - block), keys};
-      if (a.is_causal) t.columns = smaller(keys, t.row + t.rows - key0);
+      Tile t{batch, head, row0 + block, first, smaller(kForwardRows, rows - block), keys};
+      if (a.is_causal) t.columns = smaller(keys, t.row + t.rows - first);
+      if (t.columns > 0 && (a.mask.data || a.bias.data))
+        t.columns = smaller(t.columns, visible<Storage>(a, t).end);
       if (t.columns <= 0) continue;
       multiply<false, Update::scale>(Product<T>{t.rows, whole_panels<T>(t.columns), a.width,
                                                 s.query + block * a.width, a.width, s.key, a.width * panel,
@@ -282,9 +140,6 @@ void forward_piece(const AttentionArgs& a, ForwardScratch<T>& s, int64_t batch, 
   }
 }
 
-// Threads are woken for not less than this many multiply-adds.
-inline int64_t grain(int64_t cost) { return 1 + 200000 / (cost + 1); }
-
 template <class Storage>
 void forward(const AttentionArgs& a, const Threads& threads) {
   using T = Accumulate<Storage>;
@@ -308,17 +163,13 @@ void forward(const AttentionArgs& a, const Threads& threads) {
 // ---- backward ----
 
 template <class T>
-struct BackwardScratch {
-  explicit BackwardScratch(const AttentionArgs& a)
-      : rows(smaller(a.rows, kBackwardRows)),
-        keys(whole_panels<T>(smaller(a.columns, kBackwardKeys))),
-        stride(keys +
-               kPanel<T>),  // off a power of two: columns of P are read, and would share few cache sets
-        width(a.width),
-        value_width(a.value_width),
-        padded(whole_panels<T>(a.width)),
-        padded_value(whole_panels<T>(a.value_width)) {}
+struct BackwardScratch : KeyScratch<T> {
+  using Base = KeyScratch<T>;
+  using Base::keys, Base::padded, Base::padded_value, Base::rows, Base::stride, Base::value_width,
+      Base::width;
+  explicit BackwardScratch(const AttentionArgs& a) : Base(a, kBackwardRows) {}
   void place(Scratch& s) {
+    Base::place(s);
     query = s.take<T>(rows * width);
     query_panels = s.take<T>(rows * padded);
     grad = s.take<T>(rows * value_width);
@@ -328,32 +179,15 @@ struct BackwardScratch {
     value = s.take<T>(keys * value_width);
     scores = s.take<T>(rows * stride);
     grad_scores = s.take<T>(rows * stride);
-    grad_key = s.take<T>(keys * padded);
-    grad_value = s.take<T>(keys * padded_value);
     delta = s.take<T>(rows);
-    words = s.take<uint32_t>(keys + kPhiloxStep);
+    this->bias_scores = grad_scores;
   }
-  int64_t rows, keys, stride, width, value_width, padded, padded_value;
-  void* memory = nullptr;
-  T *query, *query_panels, *grad, *grad_panels, *key, *key_panels, *value, *scores, *grad_scores, *grad_key,
-      *grad_value, *delta;
-  uint32_t* words;
+  T *query, *query_panels, *grad, *grad_panels, *key, *key_panels, *value, *scores, *grad_scores, *delta;
 };
 
-template <class T, class Storage>
-T dot(const T* x, const Storage* y, int64_t stride, int64_t count) {
-  Vec<T> sums{};
-  int64_t c = 0;
-  if (stride == 1)
-    for (; c + lanes<T> <= count; c += lanes<T>) sums += load<T>(x + c) * load<T>(y + c);
-  T out = sum<T>(sums);
-  for (; c < count; ++c) out += x[c] * load1<T>(y + c * stride);
-  return out;
-}
-
 template <class Storage, class T>
-void pack_keys(const AttentionArgs& a, BackwardScratch<T>& s, int64_t batch, int64_t kv_head, int64_t key0,
-               int64_t keys) {
+void pack_backward_keys(const AttentionArgs& a, BackwardScratch<T>& s, int64_t batch, int64_t kv_head,
+                        int64_t key0, int64_t keys) {
   const Storage* key = at<Storage>(a.key, batch, kv_head, key0);
   pack_transposed<T>(key, a.key.stride[2], a.key.stride[3], keys, a.width, s.key);
   pack_panels<T>(key, a.key.stride[2], a.key.stride[3], keys, a.width, s.key_panels);
@@ -377,7 +211,7 @@ void backward_tile(const AttentionArgs& a, BackwardScratch<T>& s, const Tile& t,
   // D in two ways. Where the tile has the whole row it is summed up from P ∘ dP, the numbers that it is
   // subtracted from: a weight of 1 then has a gradient of exactly 0, as it must. Otherwise from dO ∘ O, equal
   // but for rounding.
-  const bool whole_row = a.columns <= kBackwardKeys;
+  const bool whole_row = a.columns <= kKeyBlock;
   for (int64_t r = 0; !whole_row && r < t.rows; ++r)
     s.delta[r] = dot<T>(s.grad + r * a.value_width, at<Storage>(a.saved_output, t.batch, t.head, t.row + r),
                         a.saved_output.stride[3], a.value_width);
@@ -390,18 +224,15 @@ void backward_tile(const AttentionArgs& a, BackwardScratch<T>& s, const Tile& t,
   if (a.bias.data || a.mask.data || crosses || t.columns % panel)
     apply_bias_and_masks<Storage>(a, t, s.scores, s.stride);
 
-  const double* logsumexp = a.logsumexp + (t.batch * a.heads + t.head) * a.rows + t.row;
   const T kept_scale = T(a.kept_scale);
   for (int64_t r = 0; r < t.rows; ++r) {
     T* scores = s.scores + r * s.stride;
     T* grads = s.grad_scores + r * s.stride;
-    // In two parts: the first difference is exact or nearly so where P is not negligible.
-    T subtracted = logsumexp[r] == -infinity<double>() ? infinity<T>() : T(logsumexp[r]);
-    T remainder = subtracted == infinity<T>() ? T(0) : T(logsumexp[r] - double(subtracted));
+    const LogSumExp<T> logsumexp = logsumexp_of<T>(a, t, r);
     if (a.has_dropout) draw(a, t, r, s.words);
     Vec<T> sums{};
     for (int64_t c = 0; c < padded; c += W) {
-      Vec<T> p = exp_of_difference(load<T>(scores + c) - subtracted - remainder), g = load<T>(grads + c);
+      Vec<T> p = logsumexp.probability(load<T>(scores + c)), g = load<T>(grads + c);
       if (a.has_dropout) g = select(kept<T>(s.words + c, a.threshold), g * kept_scale, Vec<T>{});
       sums += p * g;
       store(scores + c, p);
@@ -416,223 +247,43 @@ void backward_tile(const AttentionArgs& a, BackwardScratch<T>& s, const Tile& t,
     }
   }
 }
+template <class S>
+struct BackwardPass {
+  using Storage = S;
+  using T = Accumulate<S>;
+  using Scratch = BackwardScratch<T>;
+  static constexpr int64_t kRows = kBackwardRows, panel = kPanel<T>;
 
-// Where the gradient of query is summed up: in place, or in the workspace.
-template <class T>
-struct QuerySum {
-  T* data;
-  int64_t stride;
+  static void pack_keys(const AttentionArgs& a, Scratch& s, int64_t batch, int64_t kv_head, int64_t key0,
+                        int64_t keys) {
+    pack_backward_keys<S>(a, s, batch, kv_head, key0, keys);
+  }
+  static void tile(const AttentionArgs& a, Scratch& s, const Tile& t, T scale) {
+    backward_tile<S>(a, s, t, scale);
+  }
+  static void key_gradients(const AttentionArgs&, Scratch& s, const Tile& t) {
+    multiply<true, Update::add>(Product<T>{t.columns, s.padded_value, t.rows, s.scores, s.stride,
+                                           s.grad_panels, t.rows * panel, s.grad_value, s.padded_value});
+    multiply<true, Update::add>(Product<T>{t.columns, s.padded, t.rows, s.grad_scores, s.stride,
+                                           s.query_panels, t.rows * panel, s.grad_key, s.padded});
+  }
+  static void query_gradient(const AttentionArgs& a, Scratch& s, const Tile& t, int64_t keys, QuerySum<T> sum,
+                             bool first) {
+    Product<T> product{t.rows,       a.width,      t.columns, s.grad_scores, s.stride,
+                       s.key_panels, keys * panel, sum.data,  sum.stride};
+    if (first)
+      multiply<false, Update::set>(product);
+    else
+      multiply<false, Update::add>(product);
+  }
 };
-
-template <class Storage, class T>
-QuerySum<T> query_sum(const AttentionArgs& a, int64_t chunk, int64_t batch, int64_t head, int64_t row) {
-  if (a.workspace) {
-    int64_t index = ((chunk * a.batch + batch) * a.heads + head) * a.rows + row;
-    return {static_cast<T*>(a.workspace) + index * a.width, a.width};
-  }
-  return {reinterpret_cast<T*>(at<Storage>(a.grad_query, batch, head, row)), a.grad_query.stride[2]};
-}
-
-template <class Storage, class T>
-void backward_piece(const AttentionArgs& a, BackwardScratch<T>& s, int64_t batch, int64_t kv_head,
-                    int64_t chunk, int64_t first_key, int64_t end_key) {
-  const int64_t group = a.heads / a.kv_heads, panel = kPanel<T>;
-  for (int64_t key0 = first_key; key0 < end_key; key0 += kBackwardKeys) {
-    int64_t keys = smaller(kBackwardKeys, end_key - key0);
-    pack_keys<Storage>(a, s, batch, kv_head, key0, keys);
-    for (int64_t i = 0; i < keys * s.padded; ++i) s.grad_key[i] = T(0);
-    for (int64_t i = 0; i < keys * s.padded_value; ++i) s.grad_value[i] = T(0);
-    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
-      for (int64_t row = a.is_causal ? key0 : 0; row < a.rows; row += kBackwardRows) {
-        Tile t{batch, head, row, key0, smaller(kBackwardRows, a.rows - row), keys};
-        if (a.is_causal) t.columns = smaller(keys, row + t.rows - key0);
-        backward_tile<Storage>(a, s, t, T(a.scale));
-        multiply<true, Update::add>(Product<T>{t.columns, s.padded_value, t.rows, s.scores, s.stride,
-                                               s.grad_panels, t.rows * panel, s.grad_value, s.padded_value});
-        multiply<true, Update::add>(Product<T>{t.columns, s.padded, t.rows, s.grad_scores, s.stride,
-                                               s.query_panels, t.rows * panel, s.grad_key, s.padded});
-        QuerySum<T> sum = query_sum<Storage, T>(a, chunk, batch, head, row);
-        Product<T> grad_query{t.rows,       a.width,      t.columns, s.grad_scores, s.stride,
-                              s.key_panels, keys * panel, sum.data,  sum.stride};
-        if (key0 == first_key)
-          multiply<false, Update::set>(grad_query);
-        else
-          multiply<false, Update::add>(grad_query);
-      }
-    for (int64_t k = 0; k < keys; ++k) {
-      store_row<T>(s.grad_key + k * s.padded, T(1), a.width,
-                   at<Storage>(a.grad_key, batch, kv_head, key0 + k));
-      store_row<T>(s.grad_value + k * s.padded_value, T(1), a.value_width,
-                   at<Storage>(a.grad_value, batch, kv_head, key0 + k));
-    }
-  }
-}
-
-// Keys of a chunk begin here, at a whole block.
-inline int64_t chunk_begin(const AttentionArgs& a, int64_t chunks, int64_t chunk) {
-  int64_t blocks = (a.columns + kBackwardKeys - 1) / kBackwardKeys;
-  return smaller(a.columns, blocks * chunk / chunks * kBackwardKeys);
-}
-
-template <class Storage, class T>
-void add_partial_gradients(const AttentionArgs& a, int64_t chunks, int64_t begin, int64_t end) {
-  for (int64_t index = begin; index < end; ++index) {
-    int64_t row = index % a.rows, head = index / a.rows % a.heads, batch = index / a.rows / a.heads;
-    Storage* out = at<Storage>(a.grad_query, batch, head, row);
-    // Under is_causal a row has no partial gradient from keys behind it.
-    int64_t seen = 0;
-    while (seen < chunks && (!a.is_causal || chunk_begin(a, chunks, seen) <= row)) ++seen;
-    T* total = query_sum<Storage, T>(a, 0, batch, head, row).data;
-    for (int64_t chunk = 1; chunk < seen; ++chunk) {
-      const T* part = query_sum<Storage, T>(a, chunk, batch, head, row).data;
-      for (int64_t c = 0; c < a.width; ++c) total[c] += part[c];
-    }
-    store_row<T>(total, T(1), a.width, out);
-  }
-}
-
-template <class Storage>
-void bias_gradient(const AttentionArgs& a, const Threads& threads);
 
 template <class Storage>
 void backward(const AttentionArgs& a, const Threads& threads) {
-  using T = Accumulate<Storage>;
-  int64_t chunks = attention_key_chunks(a);
-  int64_t cost = a.rows * (a.columns / chunks) * (3 * a.width + 2 * a.value_width + 32) *
-                 (a.heads / (a.kv_heads + !a.kv_heads));
-  if (a.columns == 0) {  // grad_query alone has elements, and perhaps grad_bias
-    if (a.grad_bias) bias_gradient<Storage>(a, threads);
-    parallel_for(threads, a.batch * a.heads * a.rows, 1024, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        Storage* out = at<Storage>(a.grad_query, i / a.rows / a.heads, i / a.rows % a.heads, i % a.rows);
-        for (int64_t c = 0; c < a.width; ++c) store1(out + c, T(0));
-      }
-    });
-    return;
-  }
-  parallel_for(threads, a.batch * a.kv_heads * chunks, grain(cost), [&](int64_t begin, int64_t end) {
-    BackwardScratch<T> scratch(a);
-    if (!allocate(scratch, a)) return;
-    for (int64_t piece = begin; piece < end; ++piece) {
-      int64_t pair = piece / chunks, chunk = piece % chunks;
-      if (a.is_causal) chunk = chunk % 2 ? chunks - 1 - chunk / 2 : chunk / 2;
-      backward_piece<Storage, T>(a, scratch, pair / a.kv_heads, pair % a.kv_heads, chunk,
-                                 chunk_begin(a, chunks, chunk), chunk_begin(a, chunks, chunk + 1));
-    }
-    std::free(scratch.memory);
-  });
-  if (a.workspace)
-    parallel_for(
-        threads, a.batch * a.heads * a.rows, 1 + 65536 / (a.width * chunks + 1),
-        [&](int64_t begin, int64_t end) { add_partial_gradients<Storage, T>(a, chunks, begin, end); });
-  if (a.grad_bias) bias_gradient<Storage>(a, threads);
-}
-
-// ---- the gradient of the bias: dS, summed over what the bias was broadcast over ----
-
-template <class T>
-struct BiasScratch : BackwardScratch<T> {
-  using BackwardScratch<T>::BackwardScratch;
-  void place(Scratch& s) {
-    BackwardScratch<T>::place(s);
-    sums = s.take<T>(this->rows * this->stride);
-  }
-  T* sums;
-};
-
-template <class Storage, class T, class BiasStorage>
-void bias_piece(const AttentionArgs& a, BiasScratch<T>& s, int64_t piece, int64_t row_blocks,
-                int64_t key_blocks) {
-  const int64_t* size = a.bias_size;
-  const int64_t group = a.heads / a.kv_heads;
-  int64_t key_block = piece % key_blocks, row_block = piece / key_blocks % row_blocks;
-  int64_t head = piece / key_blocks / row_blocks % size[1], batch = piece / key_blocks / row_blocks / size[1];
-  // What is summed here: a range of each dimension, whole where the bias has size 1.
-  int64_t batches = size[0] == 1 ? a.batch : 1, heads = size[1] == 1 ? a.heads : 1;
-  int64_t row_end = size[2] == 1 ? a.rows : smaller(a.rows, (row_block + 1) * kBackwardRows);
-  int64_t key_end = size[3] == 1 ? a.columns : smaller(a.columns, (key_block + 1) * kBackwardKeys);
-  for (int64_t i = 0; i < s.rows * s.stride; ++i) s.sums[i] = T(0);
-  for (int64_t b = batch; b < batch + batches; ++b)
-    for (int64_t h = head; h < head + heads; ++h)
-      for (int64_t key0 = key_block * kBackwardKeys; key0 < key_end; key0 += kBackwardKeys) {
-        int64_t keys = smaller(kBackwardKeys, key_end - key0);
-        pack_keys<Storage>(a, s, b, h / group, key0, keys);
-        for (int64_t row = row_block * kBackwardRows; row < row_end; row += kBackwardRows) {
-          Tile t{b, h, row, key0, smaller(kBackwardRows, row_end - row), keys};
-          if (a.is_causal && row + t.rows <= key0) continue;
-          backward_tile<Storage>(a, s, t, T(1));
-          for (int64_t r = 0; r < t.rows; ++r)
-            for (int64_t c = 0; c < keys; ++c) s.sums[r * s.stride + c] += s.grad_scores[r * s.stride + c];
-        }
-      }
-  int64_t rows = size[2] == 1 ? smaller(a.rows, kBackwardRows) : row_end - row_block * kBackwardRows;
-  int64_t keys = size[3] == 1 ? smaller(a.columns, kBackwardKeys) : key_end - key_block * kBackwardKeys;
-  if (size[2] == 1)
-    for (int64_t r = 1; r < rows; ++r)
-      for (int64_t c = 0; c < keys; ++c) s.sums[c] += s.sums[r * s.stride + c];
-  if (size[2] == 1) rows = 1;
-  if (size[3] == 1)
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t c = 1; c < keys; ++c) s.sums[r * s.stride] += s.sums[r * s.stride + c];
-  if (size[3] == 1) keys = 1;
-  int64_t row0 = row_block * kBackwardRows, key0 = key_block * kBackwardKeys;
-  auto* out =
-      static_cast<BiasStorage*>(a.grad_bias) + ((batch * size[1] + head) * size[2] + row0) * size[3] + key0;
-  for (int64_t r = 0; r < rows; ++r) store_row<T>(s.sums + r * s.stride, T(1), keys, out + r * size[3]);
-}
-
-template <class Storage>
-void bias_gradient(const AttentionArgs& a, const Threads& threads) {
-  using T = Accumulate<Storage>;
-  const int64_t* size = a.bias_size;
-  if (a.batch * a.heads * a.rows * a.columns == 0) {  // a sum over nothing, if there is an element at all
-    int64_t count = size[0] * size[1] * size[2] * size[3],
-            bytes = a.bias_dtype == Dtype::float32 ? 4 : int64_t(sizeof(Storage));
-    std::memset(a.grad_bias, 0, size_t(count * bytes));
-    return;
-  }
-  int64_t row_blocks = (size[2] + kBackwardRows - 1) / kBackwardRows;
-  int64_t key_blocks = (size[3] + kBackwardKeys - 1) / kBackwardKeys;
-  int64_t cost = a.batch * a.heads * a.rows * a.columns / (size[0] * size[1] * row_blocks * key_blocks) *
-                 (a.width + a.value_width);
-  parallel_for(threads, size[0] * size[1] * row_blocks * key_blocks, grain(cost),
-               [&](int64_t begin, int64_t end) {
-                 BiasScratch<T> scratch(a);
-                 if (!allocate(scratch, a)) return;
-                 for (int64_t piece = begin; piece < end; ++piece) {
-                   if (a.bias_dtype == a.dtype)
-                     bias_piece<Storage, T, Storage>(a, scratch, piece, row_blocks, key_blocks);
-                   else if constexpr (sizeof(Storage) == 2)
-                     bias_piece<Storage, T, float>(a, scratch, piece, row_blocks, key_blocks);
-                 }
-                 std::free(scratch.memory);
-               });
+  run_by_keys<BackwardPass<Storage>>(a, threads, 3 * a.width + 2 * a.value_width);
 }
 
 }  // namespace
 
-extern "C" void FASTGAN_KERNEL(attention_forward)(const AttentionArgs& args, const Threads& threads) {
-  switch (args.dtype) {
-    case Dtype::float32:
-      return forward<float>(args, threads);
-    case Dtype::float64:
-      return forward<double>(args, threads);
-    case Dtype::bfloat16:
-      return forward<bfloat16>(args, threads);
-    case Dtype::float16:
-      return forward<float16>(args, threads);
-  }
-}
-
-extern "C" void FASTGAN_KERNEL(attention_backward)(const AttentionArgs& args, const Threads& threads) {
-  switch (args.dtype) {
-    case Dtype::float32:
-      return backward<float>(args, threads);
-    case Dtype::float64:
-      return backward<double>(args, threads);
-    case Dtype::bfloat16:
-      return backward<bfloat16>(args, threads);
-    case Dtype::float16:
-      return backward<float16>(args, threads);
-  }
-}
+FASTGAN_ATTENTION_ENTRY(attention_forward, forward)
+FASTGAN_ATTENTION_ENTRY(attention_backward, backward)

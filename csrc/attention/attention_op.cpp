@@ -1,5 +1,5 @@
-// torch.ops.fastgan.attention and attention_backward on the CPU: tensors to the contract of attention.h and
-// back.
+// torch.ops.fastgan.attention, attention_backward, attention_jvp and attention_double_backward on the CPU:
+// tensors to the contract of attention.h and back.
 #include "attention/attention.h"
 #include "common/tensor.h"
 
@@ -141,10 +141,93 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {grad_query, grad_key, grad_value, grad_bias};
 }
 
+// What the two operators of second order have in common: the forward's results, and the direction.
+void add_direction(AttentionArgs& args, const char* name, const Tensor& query, const Tensor& key,
+                   const Tensor& value, const std::optional<Tensor>& bias, const Tensor& output,
+                   Tensor& logsumexp, const std::optional<Tensor>& tangent_query,
+                   const std::optional<Tensor>& tangent_key, const std::optional<Tensor>& tangent_value,
+                   const std::optional<Tensor>& tangent_bias) {
+  check_sizes("output", output, {args.batch, args.heads, args.rows, args.value_width});
+  check_sizes("logsumexp", logsumexp, {args.batch, args.heads, args.rows});
+  FASTGAN_CHECK(output.scalar_type() == query.scalar_type() && logsumexp.scalar_type() == ScalarType::Double,
+                name, ": output must be of query's dtype, logsumexp of float64");
+  if (!logsumexp.is_contiguous()) logsumexp = torch::stable::contiguous(logsumexp);
+  args.saved_output = input(output);
+  args.logsumexp = static_cast<double*>(logsumexp.data_ptr());
+  FASTGAN_CHECK(!tangent_bias || bias, name, ": tangent_bias without a bias");
+  auto tangent = [&](const char* of, const std::optional<Tensor>& along, const Tensor& like) {
+    if (!along) return AttentionInput{};
+    check_sizes(of, *along, {like.size(0), like.size(1), like.size(2), like.size(3)});
+    FASTGAN_CHECK(along->scalar_type() == like.scalar_type(), name, ": ", of,
+                  " must have the dtype of what it belongs to");
+    return input(*along);
+  };
+  args.tangent_query = tangent("tangent_query", tangent_query, query);
+  args.tangent_key = tangent("tangent_key", tangent_key, key);
+  args.tangent_value = tangent("tangent_value", tangent_value, value);
+  if (bias) args.tangent_bias = tangent("tangent_bias", tangent_bias, *bias);
+}
+
+Tensor attention_jvp(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask,
+                     std::optional<Tensor> bias, std::optional<Tensor> philox, Tensor output,
+                     Tensor logsumexp, std::optional<Tensor> tangent_query, std::optional<Tensor> tangent_key,
+                     std::optional<Tensor> tangent_value, std::optional<Tensor> tangent_bias,
+                     double dropout_p, bool is_causal, double scale) {
+  AttentionArgs args = arguments(query, key, value, mask, bias, philox, dropout_p, is_causal, scale);
+  add_direction(args, "attention_jvp", query, key, value, bias, output, logsumexp, tangent_query, tangent_key,
+                tangent_value, tangent_bias);
+  Tensor tangent_output = empty_in_layout_of(query, args.value_width);
+  args.tangent_output = result(tangent_output);
+  bool out_of_memory = false;
+  args.out_of_memory = &out_of_memory;
+  FASTGAN_SELECT(attention_jvp)(args, torch_threads());
+  FASTGAN_CHECK(!out_of_memory, "attention_jvp: no memory left for scratch");
+  return tangent_output;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_backward(
+    Tensor grad_output, Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask,
+    std::optional<Tensor> bias, std::optional<Tensor> philox, Tensor output, Tensor logsumexp,
+    std::optional<Tensor> tangent_query, std::optional<Tensor> tangent_key,
+    std::optional<Tensor> tangent_value, std::optional<Tensor> tangent_bias, double dropout_p, bool is_causal,
+    double scale, bool bias_gradient) {
+  AttentionArgs args = arguments(query, key, value, mask, bias, philox, dropout_p, is_causal, scale);
+  add_direction(args, "attention_double_backward", query, key, value, bias, output, logsumexp, tangent_query,
+                tangent_key, tangent_value, tangent_bias);
+  check_sizes("grad_output", grad_output, {args.batch, args.heads, args.rows, args.value_width});
+  FASTGAN_CHECK(grad_output.scalar_type() == query.scalar_type(),
+                "attention_double_backward: grad_output must be of query's dtype");
+  args.grad_output = input(grad_output);
+  ScalarType accumulate = accumulate_type(query.scalar_type());
+  Tensor tangent_output = empty_in_layout_of(query, args.value_width);
+  Tensor row_sums = empty({3, args.batch, args.heads, args.rows}, accumulate);
+  args.tangent_output = result(tangent_output);
+  args.row_sums = row_sums.data_ptr();
+  Tensor grad_query = empty_in_layout_of(query, args.width), grad_key = empty_in_layout_of(key, args.width),
+         grad_value = empty_in_layout_of(value, args.value_width);
+  bool wanted = bias && bias_gradient;
+  Tensor grad_bias =
+      wanted ? empty({bias->size(0), bias->size(1), bias->size(2), bias->size(3)}, bias->scalar_type())
+             : empty({0}, query.scalar_type());
+  Tensor workspace = empty({attention_workspace(args)}, accumulate);
+  args.grad_query = result(grad_query), args.grad_key = result(grad_key),
+  args.grad_value = result(grad_value);
+  if (wanted) args.grad_bias = grad_bias.data_ptr();
+  args.workspace = workspace.numel() ? workspace.data_ptr() : nullptr;
+  bool out_of_memory = false;
+  args.out_of_memory = &out_of_memory;
+  FASTGAN_SELECT(attention_jvp)(args, torch_threads());
+  FASTGAN_SELECT(attention_double_backward)(args, torch_threads());
+  FASTGAN_CHECK(!out_of_memory, "attention_double_backward: no memory left for scratch");
+  return {tangent_output, grad_query, grad_key, grad_value, grad_bias};
+}
+
 }  // namespace
 }  // namespace fastgan
 
 STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
   m.impl("attention", TORCH_BOX(&fastgan::attention));
   m.impl("attention_backward", TORCH_BOX(&fastgan::attention_backward));
+  m.impl("attention_jvp", TORCH_BOX(&fastgan::attention_jvp));
+  m.impl("attention_double_backward", TORCH_BOX(&fastgan::attention_double_backward));
 }

@@ -39,10 +39,10 @@ struct NormActArgs {
   double* scratch;  // norm_act_scratch(args) of them
 };
 
-// channels_last: rows are cut into blocks of about 64 KB that never cross a group; this many rows each.
+// channels_last: rows are cut into blocks of 64 KB or more that never cross a group; this many rows each.
 static inline int64_t norm_act_block_rows(const NormActArgs& args) {
   int64_t rows = 16384 / args.channels;
-  return rows < 16 ? 16 : rows;
+  return rows < 128 ? 128 : rows;
 }
 
 static inline int64_t norm_act_blocks(const NormActArgs& args) {

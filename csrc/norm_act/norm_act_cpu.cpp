@@ -25,6 +25,7 @@ namespace {
 constexpr int64_t kChunk = 256;    // values of a channel whose sums stay in T
 constexpr int kMaxChannels = 64;   // of a unit, channels_first
 constexpr int64_t kStrip = 128;    // channels at a time, channels_last
+constexpr int64_t kRowsInT = 128;  // rows whose sums stay in T, channels_last
 constexpr int64_t kGrain = 32768;  // values that are worth a thread
 
 #define FASTGAN_INLINE_LAMBDA __attribute__((always_inline))
@@ -413,14 +414,14 @@ struct NormAct {
   }
 
   void block_statistics(int64_t g, int64_t block, int64_t first, int64_t rows) const {
-    constexpr int64_t step = 32;
+    constexpr int64_t step = kRowsInT;
     double *mean = partial(g, block), *square = mean + padded;
     for (int64_t c0 = 0; c0 < C; c0 += kStrip) {
       int64_t c1 = least(c0 + kStrip, C), width = c1 - c0;
       T pivot[kStrip + 16] = {}, s1[kStrip + 16] = {}, s2[kStrip + 16] = {};
       const S* base = x + first * C;
       for (int64_t c = 0; c < width; ++c) pivot[c] = load1<T>(base + c0 + c);
-      int64_t head = least(step, rows);
+      int64_t head = least(4, rows);  // rows that are read twice
       row_moments(base, head, C, c0, c1, pivot, s1, s2);
       for (int64_t c = 0; c < width; ++c) {
         pivot[c] += s1[c] / T(head);
@@ -520,7 +521,7 @@ struct NormAct {
   }
 
   void block_gradients(int64_t g, int64_t block, int64_t first, int64_t rows) const {
-    constexpr int64_t step = 32;
+    constexpr int64_t step = kRowsInT;
     double *sum = partial(g, block), *sum_x = sum + padded;
     const Rows from = rows_of(g);
     for (int64_t c0 = 0; c0 < C; c0 += kStrip) {

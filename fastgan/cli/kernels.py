@@ -63,6 +63,7 @@ def cases() -> list[Case]:
     """The rows of the table, forward and backward, float32."""
     image = torch.randn(64, 128, 16, 16).contiguous(memory_format=torch.channels_last)
     scale, shift = torch.rand(128) + 0.5, torch.randn(128)
+    filters = (torch.randn(256, 128, 4, 4) * 0.02).contiguous(memory_format=torch.channels_last)
     features, kernel = torch.randn(64, 512, 4, 4), torch.randn(1, 512, 4, 4) * 0.02
     real = torch.ones(64, 1, 1, 1)
     tokens, vocabulary, target = torch.randn(512, 256), torch.randn(16384, 256) * 0.02, torch.randint(16384, (512,))
@@ -70,6 +71,11 @@ def cases() -> list[Case]:
         _attention("attention, BERT 8×12×128×64", (8, 12, 128, 64)),
         _attention("attention, BERT, dropout 0.1", (8, 12, 128, 64), dropout=0.1),
         _attention("attention, GPT 1×12×1024×64 causal", (1, 12, 1024, 64), causal=True),
+        Case(
+            "convolution 4×4 stride 2 64×128×16×16→256",
+            _both_ways(lambda x, w: F.conv2d(x, w, stride=2, padding=1), image, filters),
+            _both_ways(lambda x, w: T.conv2d(x, w, stride=2, padding=1), image, filters),
+        ),
         Case(
             "batch norm + leaky ReLU 64×128×16×16",
             _both_ways(

@@ -6,6 +6,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan.nn import functional
+from fastgan.ops import conv as _conv
+
+
+def algorithm_of(module: nn.Conv2d | nn.ConvTranspose2d) -> str:
+    """How ``module`` computes on the CPU in float32: "winograd F(4,2)", "winograd F(4,3)" or "torch".
+
+    Winograd is taken where the sizes of the input make it faster (``fastgan.ops.conv.pays``).
+    """
+    if _conv.get_conv_algorithm() == "exact" or min(module.in_channels, module.out_channels) < _conv.LEAST_CHANNELS:
+        return "torch"
+    return _conv.algorithm_name(module.kernel_size, module.stride, module.dilation, module.groups)
 
 
 class Conv2d(nn.Conv2d):

@@ -100,7 +100,10 @@ def conv2d(
     dilation: _Pair = 1,
     groups: int = 1,
 ) -> Tensor:
-    """As ``torch.nn.functional.conv2d``; the arithmetic is torch's for now (see ``fastgan/ops/conv.py``).
+    """As ``torch.nn.functional.conv2d``: kernel 4 with stride 2 and kernel 3 with stride 1 by a fast algorithm.
+
+    On the CPU in float32, where the sizes make it pay; everything else is torch's own. ``fastgan/ops/conv.py`` says
+    how exact it is, and ``fastgan.set_conv_algorithm("exact")`` turns it off.
 
     Args:
         input: (N, C, H, W) or (C, H, W); weight: (K, C / groups, R, S); bias: (K,) or None.
@@ -141,7 +144,7 @@ def conv_transpose2d(
     groups: int = 1,
     dilation: _Pair = 1,
 ) -> Tensor:
-    """As ``torch.nn.functional.conv_transpose2d``; the arithmetic is torch's for now (see ``fastgan/ops/conv.py``).
+    """As ``torch.nn.functional.conv_transpose2d``, by the fast algorithm where ``conv2d`` would take it.
 
     Args:
         input: (N, C, H, W) or (C, H, W); weight: (C, K / groups, R, S); bias: (K,) or None.
@@ -295,7 +298,7 @@ def _move(running: Tensor, statistic: Tensor, factor: float, momentum: float) ->
     if running.dtype in (torch.bfloat16, torch.float16):  # rounded once
         running.copy_(running.double() * (1 - momentum) + statistic * (factor * momentum))
     else:
-        running.mul_(1 - momentum).add_(statistic.to(running.dtype), alpha=factor * momentum)
+        running.mul_(1 - momentum).add_(statistic, alpha=factor * momentum)
 
 
 def _composed_batch_norm_act(

@@ -16,18 +16,18 @@ FuncTorchBatched      the reference, decomposed under vmap; or the rule given as
 Autocast              ``autocast="lower"`` casts floating arguments to the autocast dtype, ``"float32"`` to float32
 ====================  ================================================================================================
 
-Derivatives that have no kernel come from the reference: a backward operator is differentiated by running the vjp of
-its reference, and forward mode runs the reference on dual numbers. They are right to any order, and slower.
+Derivatives that have no kernel come from the reference: an operator without ``backward`` is differentiated by running
+the vjp of its reference, and one without ``jvp`` by running its reference on dual numbers. They are right to any order,
+and slower.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.autograd.forward_ad import _set_fwd_grad_enabled, make_dual, unpack_dual
 from torch.autograd.function import _SingleLevelFunction
 
@@ -38,12 +38,42 @@ Backward = Callable[
     [Sequence[Any], Sequence[torch.Tensor], Sequence[torch.Tensor | None], Sequence[bool]], Sequence[Any]
 ]
 
+#: what a forward-mode formula gets: arguments, saved outputs, and the arguments' tangents, None where there is none
+Jvp = Callable[[Sequence[Any], Sequence[torch.Tensor], Sequence[torch.Tensor | None]], Sequence[torch.Tensor | None]]
 
-@contextmanager
-def _below_autograd():
-    """Call the operator underneath the Autograd key; without the first two, nested levels are silently wrong."""
-    with torch.enable_grad(), _set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
-        yield
+
+# The two below are written without context managers of Python's: a small call's time is spent here.
+
+
+def _call_below_autograd(operator: Callable[..., Any], args: Sequence[Any]) -> Any:
+    """The operator underneath the Autograd key; with either kind of gradient off, nested levels are silently wrong."""
+    grad, forward = torch._C.is_grad_enabled(), torch._C._is_fwd_grad_enabled()
+    torch._C._set_grad_enabled(True)
+    torch._C._set_fwd_grad_enabled(True)
+    try:
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
+    finally:
+        torch._C._set_fwd_grad_enabled(forward)
+        torch._C._set_grad_enabled(grad)
+
+
+def _apply_at_one_level(function: Any, args: Sequence[Any]) -> Any:
+    before = torch._C._functorch.get_single_level_autograd_function_allowed()
+    torch._C._functorch.set_single_level_autograd_function_allowed(True)
+    try:
+        return function.apply(*args)
+    finally:
+        torch._C._functorch.set_single_level_autograd_function_allowed(before)
+
+
+def _is_plain(tensors: Sequence[Any]) -> bool:
+    """True if nothing can ask for a derivative of this call: the whole layer is then left out."""
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return not torch._C.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors)
 
 
 def _is_differentiable(value: Any) -> bool:
@@ -105,6 +135,7 @@ def define(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     backward: Backward | None = None,
+    jvp: Jvp | None = None,
     save_outputs: Sequence[int] = (),
     nondifferentiable_outputs: Sequence[int] = (),
     vmap: Callable[..., Any] | None = None,
@@ -119,28 +150,34 @@ def define(
         backward: ``(args, saved_outputs, grad_outputs, needs) -> a gradient or None for each argument``. It may call
             only differentiable operators (its own backward operator is one), so that it can be differentiated again.
             None: the vjp of ``reference``.
-        save_outputs: indices of the outputs that ``backward`` gets as ``saved_outputs``. Whatever of them enters a
-            gradient must be recomputed, or be taken with its own derivative, by the backward operator's reference.
+        jvp: ``(args, saved_outputs, tangents) -> a tangent or None for each output``, by differentiable operators as
+            well. None: ``reference`` on dual numbers.
+        save_outputs: indices of the outputs that ``backward`` and ``jvp`` get as ``saved_outputs``. Whatever of them
+            enters a gradient must be recomputed, or be taken with its own derivative, by the backward operator's
+            reference.
         nondifferentiable_outputs: indices of outputs without a gradient.
         vmap: a rule as for ``torch.library.register_vmap``, where one is better than the decomposed reference.
         autocast: ``"lower"``, ``"float32"`` or None (autocast leaves the arguments alone).
     """
     name = schema[: schema.index("(")]
+    formula = jvp  # Node has a method of that name
     LIBRARY.define(schema)
     operator = getattr(torch.ops.fastgan, name).default
+    tensors = [i for i, argument in enumerate(operator._schema.arguments) if "Tensor" in str(argument.type)]
 
     class Node(_SingleLevelFunction):
         @staticmethod
         def forward(*args):
-            with _below_autograd():
-                return operator(*args)
+            return _call_below_autograd(operator, args)
 
         @staticmethod
         def setup_context(ctx, inputs, output):
             outputs = output if isinstance(output, tuple) else (output,)
             ctx.is_single = not isinstance(output, tuple)
-            ctx.where = [i for i, value in enumerate(inputs) if isinstance(value, torch.Tensor)]
-            ctx.constants = [None if isinstance(value, torch.Tensor) else value for value in inputs]
+            ctx.where = [i for i in tensors if inputs[i] is not None]
+            ctx.constants = list(inputs)
+            for i in ctx.where:
+                ctx.constants[i] = None
             kept = [inputs[i] for i in ctx.where] + [outputs[i] for i in save_outputs]
             ctx.save_for_backward(*kept)
             ctx.save_for_forward(*kept)
@@ -174,11 +211,16 @@ def define(
 
         @staticmethod
         def jvp(ctx, *tangents):
-            args, _ = _restore(ctx)
+            args, outputs = _restore(ctx)
             with _set_fwd_grad_enabled(True):
                 duals = [unpack_dual(a, level=0).primal if _is_differentiable(a) else a for a in args]
+                tangents = tuple(t if _is_differentiable(a) else None for a, t in zip(duals, tangents, strict=True))
+                if formula is not None:
+                    outputs = [unpack_dual(o, level=0).primal for o in outputs]
+                    results = formula(duals, outputs, tangents)
+                    return results[0] if ctx.is_single else tuple(results)
                 for i, tangent in enumerate(tangents):
-                    if tangent is not None and _is_differentiable(duals[i]):
+                    if tangent is not None:
                         duals[i] = make_dual(duals[i], tangent, level=0)
                 out = reference(*duals)
                 if ctx.is_single:
@@ -203,13 +245,17 @@ def define(
         return function
 
     def autograd_kernel(*args):
+        if _is_plain([args[i] for i in tensors]):
+            with torch._C._AutoDispatchBelowAutograd():
+                return operator(*args)
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
             # The engine cannot be asked about a leaf itself (see _gradients_asked_for), so leaves go through a view.
-            args = tuple(
-                a.view_as(a) if isinstance(a, torch.Tensor) and a.requires_grad and a.is_leaf else a for a in args
-            )
-        with enable_single_level_autograd_function():
-            return Node.apply(*args)  # type: ignore[attr-defined]
+            leaves = [i for i in tensors if args[i] is not None and args[i].requires_grad and args[i].is_leaf]
+            if leaves:
+                args = list(args)
+                for i in leaves:
+                    args[i] = args[i].view_as(args[i])
+        return _apply_at_one_level(Node, args)
 
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgan::{name}", fake)

@@ -13,6 +13,14 @@ Dropout is a pure function of ``philox`` = (seed, offset), int64: row r, column 
 c % 4 of Philox4x32-10(counter = (offset, b·H + h, r, c // 4), key = seed) is at least p · 2³², so that the mask is
 recomputed and never stored. (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011.)
 
+Second order has operators of its own, tiled as well (the mathematics is in csrc/attention/attention_second_cpu.cpp):
+
+    tangent_output = attention_jvp(...)                       forward mode
+    tangent_output, *gradients = attention_double_backward()  the four gradients' derivative along a direction
+
+The second is the vjp of attention_backward and, a Hessian being symmetric, its jvp. A direction has a tangent for each
+of query, key, value and bias, or None. Third derivatives are those of the references.
+
 logsumexp is that of the scores before dropout, −inf in a dead row; always float64: at scores of 100 a
 float32 step is 1e-5, the relative error of every probability of the row. It has no derivative of its own.
 """
@@ -22,6 +30,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastgan.ops import _attention_vmap
 from fastgan.ops._autograd import define
 
 _WORD = 0xFFFFFFFF
@@ -122,10 +131,30 @@ def _probabilities(
     return weights / live, logsumexp
 
 
+def _tangent_probabilities(weights, query, key, tangent_query, tangent_key, tangent_bias, scale: float) -> Tensor:
+    """The derivative of ``weights``, softmax(query keyᵀ · scale + bias), along the tangents; each may be None."""
+    dtype = weights.dtype
+    tangent = torch.zeros_like(weights)
+    for q, k in ((tangent_query, key), (query, tangent_key)):
+        if q is not None and k is not None:
+            tangent = tangent + _times_value(q.to(dtype), k.transpose(-1, -2)) * scale
+    if tangent_bias is not None:
+        tangent = tangent + tangent_bias.to(dtype)
+    return weights * (tangent - (weights * tangent).sum(-1, keepdim=True))
+
+
 def _times_value(weights: Tensor, value: Tensor) -> Tensor:
     kv_heads = value.shape[1]
     grouped = weights.unflatten(1, (kv_heads, weights.shape[1] // kv_heads)) if kv_heads else weights.unsqueeze(2)
     return (grouped @ value.to(weights.dtype).unsqueeze(2)).flatten(1, 2)
+
+
+def _dropped(philox: Tensor | None, dropout_p: float, tensor: Tensor) -> Tensor:
+    if philox is None:
+        return tensor
+    batch, heads, rows, columns = tensor.shape
+    kept = dropout_mask(philox, batch, heads, rows, columns, dropout_p)
+    return (tensor * _kept_scale(dropout_p)).masked_fill(~kept, 0.0)
 
 
 def attention_reference(
@@ -141,11 +170,7 @@ def attention_reference(
 ) -> tuple[Tensor, Tensor]:
     """The operator in plain PyTorch, the (B, H, L, S) matrix stored: slow, obvious, differentiable to any order."""
     weights, logsumexp = _probabilities(query, key, mask, bias, is_causal, scale)
-    if philox is not None:
-        batch, heads, rows, columns = weights.shape
-        kept = dropout_mask(philox, batch, heads, rows, columns, dropout_p)
-        weights = (weights * _kept_scale(dropout_p)).masked_fill(~kept, 0.0)
-    output = _times_value(weights, value).to(query.dtype)
+    output = _times_value(_dropped(philox, dropout_p, weights), value).to(query.dtype)
     return _in_layout_of(output, query), logsumexp.detach()
 
 
@@ -177,14 +202,8 @@ def attention_backward_reference(
     def sum_groups(tensor: Tensor) -> Tensor:
         return tensor.reshape(tensor.shape[0], kv_heads, groups, *tensor.shape[2:]).sum(2)
 
-    grad_weights = _times_value(grad, value.transpose(-1, -2))
-    used = weights
-    if philox is not None:
-        batch, _, rows, columns = weights.shape
-        kept = dropout_mask(philox, batch, heads, rows, columns, dropout_p)
-        used = (weights * _kept_scale(dropout_p)).masked_fill(~kept, 0.0)
-        grad_weights = (grad_weights * _kept_scale(dropout_p)).masked_fill(~kept, 0.0)
-    grad_value = sum_groups(used.transpose(-1, -2) @ grad)
+    grad_weights = _dropped(philox, dropout_p, _times_value(grad, value.transpose(-1, -2)))
+    grad_value = sum_groups(_dropped(philox, dropout_p, weights).transpose(-1, -2) @ grad)
     grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-1, keepdim=True))
     grad_query = _times_value(grad_scores, key) * scale
     grad_key = sum_groups(grad_scores.transpose(-1, -2) @ query.to(dtype)) * scale
@@ -195,6 +214,92 @@ def attention_backward_reference(
     return (
         _in_layout_of(grad_query.to(query.dtype), query),
         _in_layout_of(grad_key.to(key.dtype), key),
+        _in_layout_of(grad_value.to(value.dtype), value),
+        grad_bias,
+    )
+
+
+def attention_jvp_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    philox: Tensor | None,
+    output: Tensor,
+    logsumexp: Tensor,
+    tangent_query: Tensor | None,
+    tangent_key: Tensor | None,
+    tangent_value: Tensor | None,
+    tangent_bias: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+) -> Tensor:
+    """The derivative of output along the tangents. ``output`` and ``logsumexp`` are not looked at."""
+    weights, _ = _probabilities(query, key, mask, bias, is_causal, scale)
+    moved = _tangent_probabilities(weights, query, key, tangent_query, tangent_key, tangent_bias, scale)
+    tangent = _times_value(_dropped(philox, dropout_p, moved), value)
+    if tangent_value is not None:
+        tangent = tangent + _times_value(_dropped(philox, dropout_p, weights), tangent_value)
+    return _in_layout_of(tangent.to(query.dtype), query)
+
+
+def attention_double_backward_reference(
+    grad_output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    philox: Tensor | None,
+    output: Tensor,
+    logsumexp: Tensor,
+    tangent_query: Tensor | None,
+    tangent_key: Tensor | None,
+    tangent_value: Tensor | None,
+    tangent_bias: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+    bias_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The derivatives of output and of the four gradients (for a constant grad_output) along the tangents."""
+    weights, _ = _probabilities(query, key, mask, bias, is_causal, scale)
+    moved = _tangent_probabilities(weights, query, key, tangent_query, tangent_key, tangent_bias, scale)
+    heads, kv_heads, dtype = query.shape[1], key.shape[1], weights.dtype
+    groups = heads // max(kv_heads, 1)
+    grad = grad_output.to(dtype)
+
+    def sum_groups(tensor: Tensor) -> Tensor:
+        return tensor.reshape(tensor.shape[0], kv_heads, groups, *tensor.shape[2:]).sum(2)
+
+    used, used_moved = _dropped(philox, dropout_p, weights), _dropped(philox, dropout_p, moved)
+    grads = _dropped(philox, dropout_p, _times_value(grad, value.transpose(-1, -2)))
+    centred = grads - (weights * grads).sum(-1, keepdim=True)
+    grad_scores = weights * centred
+    tangent_output = _times_value(used_moved, value)
+    grads_moved = torch.zeros_like(grads)
+    if tangent_value is not None:
+        tangent_output = tangent_output + _times_value(used, tangent_value)
+        grads_moved = _dropped(philox, dropout_p, _times_value(grad, tangent_value.transpose(-1, -2)))
+    mean_moved = (moved * grads + weights * grads_moved).sum(-1, keepdim=True)
+    scores_moved = moved * centred + weights * (grads_moved - mean_moved)
+    grad_query = _times_value(scores_moved, key)
+    if tangent_key is not None:
+        grad_query = grad_query + _times_value(grad_scores, tangent_key)
+    grad_key = scores_moved.transpose(-1, -2) @ query.to(dtype)
+    if tangent_query is not None:
+        grad_key = grad_key + grad_scores.transpose(-1, -2) @ tangent_query.to(dtype)
+    grad_value = sum_groups(used_moved.transpose(-1, -2) @ grad)
+    if bias is not None and bias_gradient:
+        grad_bias = scores_moved.sum_to_size(bias.shape).to(bias.dtype).contiguous()
+    else:
+        grad_bias = query.new_empty((0,))
+    return (
+        _in_layout_of(tangent_output.to(query.dtype), query),
+        _in_layout_of((grad_query * scale).to(query.dtype), query),
+        _in_layout_of((sum_groups(grad_key) * scale).to(key.dtype), key),
         _in_layout_of(grad_value.to(value.dtype), value),
         grad_bias,
     )
@@ -220,6 +325,18 @@ def _fake_backward(
     )
 
 
+def _fake_jvp(query, key, value, *rest):
+    return _empty_like(query, value.shape[3])
+
+
+def _fake_double_backward(grad_output, query, key, value, mask, bias, philox, output, logsumexp, *rest):
+    *_, bias_gradient = rest
+    gradients = _fake_backward(
+        grad_output, query, key, value, mask, bias, philox, output, logsumexp, *(None,) * 3, bias_gradient
+    )
+    return (_empty_like(query, value.shape[3]), *gradients)
+
+
 def _backward(args, saved, grads, needs):
     query, key, value, mask, bias, philox, dropout_p, is_causal, scale = args
     output, logsumexp = saved
@@ -243,75 +360,53 @@ def _backward(args, saved, grads, needs):
     )
 
 
-# ---- vmap: the mapped dimension becomes part of the batch ----
-
-
-def _fold(info, tensor: Tensor, dim: int | None, batch: int) -> Tensor:
-    """(N, B, ...) -> (N·B, ...); what is not mapped, or has one batch for all, is expanded first."""
-    if dim is None:
-        tensor = tensor.unsqueeze(0).expand(info.batch_size, *tensor.shape)
-    else:
-        tensor = tensor.movedim(dim, 0)
-    return tensor.expand(tensor.shape[0], batch, *tensor.shape[2:]).reshape(-1, *tensor.shape[2:])
-
-
-def _fold_mask(info, mask: Tensor | None, dim: int | None, batch: int) -> Tensor | None:
-    if mask is None or (dim is None and mask.shape[0] == 1):
-        return mask
-    return _fold(info, mask, dim, batch)
-
-
-def _batch_of(tensor: Tensor, dim: int | None) -> int:
-    return tensor.shape[0] if dim is None else tensor.movedim(dim, 0).shape[1]
-
-
-def _sample_by_sample(operator, info, in_dims, args):
-    """With dropout: the counter holds the index within a sample's own batch, so that nothing may be folded."""
-
-    def of(i):
-        return [a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True)]
-
-    results = [operator(*of(i)) for i in range(info.batch_size)]
-    stacked = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
-    return stacked, (0,) * len(stacked)
-
-
-def _vmap_forward(info, in_dims, *args):
-    query, key, value, mask, bias, philox, *rest = args
-    if philox is not None:
-        return _sample_by_sample(torch.ops.fastgan.attention, info, in_dims, args)
-    batch = _batch_of(query, in_dims[0])
-    folded: list[Tensor | None] = [
-        _fold(info, t, d, batch) for t, d in zip((query, key, value), in_dims[:3], strict=True)
-    ]
-    folded += [_fold_mask(info, t, d, batch) for t, d in zip((mask, bias), in_dims[3:5], strict=True)]
-    results = torch.ops.fastgan.attention(*folded, None, *rest)
-    return tuple(t.unflatten(0, (info.batch_size, batch)) for t in results), (0, 0)
-
-
-def _vmap_backward(info, in_dims, *args):
-    grad, query, key, value, mask, bias, philox, output, logsumexp, dropout_p, is_causal, scale, bias_gradient = args
-    if philox is not None:
-        return _sample_by_sample(torch.ops.fastgan.attention_backward, info, in_dims, args)
-    batch = _batch_of(query, in_dims[1])
-    tensors = (grad, query, key, value, output, logsumexp)
-    folded = [_fold(info, t, d, batch) for t, d in zip(tensors, (*in_dims[:4], *in_dims[7:9]), strict=True)]
-    mask = _fold_mask(info, mask, in_dims[4], batch)
-    bias_gradient = bias is not None and bias_gradient
-    one_bias = bias_gradient and _batch_of(bias, in_dims[5]) == 1
-    if bias_gradient:  # each sample has its own gradient of the bias, even of one that all share
-        bias = _fold(info, bias, in_dims[5], batch)
-    else:
-        bias = _fold_mask(info, bias, in_dims[5], batch)
-    results = torch.ops.fastgan.attention_backward(
-        *folded[:4], mask, bias, None, *folded[4:], dropout_p, is_causal, scale, bias_gradient
+def _jvp(args, saved, tangents):
+    query, key, value, mask, bias, philox, dropout_p, is_causal, scale = args
+    output, logsumexp = (t.detach() for t in saved)
+    tangent = torch.ops.fastgan.attention_jvp(
+        query,
+        key,
+        value,
+        mask,
+        bias,
+        philox,
+        output,
+        logsumexp,
+        *tangents[:3],
+        tangents[4],
+        dropout_p,
+        is_causal,
+        scale,
     )
-    *gradients, grad_bias = results
-    out = [t.unflatten(0, (info.batch_size, batch)) for t in gradients]
-    if not bias_gradient:
-        return (*out, grad_bias), (0, 0, 0, None)
-    grad_bias = grad_bias.unflatten(0, (info.batch_size, batch))
-    return (*out, grad_bias.sum(1, keepdim=True) if one_bias else grad_bias), (0, 0, 0, 0)
+    return tangent, None
+
+
+def _along(args, tangents, bias_gradient):
+    """The derivatives of output and of the gradients, along the tangents of query, key, value and bias."""
+    *tensors, dropout_p, is_causal, scale, _ = args
+    return torch.ops.fastgan.attention_double_backward(*tensors, *tangents, dropout_p, is_causal, scale, bias_gradient)
+
+
+def _double_backward(args, saved, grads, needs):
+    bias = args[5]
+    tangents = (*grads[:3], grads[3] if bias is not None and args[-1] else None)
+    out = [None] * len(args)
+    if all(t is None for t in tangents):
+        return tuple(out)
+    output, *gradients = _along(args, tangents, needs[5])
+    for i, gradient in zip((0, 1, 2, 3, 5), (output, *gradients), strict=True):
+        out[i] = gradient if needs[i] else None
+    return tuple(out)
+
+
+def _backward_jvp(args, saved, tangents):
+    along = (*tangents[1:4], tangents[5])
+    parts = []
+    if tangents[0] is not None:
+        parts.append(torch.ops.fastgan.attention_backward(tangents[0], *args[1:]))
+    if any(t is not None for t in along):
+        parts.append(_along(args, along, args[-1])[1:])
+    return tuple(sum(each[1:], each[0]) for each in zip(*parts, strict=True))
 
 
 define(
@@ -320,9 +415,10 @@ define(
     reference=attention_reference,
     fake=_fake,
     backward=_backward,
+    jvp=_jvp,
     save_outputs=(0, 1),
     nondifferentiable_outputs=(1,),
-    vmap=_vmap_forward,
+    vmap=_attention_vmap.forward,
     autocast="lower",
 )
 define(
@@ -331,5 +427,24 @@ define(
     " bool bias_gradient) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_bias)",
     reference=attention_backward_reference,
     fake=_fake_backward,
-    vmap=_vmap_backward,
+    backward=_double_backward,
+    jvp=_backward_jvp,
+    vmap=_attention_vmap.backward,
+)
+_DIRECTION = "Tensor? tangent_query, Tensor? tangent_key, Tensor? tangent_value, Tensor? tangent_bias"
+define(
+    "attention_jvp(Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias, Tensor? philox, Tensor output,"
+    f" Tensor logsumexp, {_DIRECTION}, float dropout_p, bool is_causal, float scale) -> Tensor tangent_output",
+    reference=attention_jvp_reference,
+    fake=_fake_jvp,
+    vmap=_attention_vmap.jvp,
+)
+define(
+    "attention_double_backward(Tensor grad_output, Tensor query, Tensor key, Tensor value, Tensor? mask, Tensor? bias,"
+    f" Tensor? philox, Tensor output, Tensor logsumexp, {_DIRECTION}, float dropout_p, bool is_causal, float scale,"
+    " bool bias_gradient) -> (Tensor tangent_output, Tensor grad_query, Tensor grad_key, Tensor grad_value,"
+    " Tensor grad_bias)",
+    reference=attention_double_backward_reference,
+    fake=_fake_double_backward,
+    vmap=_attention_vmap.double_backward,
 )

@@ -346,7 +346,8 @@ class GANTrainer:
             raise ValueError(f"real must not be empty, got shape {tuple(real.shape)}")
         real = real.to(self.device, self.dtype, non_blocking=True)
         if self.channels_last and real.dim() == 4:
-            real = real.contiguous(memory_format=torch.channels_last)
+            # Tensor.to, not contiguous: of one channel the latter leaves NCHW's strides, which a convolution goes by.
+            real = real.to(memory_format=torch.channels_last)
         return real
 
     def _refuse_not_finite(self, name: str, loss: Tensor, real: Tensor | None = None) -> None:
@@ -543,7 +544,7 @@ def _to_channels_last(module: nn.Module) -> None:
         if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
             for parameter in layer.parameters(recurse=False):
                 if parameter.dim() == 4:
-                    parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
+                    parameter.data = parameter.data.to(memory_format=torch.channels_last)
 
 
 def _adams(

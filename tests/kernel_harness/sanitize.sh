@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compiles every *_harness.cpp here, with its kernel csrc/<stem>/<stem>_cpu.cpp where it has one, under AddressSanitizer
+# Compiles every *_harness.cpp here, with its kernels csrc/<stem>/<stem>*_cpu.cpp where it has any, under AddressSanitizer
 # and UndefinedBehaviorSanitizer, once for each instruction set that this machine runs, and runs it.
 # Arguments: stems; none means all. CXX and BUILD (a folder) may be set.
 set -euo pipefail
@@ -31,8 +31,9 @@ for harness in "$here"/*_harness.cpp; do
   stem="$(basename "$harness" _harness.cpp)"
   if [ $# -gt 0 ] && [[ " $* " != *" $stem "* ]]; then continue; fi
   sources=("$harness")
-  kernel="$root/csrc/$stem/${stem}_cpu.cpp"
-  if [ -f "$kernel" ]; then sources+=("$kernel"); fi
+  for kernel in "$root/csrc/$stem/$stem"*_cpu.cpp; do
+    if [ -f "$kernel" ]; then sources+=("$kernel"); fi
+  done
   for isa in "${isas[@]}"; do
     program="$build/${stem}_$isa"
     # shellcheck disable=SC2086  the flags are several words

@@ -1,0 +1,269 @@
+// How the backward, and the backward of the backward, are cut. A piece of work is one key head of one batch,
+// or a range of its keys where these are too few to keep threads busy: blocks of keys outside, so that the
+// gradients of keys and values are summed in scratch and written once; all query rows of all the heads that
+// share them inside. The gradient of query is added to in place, or, where several pieces have the same rows,
+// in a workspace with a part for each, added up in order afterwards. The gradient of a bias may be summed
+// over batches and heads, which belong to several pieces; it has a pass of its own over its tiles.
+//
+// A Pass says what is computed in a tile:
+//
+//   Storage, T, kRows    storage and accumulation type; query rows of a tile
+//   Scratch              derived from KeyScratch, below; bias_scores is what the gradient of the bias sums up
+//   pack_keys(a, s, batch, kv_head, key0, keys)
+//   tile(a, s, t, scale) packs the rows and computes the tile's score gradients, times scale
+//   key_gradients(a, s, t)              adds to s.grad_key and s.grad_value
+//   query_gradient(a, s, t, keys, sum, first)   adds to the sum, or sets it the first time
+#pragma once
+#include "attention/attention_tiles.h"
+
+namespace fastgan {
+namespace {
+
+constexpr int64_t kKeyBlock = kAttentionKeyBlock;
+
+template <class T>
+struct KeyScratch {
+  KeyScratch(const AttentionArgs& a, int64_t most_rows)
+      : rows(smaller(a.rows, most_rows)),
+        keys(whole_panels<T>(smaller(a.columns, kKeyBlock))),
+        stride(keys + kPanel<T>),  // off a power of two: columns are read, and would share few cache sets
+        width(a.width),
+        value_width(a.value_width),
+        padded(whole_panels<T>(a.width)),
+        padded_value(whole_panels<T>(a.value_width)) {}
+  void place(Scratch& s) {
+    grad_key = s.take<T>(keys * padded);
+    grad_value = s.take<T>(keys * padded_value);
+    words = s.take<uint32_t>(keys + kPhiloxStep);
+  }
+  int64_t rows, keys, stride, width, value_width, padded, padded_value;
+  void* memory = nullptr;
+  T *grad_key, *grad_value, *bias_scores;
+  uint32_t* words;
+};
+
+// Where the gradient of query is summed up.
+template <class T>
+struct QuerySum {
+  T* data;
+  int64_t stride;
+};
+
+template <class Storage, class T>
+QuerySum<T> query_sum(const AttentionArgs& a, int64_t chunk, int64_t batch, int64_t head, int64_t row) {
+  if (a.workspace) {
+    int64_t index = ((chunk * a.batch + batch) * a.heads + head) * a.rows + row;
+    return {static_cast<T*>(a.workspace) + index * a.width, a.width};
+  }
+  return {reinterpret_cast<T*>(at<Storage>(a.grad_query, batch, head, row)), a.grad_query.stride[2]};
+}
+
+template <class Pass>
+void keys_piece(const AttentionArgs& a, typename Pass::Scratch& s, int64_t batch, int64_t kv_head,
+                int64_t chunk, int64_t first_key, int64_t end_key) {
+  using Storage = typename Pass::Storage;
+  using T = typename Pass::T;
+  const int64_t group = a.heads / a.kv_heads;
+  for (int64_t key0 = first_key; key0 < end_key; key0 += kKeyBlock) {
+    const int64_t block = smaller(kKeyBlock, end_key - key0);
+    const Range seen = visible<Storage>(a, Tile{batch, kv_head * group, 0, key0, a.rows, block}, group);
+    const int64_t first = key0 + seen.begin, keys = seen.end - seen.begin;
+    if (keys > 0) {
+      Pass::pack_keys(a, s, batch, kv_head, first, keys);
+      for (int64_t i = 0; i < keys * s.padded; ++i) s.grad_key[i] = T(0);
+      for (int64_t i = 0; i < keys * s.padded_value; ++i) s.grad_value[i] = T(0);
+    }
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
+      for (int64_t row = a.is_causal ? key0 : 0; row < a.rows; row += Pass::kRows) {
+        Tile t{batch, head, row, first, smaller(Pass::kRows, a.rows - row), keys};
+        if (a.is_causal) t.columns = smaller(keys, row + t.rows - first);
+        if (t.columns > 0 && (a.mask.data || a.bias.data))
+          t.columns = smaller(t.columns, visible<Storage>(a, t).end);
+        QuerySum<T> sum = query_sum<Storage, T>(a, chunk, batch, head, row);
+        if (t.columns > 0) {
+          Pass::tile(a, s, t, T(a.scale));
+          Pass::key_gradients(a, s, t);
+          Pass::query_gradient(a, s, t, keys, sum, key0 == first_key);
+        } else if (key0 == first_key) {
+          for (int64_t r = 0; r < t.rows; ++r)
+            for (int64_t c = 0; c < a.width; ++c) sum.data[r * sum.stride + c] = T(0);
+        }
+      }
+    for (int64_t k = 0; k < block; ++k) {
+      Storage* grad_key = at<Storage>(a.grad_key, batch, kv_head, key0 + k);
+      Storage* grad_value = at<Storage>(a.grad_value, batch, kv_head, key0 + k);
+      int64_t in = k - seen.begin;
+      if (in >= 0 && in < keys) {
+        store_row<T>(s.grad_key + in * s.padded, T(1), a.width, grad_key);
+        store_row<T>(s.grad_value + in * s.padded_value, T(1), a.value_width, grad_value);
+      } else {
+        std::memset(static_cast<void*>(grad_key), 0, size_t(a.width) * sizeof(Storage));
+        std::memset(static_cast<void*>(grad_value), 0, size_t(a.value_width) * sizeof(Storage));
+      }
+    }
+  }
+}
+
+// Keys of a chunk begin here, at a whole block.
+inline int64_t chunk_begin(const AttentionArgs& a, int64_t chunks, int64_t chunk) {
+  int64_t blocks = (a.columns + kKeyBlock - 1) / kKeyBlock;
+  return smaller(a.columns, blocks * chunk / chunks * kKeyBlock);
+}
+
+template <class Storage, class T>
+void add_partial_gradients(const AttentionArgs& a, int64_t chunks, int64_t begin, int64_t end) {
+  for (int64_t index = begin; index < end; ++index) {
+    int64_t row = index % a.rows, head = index / a.rows % a.heads, batch = index / a.rows / a.heads;
+    Storage* out = at<Storage>(a.grad_query, batch, head, row);
+    // Under is_causal a row has no partial gradient from keys behind it.
+    int64_t seen = 0;
+    while (seen < chunks && (!a.is_causal || chunk_begin(a, chunks, seen) <= row)) ++seen;
+    T* total = query_sum<Storage, T>(a, 0, batch, head, row).data;
+    for (int64_t chunk = 1; chunk < seen; ++chunk) {
+      const T* part = query_sum<Storage, T>(a, chunk, batch, head, row).data;
+      for (int64_t c = 0; c < a.width; ++c) total[c] += part[c];
+    }
+    store_row<T>(total, T(1), a.width, out);
+  }
+}
+
+// ---- the gradient of the bias: score gradients, summed over what the bias was broadcast over ----
+
+template <class Base, class T>
+struct BiasScratch : Base {
+  explicit BiasScratch(const AttentionArgs& a) : Base(a) {}
+  void place(Scratch& s) {
+    Base::place(s);
+    sums = s.take<T>(this->rows * this->stride);
+  }
+  T* sums;
+};
+
+template <class Pass, class BiasStorage, class Scratch>
+void bias_piece(const AttentionArgs& a, Scratch& s, int64_t piece, int64_t row_blocks, int64_t key_blocks) {
+  using Storage = typename Pass::Storage;
+  using T = typename Pass::T;
+  constexpr int64_t kRows = Pass::kRows;
+  const int64_t* size = a.bias_size;
+  const int64_t group = a.heads / a.kv_heads;
+  int64_t key_block = piece % key_blocks, row_block = piece / key_blocks % row_blocks;
+  int64_t head = piece / key_blocks / row_blocks % size[1], batch = piece / key_blocks / row_blocks / size[1];
+  // What is summed here: a range of each dimension, whole where the bias has size 1.
+  int64_t batches = size[0] == 1 ? a.batch : 1, heads = size[1] == 1 ? a.heads : 1;
+  int64_t row_end = size[2] == 1 ? a.rows : smaller(a.rows, (row_block + 1) * kRows);
+  int64_t key_end = size[3] == 1 ? a.columns : smaller(a.columns, (key_block + 1) * kKeyBlock);
+  for (int64_t i = 0; i < s.rows * s.stride; ++i) s.sums[i] = T(0);
+  for (int64_t b = batch; b < batch + batches; ++b)
+    for (int64_t h = head; h < head + heads; ++h)
+      for (int64_t key0 = key_block * kKeyBlock; key0 < key_end; key0 += kKeyBlock) {
+        int64_t keys = smaller(kKeyBlock, key_end - key0);
+        bool packed = false;
+        for (int64_t row = row_block * kRows; row < row_end; row += kRows) {
+          Tile t{b, h, row, key0, smaller(kRows, row_end - row), keys};
+          if (a.is_causal && row + t.rows <= key0) continue;
+          Range seen = visible<Storage>(a, t);
+          if (seen.begin >= seen.end) continue;
+          if (!packed) Pass::pack_keys(a, s, b, h / group, key0, keys);
+          packed = true;
+          Pass::tile(a, s, t, T(1));
+          for (int64_t r = 0; r < t.rows; ++r)
+            for (int64_t c = 0; c < keys; ++c) s.sums[r * s.stride + c] += s.bias_scores[r * s.stride + c];
+        }
+      }
+  int64_t rows = size[2] == 1 ? smaller(a.rows, kRows) : row_end - row_block * kRows;
+  int64_t keys = size[3] == 1 ? smaller(a.columns, kKeyBlock) : key_end - key_block * kKeyBlock;
+  if (size[2] == 1)
+    for (int64_t r = 1; r < rows; ++r)
+      for (int64_t c = 0; c < keys; ++c) s.sums[c] += s.sums[r * s.stride + c];
+  if (size[2] == 1) rows = 1;
+  if (size[3] == 1)
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 1; c < keys; ++c) s.sums[r * s.stride] += s.sums[r * s.stride + c];
+  if (size[3] == 1) keys = 1;
+  int64_t row0 = row_block * kRows, key0 = key_block * kKeyBlock;
+  auto* out =
+      static_cast<BiasStorage*>(a.grad_bias) + ((batch * size[1] + head) * size[2] + row0) * size[3] + key0;
+  for (int64_t r = 0; r < rows; ++r) store_row<T>(s.sums + r * s.stride, T(1), keys, out + r * size[3]);
+}
+
+template <class Pass>
+void bias_gradient(const AttentionArgs& a, const Threads& threads) {
+  using Storage = typename Pass::Storage;
+  const int64_t* size = a.bias_size;
+  if (a.batch * a.heads * a.rows * a.columns == 0) {  // a sum over nothing, if there is an element at all
+    int64_t count = size[0] * size[1] * size[2] * size[3],
+            bytes = a.bias_dtype == Dtype::float32 ? 4 : int64_t(sizeof(Storage));
+    std::memset(a.grad_bias, 0, size_t(count * bytes));
+    return;
+  }
+  int64_t row_blocks = (size[2] + Pass::kRows - 1) / Pass::kRows;
+  int64_t key_blocks = (size[3] + kKeyBlock - 1) / kKeyBlock;
+  int64_t cost = a.batch * a.heads * a.rows * a.columns / (size[0] * size[1] * row_blocks * key_blocks) *
+                 (a.width + a.value_width);
+  parallel_for(threads, size[0] * size[1] * row_blocks * key_blocks, grain(cost),
+               [&](int64_t begin, int64_t end) {
+                 BiasScratch<typename Pass::Scratch, typename Pass::T> scratch(a);
+                 if (!allocate(scratch, a)) return;
+                 for (int64_t piece = begin; piece < end; ++piece) {
+                   if (a.bias_dtype == a.dtype)
+                     bias_piece<Pass, Storage>(a, scratch, piece, row_blocks, key_blocks);
+                   else if constexpr (sizeof(Storage) == 2)
+                     bias_piece<Pass, float>(a, scratch, piece, row_blocks, key_blocks);
+                 }
+                 std::free(scratch.memory);
+               });
+}
+
+// All of it. `products` is how many numbers a pair of a row and a key is multiplied with.
+template <class Pass>
+void run_by_keys(const AttentionArgs& a, const Threads& threads, int64_t products) {
+  using Storage = typename Pass::Storage;
+  using T = typename Pass::T;
+  int64_t chunks = attention_key_chunks(a);
+  int64_t cost = a.rows * (a.columns / chunks) * (products + 32) * (a.heads / (a.kv_heads + !a.kv_heads));
+  if (a.columns == 0) {  // grad_query alone has elements, and perhaps grad_bias
+    if (a.grad_bias) bias_gradient<Pass>(a, threads);
+    parallel_for(threads, a.batch * a.heads * a.rows, 1024, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        Storage* out = at<Storage>(a.grad_query, i / a.rows / a.heads, i / a.rows % a.heads, i % a.rows);
+        for (int64_t c = 0; c < a.width; ++c) store1(out + c, T(0));
+      }
+    });
+    return;
+  }
+  parallel_for(threads, a.batch * a.kv_heads * chunks, grain(cost), [&](int64_t begin, int64_t end) {
+    typename Pass::Scratch scratch(a);
+    if (!allocate(scratch, a)) return;
+    for (int64_t piece = begin; piece < end; ++piece) {
+      int64_t pair = piece / chunks, chunk = piece % chunks;
+      if (a.is_causal) chunk = chunk % 2 ? chunks - 1 - chunk / 2 : chunk / 2;
+      keys_piece<Pass>(a, scratch, pair / a.kv_heads, pair % a.kv_heads, chunk, chunk_begin(a, chunks, chunk),
+                       chunk_begin(a, chunks, chunk + 1));
+    }
+    std::free(scratch.memory);
+  });
+  if (a.workspace)
+    parallel_for(
+        threads, a.batch * a.heads * a.rows, 1 + 65536 / (a.width * chunks + 1),
+        [&](int64_t begin, int64_t end) { add_partial_gradients<Storage, T>(a, chunks, begin, end); });
+  if (a.grad_bias) bias_gradient<Pass>(a, threads);
+}
+
+}  // namespace
+}  // namespace fastgan
+
+// One entry point for all storage types.
+#define FASTGAN_ATTENTION_ENTRY(name, function)                            \
+  extern "C" void FASTGAN_KERNEL(name)(const fastgan::AttentionArgs& args, \
+                                       const fastgan::Threads& threads) {  \
+    switch (args.dtype) {                                                  \
+      case fastgan::Dtype::float32:                                        \
+        return function<float>(args, threads);                             \
+      case fastgan::Dtype::float64:                                        \
+        return function<double>(args, threads);                            \
+      case fastgan::Dtype::bfloat16:                                       \
+        return function<fastgan::bfloat16>(args, threads);                 \
+      case fastgan::Dtype::float16:                                        \
+        return function<fastgan::float16>(args, threads);                  \
+    }                                                                      \
+  }

@@ -1,0 +1,257 @@
+// What the attention kernels share: scratch, and a tile of scores with its bias, masks and dropout. What is
+// hidden from all rows of a tile is found here, too, so that it is neither packed nor multiplied.
+#pragma once
+#include <cstdlib>
+
+#include "attention/attention.h"
+#include "common/gemm.h"
+#include "common/philox.h"
+
+namespace fastgan {
+namespace {
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+template <class T>
+T infinity() {
+  return T(__builtin_inf());
+}
+
+// One allocation for all the scratch of a piece: count first, then take.
+struct Scratch {
+  char* memory = nullptr;
+  int64_t used = 0;
+  template <class T>
+  T* take(int64_t count) {
+    T* at = memory ? reinterpret_cast<T*>(memory + used) : nullptr;
+    used += (count * int64_t(sizeof(T)) + 127) / 64 * 64;
+    return at;
+  }
+};
+
+template <class Layout>
+bool allocate(Layout& layout, const AttentionArgs& args) {
+  Scratch scratch;
+  layout.place(scratch);
+  scratch.memory = static_cast<char*>(std::aligned_alloc(64, size_t((scratch.used + 127) / 64 * 64)));
+  if (!scratch.memory) {
+    if (args.out_of_memory) __atomic_store_n(args.out_of_memory, true, __ATOMIC_RELAXED);
+    return false;
+  }
+  scratch.used = 0;
+  layout.place(scratch);
+  layout.memory = scratch.memory;
+  return true;
+}
+
+template <class Storage>
+const Storage* at(const AttentionInput& x, int64_t batch, int64_t head, int64_t row) {
+  return static_cast<const Storage*>(x.data) + batch * x.stride[0] + head * x.stride[1] + row * x.stride[2];
+}
+
+template <class Storage>
+Storage* at(const AttentionOutput& x, int64_t batch, int64_t head, int64_t row) {
+  return static_cast<Storage*>(x.data) + batch * x.stride[0] + head * x.stride[1] + row * x.stride[2];
+}
+
+template <class T, class Storage>
+void store_row(const T* from, T factor, int64_t count, Storage* to) {
+  int64_t c = 0;
+  for (; c + lanes<T> <= count; c += lanes<T>) store(to + c, load<T>(from + c) * factor);
+  for (; c < count; ++c) store1(to + c, from[c] * factor);
+}
+
+template <class T, class Storage>
+T dot(const T* x, const Storage* y, int64_t stride, int64_t count) {
+  Vec<T> sums{};
+  int64_t c = 0;
+  if (stride == 1)
+    for (; c + lanes<T> <= count; c += lanes<T>) sums += load<T>(x + c) * load<T>(y + c);
+  T out = sum<T>(sums);
+  for (; c < count; ++c) out += x[c] * load1<T>(y + c * stride);
+  return out;
+}
+
+// Threads are woken for not less than this many multiply-adds.
+inline int64_t grain(int64_t cost) { return 1 + 200000 / (cost + 1); }
+
+// exp for x <= 88: what comes in is a score less its row's maximum or log-sum-exp. Without the upper half of
+// vector.h's exp, and zero where the result would be denormal; NaN stays NaN.
+FASTGAN_INLINE Vec<float> exp_of_difference(Vec<float> x) {
+  constexpr float kShift = 12582912.0f, kLowest = -87.33f;
+  Vec<float> shifted = x * 1.44269504088896341f + kShift;
+  Vec<float> n = shifted - kShift;
+  Vec<float> r = x - n * 0.693359375f;
+  r = r + n * 2.12194440e-4f;
+  Vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  // The integer n is in the low bits of shifted; the shift leaves nothing else.
+  p = (Vec<float>)((Mask<float>)p + ((Mask<float>)shifted << 23));
+  p = select(x == x, p, x);
+  return select(x < kLowest, Vec<float>{}, p);
+}
+FASTGAN_INLINE Vec<double> exp_of_difference(Vec<double> x) { return exp(x); }
+
+// ---- a tile of scores: bias, masks ----
+
+template <class T>
+FASTGAN_INLINE Mask<T> load_mask(const uint8_t* p) {
+  typedef uint8_t Bytes __attribute__((vector_size(lanes<T>)));
+  Bytes bytes;
+  std::memcpy(&bytes, p, sizeof bytes);
+  return __builtin_convertvector(bytes, Mask<T>) != 0;
+}
+
+template <class T, class BiasStorage>
+void add_bias(T* scores, int64_t count, const BiasStorage* bias, int64_t stride) {
+  int64_t c = 0;
+  if (stride == 1)
+    for (; c + lanes<T> <= count; c += lanes<T>) store(scores + c, load<T>(scores + c) + load<T>(bias + c));
+  for (; c < count; ++c) scores[c] += load1<T>(bias + c * stride);
+}
+
+template <class T>
+void apply_mask(T* scores, int64_t count, const uint8_t* mask, int64_t stride) {
+  const Vec<T> hidden = broadcast<T>(-infinity<T>());
+  int64_t c = 0;
+  if (stride == 1)
+    for (; c + lanes<T> <= count; c += lanes<T>)
+      store(scores + c, select(load_mask<T>(mask + c), load<T>(scores + c), hidden));
+  for (; c < count; ++c)
+    if (!mask[c * stride]) scores[c] = -infinity<T>();
+}
+
+struct Tile {
+  int64_t batch, head, row, column;  // of its first number
+  int64_t rows, columns;             // columns rounded up to whole vectors hold −inf
+};
+
+template <class Storage, class T>
+void apply_bias_and_masks(const AttentionArgs& a, const Tile& t, T* scores, int64_t stride) {
+  int64_t padded = whole_panels<T>(t.columns);
+  for (int64_t r = 0; r < t.rows; ++r, scores += stride) {
+    int64_t row = t.row + r;
+    if (a.bias.data) {
+      int64_t step = a.bias.stride[3];
+      if (a.bias_dtype == a.dtype)
+        add_bias<T>(scores, t.columns, at<Storage>(a.bias, t.batch, t.head, row) + t.column * step, step);
+      else if constexpr (sizeof(Storage) == 2)
+        add_bias<T>(scores, t.columns, at<float>(a.bias, t.batch, t.head, row) + t.column * step, step);
+    }
+    if (a.mask.data) {
+      int64_t step = a.mask.stride[3];
+      apply_mask<T>(scores, t.columns, at<uint8_t>(a.mask, t.batch, t.head, row) + t.column * step, step);
+    }
+    int64_t visible = t.columns;
+    if (a.is_causal) visible = smaller(visible, row + 1 > t.column ? row + 1 - t.column : 0);
+    for (int64_t c = visible; c < padded; ++c) scores[c] = -infinity<T>();
+  }
+}
+
+template <class T>
+FASTGAN_INLINE Mask<T> kept(const uint32_t* words, uint32_t threshold) {
+  typedef uint32_t Words __attribute__((vector_size(lanes<T> * 4)));
+  Words w;
+  std::memcpy(&w, words, sizeof w);
+  return __builtin_convertvector(w >= threshold, Mask<T>);
+}
+
+void draw(const AttentionArgs& a, const Tile& t, int64_t r, uint32_t* words) {
+  philox_row(words, t.columns, a.seed, a.offset, uint32_t(t.batch * a.heads + t.head), uint32_t(t.row + r),
+             uint32_t(t.column / 4));
+}
+
+// exp(S − logsumexp) is taken in two steps: the first difference is exact or nearly so where the result is
+// not negligible. A dead row, −inf, subtracts +inf and so gets exactly 0.
+template <class T>
+struct LogSumExp {
+  explicit LogSumExp(double x)
+      : subtracted(x == -infinity<double>() ? infinity<T>() : T(x)),
+        remainder(subtracted == infinity<T>() ? T(0) : T(x - double(subtracted))) {}
+  FASTGAN_INLINE Vec<T> probability(Vec<T> score) const {
+    return exp_of_difference(score - subtracted - remainder);
+  }
+  T subtracted, remainder;
+};
+
+template <class T>
+LogSumExp<T> logsumexp_of(const AttentionArgs& a, const Tile& t, int64_t r) {
+  return LogSumExp<T>(a.logsumexp[(t.batch * a.heads + t.head) * a.rows + t.row + r]);
+}
+
+// ---- what a mask hides from a whole tile ----
+
+// Columns of a tile, from the first that some row sees to the one after the last; empty: begin >= end.
+struct Range {
+  int64_t begin, end;
+};
+
+template <class BiasStorage>
+bool all_hidden(const BiasStorage* bias, int64_t stride, int64_t count) {
+  using T = Accumulate<BiasStorage>;
+  for (int64_t c = 0; c < count; ++c)
+    if (load1<T>(bias + c * stride) != -infinity<T>()) return false;
+  return true;
+}
+
+inline bool all_hidden(const uint8_t* mask, int64_t stride, int64_t count) {
+  if (stride == 1 && count == 8) {
+    uint64_t eight;
+    std::memcpy(&eight, mask, 8);
+    return eight == 0;
+  }
+  for (int64_t c = 0; c < count; ++c)
+    if (mask[c * stride]) return false;
+  return true;
+}
+
+// One row of the tile: are columns c to c + count hidden by the mask alone, or by the bias alone?
+template <class Storage>
+bool all_hidden(const AttentionArgs& a, const Tile& t, int64_t row, int64_t c, int64_t count) {
+  if (a.mask.data) {
+    int64_t step = a.mask.stride[3];
+    if (all_hidden(at<uint8_t>(a.mask, t.batch, t.head, row) + (t.column + c) * step, step, count))
+      return true;
+  }
+  if (!a.bias.data) return false;
+  int64_t step = a.bias.stride[3];
+  if (a.bias_dtype == a.dtype)
+    return all_hidden(at<Storage>(a.bias, t.batch, t.head, row) + (t.column + c) * step, step, count);
+  return all_hidden(at<float>(a.bias, t.batch, t.head, row) + (t.column + c) * step, step, count);
+}
+
+// Widens `seen` to what the tile's rows see. A row's scan ends at its first visible column from either side,
+// so that a mask without holes costs nothing, and one with holes one pass at most.
+template <class Storage>
+void widen(const AttentionArgs& a, const Tile& t, Range& seen) {
+  bool one_row = (!a.mask.data || a.mask.stride[2] == 0) && (!a.bias.data || a.bias.stride[2] == 0);
+  for (int64_t r = 0; r < (one_row ? smaller(t.rows, 1) : t.rows); ++r) {
+    int64_t row = t.row + r, c = 0;
+    while (c + 8 <= seen.begin && all_hidden<Storage>(a, t, row, c, 8)) c += 8;
+    while (c < seen.begin && all_hidden<Storage>(a, t, row, c, 1)) ++c;
+    seen.begin = smaller(seen.begin, c);
+    c = t.columns;
+    while (c - 8 >= seen.end && all_hidden<Storage>(a, t, row, c - 8, 8)) c -= 8;
+    while (c > seen.end && all_hidden<Storage>(a, t, row, c - 1, 1)) --c;
+    seen.end = c > seen.end ? c : seen.end;
+    if (seen.begin == 0 && seen.end == t.columns) return;
+  }
+}
+
+// What the rows of the tile see, in any of `heads` heads beginning with the tile's own. is_causal is not
+// looked at.
+template <class Storage>
+Range visible(const AttentionArgs& a, Tile t, int64_t heads = 1) {
+  if (!a.mask.data && !a.bias.data) return {0, t.columns};
+  Range seen{t.columns, 0};
+  bool one_head = (!a.mask.data || a.mask.stride[1] == 0) && (!a.bias.data || a.bias.stride[1] == 0);
+  for (int64_t h = 0; h < (one_head ? 1 : heads); ++h, ++t.head) widen<Storage>(a, t, seen);
+  return seen;
+}
+
+}  // namespace
+}  // namespace fastgan

@@ -1,0 +1,516 @@
+// Strided and plain convolutions by Winograd's algorithm: all three passes, one set of transforms.
+//
+// A convolution of kernel 4 and stride 2 is one of kernel 2 and stride 1 on the four images of every second pixel
+// ("phases"), with four times the channels; of kernel 3 and stride 1 it is what it is. On 4 × 4 tiles of outputs the
+// tile algorithm of transforms.h then needs 25 products where 64 (36 where 144) would be multiplied directly, and
+// every product becomes a matrix product over channels (or, for the weights, over tiles), one for each of the points:
+//
+//   forward           y = Aᵀ [ (B x Bᵀ) · (G w Gᵀ) ] A     sum over channels and phases
+//   input gradient    x = Bᵀ [ (A y Aᵀ) · (G w Gᵀ) ] B     sum over outputs; 5 × 5 tiles that overlap by one are added
+//   weight gradient   w = Gᵀ [ (B x Bᵀ) · (A y Aᵀ) ] G     sum over tiles
+//
+// Work goes in two steps, for so many images at a time that the transformed tiles stay in the last cache:
+//   1. transform the tiles of x and/or y; vectors run over 16 channels of one tile. Stored by blocks of at most kTiles
+//      tiles and of kDepth channels: (block, channels, point, tile, channel).
+//   2. each task takes 32 columns (outputs, or channels and phases). It keeps their products of a block for all points in
+//      L2, walks through the depth in chunks of kDepth, for each of which it transforms the weights it needs (again
+//      for every block: a hundredth of the work, where storing them would write six times the weights to memory),
+//      transforms the result back into rows of scratch, and writes them.
+// The weight gradient keeps 64 × 32 × points numbers a task and walks through the tiles instead.
+//
+// Numerics: every sum has one order that depends on no cut of the work, so the bits are the same for any number of
+// threads and any size of workspace. An infinity or NaN would spread over its tile: it is seen where results are
+// written, and the caller is told to compute directly.
+#include "conv/conv.h"
+
+#include <cstdlib>
+
+#include "conv/layout.h"
+#include "conv/products.h"
+#include "conv/transforms.h"
+
+namespace fastgan {
+namespace {
+
+constexpr int64_t kDepth = 64;    // channels (times phases) of a chunk
+constexpr int64_t kColumns = 32;  // of a task
+constexpr int64_t kTiles = 64;    // of a block, at most
+constexpr int64_t kGap = 16;      // numbers between points, so that they fall into different sets of the caches
+constexpr int64_t kPiece = 4;     // tiles that are read at once in step 1
+
+template <int kStride, int kTaps, int kOutputs>
+struct Algorithm : Toom<kOutputs, kTaps> {
+  using Base = Toom<kOutputs, kTaps>;
+  static constexpr int stride = kStride, taps = kTaps, outputs = kOutputs;
+  static constexpr int kernel = kStride * kTaps, phases = kStride * kStride;
+  static constexpr int products = Base::points * Base::points;
+  static constexpr auto A = Base::a();
+  static constexpr auto B = Base::b();
+  static constexpr auto G = Base::g();
+};
+
+FASTGAN_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FASTGAN_INLINE int64_t whole_slices(int64_t n) { return divide_up(n, kSlice) * kSlice; }
+
+// How tiles are counted: `images` at a time, in runs of `run` images that make `blocks` blocks of `tiles` tiles.
+struct Tiling {
+  int64_t high, wide, an_image, run, blocks, tiles, images;
+
+  Tiling(const ConvArgs& args, int64_t outputs) {
+    high = divide_up(args.out_height, outputs), wide = divide_up(args.out_width, outputs);
+    an_image = high * wide;
+    run = an_image < kTiles ? least(kTiles / an_image, args.batch) : 1;
+    blocks = divide_up(run * an_image, kTiles);
+    tiles = divide_up(run * an_image, blocks);
+    images = 0;
+  }
+  int64_t runs(int64_t count) const { return divide_up(count, run); }
+  // tiles of block b of a run of `count` images
+  int64_t tiles_of(int64_t b, int64_t count) const { return most(0, least(tiles, count * an_image - b * tiles)); }
+};
+
+// The transformed tiles of one operand.
+struct Side {
+  float* data = nullptr;
+  int64_t channels, slices, chunks, depth, chunk_size;
+
+  Side(int64_t count, int64_t phases, int64_t products, const Tiling& tiling) {
+    channels = count;
+    slices = divide_up(count, kSlice);
+    depth = slices * kSlice * phases;
+    chunks = divide_up(depth, kDepth);
+    chunk_size = products * (tiling.tiles * kDepth + kGap);
+  }
+  int64_t depth_of(int64_t chunk) const { return least(kDepth, depth - chunk * kDepth); }
+  int64_t point_stride(int64_t chunk, const Tiling& tiling) const { return tiling.tiles * depth_of(chunk) + kGap; }
+  float* at(int64_t block, int64_t chunk) const { return data + (block * chunks + chunk) * chunk_size; }
+  int64_t run_size(const Tiling& tiling) const { return tiling.blocks * chunks * chunk_size; }
+};
+
+// Scratch of the threads: as many pieces as threads were announced; whoever comes after them allocates.
+struct Slots {
+  char* data = nullptr;
+  int64_t size = 0, count = 0;
+  int64_t taken = 0, next = 0;
+};
+
+struct Slot {
+  float* data;
+  bool own;
+  explicit Slot(Slots& slots) {
+    const int64_t i = __atomic_fetch_add(&slots.taken, 1, __ATOMIC_RELAXED);
+    own = i >= slots.count;
+    data = static_cast<float*>(static_cast<void*>(
+        own ? static_cast<char*>(std::aligned_alloc(64, size_t(slots.size))) : slots.data + i * slots.size));
+    if (!data) std::abort();
+  }
+  void release() {
+    if (own) std::free(data);
+  }
+};
+
+// Cuts the workspace into its parts; with no workspace, only counts.
+struct Cutter {
+  char* data;
+  int64_t used = 0;
+  char* take(int64_t bytes) {
+    char* out = data ? data + used : nullptr;
+    used += divide_up(bytes, 64) * 64;
+    return out;
+  }
+};
+
+// Each thread takes the next item that nobody has: a thread that the machine holds up delays one item and not its
+// share. The items write to different places, so who takes which changes nothing.
+template <class Body>
+void over_slots(const Threads& threads, Slots& slots, int64_t count, const Body& body) {
+  slots.taken = slots.next = 0;
+  parallel_for(threads, count, 1, [&](int64_t, int64_t) {
+    Slot slot(slots);
+    for (int64_t i; (i = __atomic_fetch_add(&slots.next, 1, __ATOMIC_RELAXED)) < count;) body(i, slot.data);
+    slot.release();
+  });
+}
+
+FASTGAN_INLINE void look_for_nonfinite(Vec<float> check, int32_t* nonfinite) {
+  for (int i = 0; i < lanes<float>; ++i)
+    if (check[i] != check[i]) __atomic_store_n(nonfinite, 1, __ATOMIC_RELAXED);
+}
+
+// ---- step 1 ----
+
+constexpr int64_t gather_size(int64_t size, int64_t stride, int64_t outputs) {
+  return size * stride * ((kPiece - 1) * outputs + size) * stride * kSlice;
+}
+
+// Tiles [tile, tile + count) of a row of tiles, one slice of channels: read, transform, store.
+template <class Algorithm, auto kMatrix, int kStride>
+void transform_piece(const Image& image, const Side& side, const Tiling& tiling, int64_t image_in_block, int64_t tile_row,
+                     int64_t tile, int64_t count, int64_t slice, int64_t pad_height, int64_t pad_width,
+                     float* scratch) {
+  constexpr int W = lanes<float>, m = Algorithm::outputs;
+  constexpr int size = sizeof(kMatrix.at[0]) / sizeof(float), n = Algorithm::points;
+  Window window{};
+  window.row0 = kStride * m * tile_row - pad_height, window.row_step = 1, window.rows = size * kStride;
+  window.column0 = kStride * m * tile - pad_width, window.columns = ((count - 1) * m + size) * kStride;
+  window.pixel_stride = kSlice;
+  read_window(image, slice * kSlice, window, scratch);
+  const int64_t chunk = kStride == 1 ? slice * kSlice / kDepth : slice * kSlice * kStride * kStride / kDepth;
+  const int64_t offset = slice * kSlice * kStride * kStride % kDepth;
+  const int64_t depth = side.depth_of(chunk), point_stride = side.point_stride(chunk, tiling);
+  const int64_t run = image_in_block / tiling.run;
+  for (int64_t t = 0; t < count; ++t) {
+    const int64_t in_run = image_in_block % tiling.run * tiling.an_image + tile_row * tiling.wide + tile + t;
+    float* to = side.at(run * tiling.blocks + in_run / tiling.tiles, chunk) + in_run % tiling.tiles * depth + offset;
+    for (int a = 0; a < kStride; ++a)
+      for (int b = 0; b < kStride; ++b)
+        for (int c = 0; c < kSlice; c += W) {
+          const float* from = scratch + (a * window.columns + t * m * kStride + b) * kSlice + c;
+          float* out = to + (a * kStride + b) * kSlice + c;
+          transform_tile<Algorithm, kMatrix>(
+              [&](int i, int j) {
+                return load<float>(from + (i * window.columns + j) * (kStride * kSlice));
+              },
+              [&](int i, int j, Vec<float> v) { store(out + (i * n + j) * point_stride, v); });
+        }
+  }
+}
+
+template <class Algorithm, auto kMatrix, int kStride>
+void transform_side(const ConvTensor& tensor, Dtype dtype, int64_t height, int64_t width, int64_t pad_height,
+                    int64_t pad_width, const Side& side, const Tiling& tiling, int64_t first, int64_t images,
+                    Slots& slots, const Threads& threads) {
+  const int64_t pieces = divide_up(tiling.wide, kPiece);
+  over_slots(threads, slots, images * tiling.high * pieces * side.slices, [&](int64_t unit, float* scratch) {
+    const int64_t slice = unit % side.slices, piece = unit / side.slices % pieces;
+    const int64_t row = unit / side.slices / pieces % tiling.high, i = unit / side.slices / pieces / tiling.high;
+    transform_piece<Algorithm, kMatrix, kStride>(
+        image_of(tensor, dtype, first + i, side.channels, height, width), side, tiling, i, row, piece * kPiece,
+        least(kPiece, tiling.wide - piece * kPiece), slice, pad_height, pad_width, scratch);
+  });
+}
+
+template <class Algorithm>
+void transform_x(const ConvArgs& a, const Side& side, const Tiling& tiling, int64_t first, int64_t images, Slots& slots,
+                 const Threads& threads) {
+  transform_side<Algorithm, Algorithm::B, Algorithm::stride>(a.x, a.dtype, a.height, a.width, a.pad_height, a.pad_width,
+                                                             side, tiling, first, images, slots, threads);
+}
+
+template <class Algorithm>
+void transform_y(const ConvArgs& a, const Side& side, const Tiling& tiling, int64_t first, int64_t images, Slots& slots,
+                 const Threads& threads) {
+  transform_side<Algorithm, Algorithm::A, 1>(a.y, a.dtype, a.out_height, a.out_width, 0, 0, side, tiling, first, images,
+                                             slots, threads);
+}
+
+// ---- step 2, forward and input gradient ----
+
+struct TaskScratch {
+  float *sums, *weights, *rows;
+  template <class Algorithm>
+  static int64_t sums_size(const Tiling& tiling) {
+    return Algorithm::products * (tiling.tiles * kColumns + kGap);
+  }
+  template <class Algorithm>
+  static int64_t weights_size() {
+    return Algorithm::products * (kDepth * kColumns + kGap);
+  }
+};
+
+// Columns of a task: channels [channel, channel + width) for each of `groups` phases of columns.
+template <class Algorithm>
+void transform_forward_weights(const ConvArgs& a, int64_t chunk, int64_t depth, int64_t output, int64_t columns,
+                               float* to) {
+  constexpr int W = lanes<float>, S = Algorithm::stride, n = Algorithm::points, kernel = Algorithm::kernel;
+  const Weights w{a.dtype,    a.w.data,       a.w.strides[0], a.outputs,
+                  a.w.strides[1], a.channels, a.w.strides[2], a.w.strides[3]};
+  const int64_t channels = depth / Algorithm::phases, point_stride = depth * kColumns + kGap;
+  for (int64_t c = 0; c < channels; ++c)
+    for (int64_t k = 0; k < columns; k += W) {
+      Vec<float> taps[kernel * kernel];
+      read_taps<kernel>(w, chunk * kDepth / Algorithm::phases + c, output + k, taps);
+      for (int p = 0; p < S * S; ++p) {
+        float* out = to + (p * kSlice + c) * kColumns + k;
+        transform_tile<Algorithm, Algorithm::G>(
+            [&](int u, int v) { return taps[(S * u + p / S) * kernel + S * v + p % S]; },
+            [&](int i, int j, Vec<float> v) { store(out + (i * n + j) * point_stride, v); });
+      }
+    }
+}
+
+template <class Algorithm>
+void transform_gradient_weights(const ConvArgs& a, int64_t chunk, int64_t depth, int64_t channel, int64_t columns,
+                                int phase, float* to) {
+  constexpr int W = lanes<float>, S = Algorithm::stride, n = Algorithm::points, kernel = Algorithm::kernel;
+  const Weights w{a.dtype,        a.w.data,  a.w.strides[1], a.channels,
+                  a.w.strides[0], a.outputs, a.w.strides[2], a.w.strides[3]};
+  const int64_t point_stride = depth * kColumns + kGap;
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t c = 0; c < columns / S; c += W) {
+      Vec<float> taps[kernel * kernel];
+      read_taps<kernel>(w, chunk * kDepth + k, channel + c, taps);
+      for (int b = 0; b < S; ++b) {
+        float* out = to + k * kColumns + b * (kColumns / S) + c;
+        transform_tile<Algorithm, Algorithm::G>(
+            [&](int u, int v) { return taps[(S * u + phase) * kernel + S * v + b]; },
+            [&](int i, int j, Vec<float> v) { store(out + (i * n + j) * point_stride, v); });
+      }
+    }
+}
+
+// sums (points, tiles, columns) = the products of one chunk of depth, added to those before.
+template <class Algorithm>
+void multiply_chunk(const Side& side, const Tiling& tiling, int64_t block, int64_t chunk, int64_t tiles, int64_t columns,
+                    const TaskScratch& scratch) {
+  const int64_t depth = side.depth_of(chunk), stride = side.point_stride(chunk, tiling);
+  const float* from = side.at(block, chunk);
+  for (int64_t p = 0; p < Algorithm::products; ++p)
+    multiply_point<false>(tiles, columns, depth, from + p * stride, depth, scratch.weights + p * (depth * kColumns + kGap),
+                          kColumns, scratch.sums + p * (tiling.tiles * kColumns + kGap), kColumns, chunk > 0);
+}
+
+// Outputs [output, output + 32) of images [first, first + images), which are run `run` of the step.
+template <class Algorithm>
+void forward_task(const ConvArgs& a, const Side& side, const Tiling& tiling, int64_t run, int64_t first, int64_t images,
+                  int64_t output, const TaskScratch& scratch, Vec<float>& check) {
+  constexpr int W = lanes<float>, m = Algorithm::outputs, n = Algorithm::points;
+  const int64_t columns = least(kColumns, whole_slices(a.outputs - output));
+  const int64_t sums_stride = tiling.tiles * kColumns + kGap;
+  alignas(64) float bias[kColumns];
+  for (int64_t k = 0; k < kColumns; ++k) bias[k] = a.bias && output + k < a.outputs ? a.bias[output + k] : 0.0f;
+  for (int64_t block = 0; block < tiling.blocks; ++block) {
+    const int64_t tiles = tiling.tiles_of(block, images);
+    for (int64_t chunk = 0; tiles > 0 && chunk < side.chunks; ++chunk) {
+      transform_forward_weights<Algorithm>(a, chunk, side.depth_of(chunk), output, columns, scratch.weights);
+      multiply_chunk<Algorithm>(side, tiling, run * tiling.blocks + block, chunk, tiles, columns, scratch);
+    }
+    int64_t count;
+    for (int64_t tile = 0; tile < tiles; tile += count) {  // the tiles of one row of tiles
+      const int64_t in_run = block * tiling.tiles + tile, in_image = in_run % tiling.an_image;
+      const int64_t row = in_image / tiling.wide, left = in_image % tiling.wide;
+      count = least(tiling.wide - left, tiles - tile);
+      for (int64_t t = 0; t < count; ++t)
+        for (int64_t k = 0; k < columns; k += W) {
+          const float* from = scratch.sums + (tile + t) * kColumns + k;
+          float* to = scratch.rows + t * m * kColumns + k;
+          const Vec<float> shift = load<float>(bias + k);
+          transform_tile_back<Algorithm, Algorithm::A>(
+              [&](int i, int j) { return load<float>(from + (i * n + j) * sums_stride); },
+              [&](int i, int j, Vec<float> v) {
+                v += shift;
+                check += v - v;
+                store(to + (i * count * m + j) * kColumns, v);
+              });
+        }
+      const Image image =
+          image_of(a.y, a.dtype, first + in_run / tiling.an_image, a.outputs, a.out_height, a.out_width);
+      const Window window{row * m, 1, m, left * m, count * m, kColumns};
+      for (int64_t k = 0; k < columns; k += kSlice) write_window(scratch.rows + k, window, image, output + k);
+    }
+  }
+}
+
+// The rows of x with phase `phase` in channels [channel, ...) of images [first, first + images).
+template <class Algorithm>
+void input_gradient_task(const ConvArgs& a, const Side& side, const Tiling& tiling, int64_t run, int64_t first,
+                         int64_t images, int64_t channel, int phase, const TaskScratch& scratch, Vec<float>& check) {
+  constexpr int W = lanes<float>, m = Algorithm::outputs, n = Algorithm::points, S = Algorithm::stride;
+  constexpr int64_t kWidth = kColumns / S;
+  const int64_t width = least(kWidth, whole_slices(a.channels - channel)), columns = width * S;
+  const int64_t sums_stride = tiling.tiles * kColumns + kGap;
+  // The row that the last tiles do not reach (height + 2 pad - kernel odd) is row n of the scratch, always empty.
+  const int64_t across = (tiling.wide * m + n - m + 1) * S, row_size = across * kWidth;
+  alignas(64) float bias[kWidth];
+  for (int64_t c = 0; c < kWidth; ++c) bias[c] = a.bias && channel + c < a.channels ? a.bias[channel + c] : 0.0f;
+  auto clear = [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin * across; i < end * across; ++i)
+      for (int64_t c = 0; c < kWidth; c += W) store(scratch.rows + i * kWidth + c, load<float>(bias + c));
+  };
+  for (int64_t block = 0; block < tiling.blocks; ++block) {
+    const int64_t tiles = tiling.tiles_of(block, images);
+    for (int64_t chunk = 0; tiles > 0 && chunk < side.chunks; ++chunk) {
+      transform_gradient_weights<Algorithm>(a, chunk, side.depth_of(chunk), channel, columns, phase, scratch.weights);
+      multiply_chunk<Algorithm>(side, tiling, run * tiling.blocks + block, chunk, tiles, kColumns, scratch);
+    }
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      const int64_t in_run = block * tiling.tiles + tile, in_image = in_run % tiling.an_image;
+      const int64_t row = in_image / tiling.wide, left = in_image % tiling.wide;
+      if (in_image == 0) clear(0, n + 1);
+      for (int b = 0; b < S; ++b)
+        for (int64_t c = 0; c < width; c += W) {
+          const float* from = scratch.sums + tile * kColumns + b * kWidth + c;
+          float* to = scratch.rows + (left * m * S + b) * kWidth + c;
+          transform_tile_back<Algorithm, Algorithm::B>(
+              [&](int i, int j) { return load<float>(from + (i * n + j) * sums_stride); },
+              [&](int i, int j, Vec<float> v) {
+                float* at = to + i * row_size + j * (S * kWidth);
+                v += load<float>(at);
+                check += v - v;
+                store(at, v);
+              });
+        }
+      if (left != tiling.wide - 1) continue;
+      const bool last = row == tiling.high - 1;
+      const Image image = image_of(a.x, a.dtype, first + in_run / tiling.an_image, a.channels, a.height, a.width);
+      const Window window{
+          S * m * row + phase - a.pad_height, S, last ? n + 1 : m, -a.pad_width, across, kWidth};
+      for (int64_t c = 0; c < width; c += kSlice) write_window(scratch.rows + c, window, image, channel + c);
+      if (last) continue;
+      for (int64_t i = 0; i < (n - m) * row_size; ++i) scratch.rows[i] = scratch.rows[m * row_size + i];
+      clear(n - m, n + 1);
+    }
+  }
+}
+
+template <class Algorithm, bool kForward>
+void convolve(const ConvArgs& a, const Threads& threads) {
+  Tiling tiling(a, Algorithm::outputs);
+  Side side = kForward ? Side(a.channels, Algorithm::phases, Algorithm::products, tiling)
+                       : Side(a.outputs, 1, Algorithm::products, tiling);
+  // So many runs at once that the transformed tiles take about 2 MB a thread, and 4 at least.
+  const int64_t budget = most(a.threads, 2) * (2 << 20) / int64_t(sizeof(float));
+  const int64_t runs = least(most(1, budget / side.run_size(tiling)), tiling.runs(a.batch));
+  tiling.images = runs * tiling.run;
+  const int64_t sums = TaskScratch::sums_size<Algorithm>(tiling), weights = TaskScratch::weights_size<Algorithm>();
+  const int64_t n = Algorithm::points, S = Algorithm::stride;
+  const int64_t rows = kForward ? Algorithm::outputs * tiling.wide * Algorithm::outputs * kColumns
+                                : (n + 1) * (tiling.wide * Algorithm::outputs + n - Algorithm::outputs + 1) * kColumns;
+  Cutter cutter{static_cast<char*>(a.workspace)};
+  Slots slots;
+  slots.size = divide_up(most(sums + weights + rows, gather_size(n, S, Algorithm::outputs)) * 4, 64) * 64;
+  slots.count = a.threads;
+  slots.data = cutter.take(slots.size * slots.count);
+  side.data = reinterpret_cast<float*>(cutter.take(side.run_size(tiling) * runs * 4));
+  if (!a.workspace) {
+    *a.workspace_size = cutter.used;
+    return;
+  }
+  const int64_t groups =
+      kForward ? divide_up(a.outputs, kColumns) : divide_up(a.channels, kColumns / S) * S;
+  for (int64_t first = 0; first < a.batch; first += tiling.images) {
+    const int64_t images = least(tiling.images, a.batch - first);
+    if constexpr (kForward)
+      transform_x<Algorithm>(a, side, tiling, first, images, slots, threads);
+    else
+      transform_y<Algorithm>(a, side, tiling, first, images, slots, threads);
+    over_slots(threads, slots, tiling.runs(images) * groups, [&](int64_t task, float* data) {
+      const int64_t run = task / groups, group = task % groups;
+      const TaskScratch scratch{data, data + sums, data + sums + weights};
+      const int64_t begin = run * tiling.run, count = least(tiling.run, images - begin);
+      Vec<float> check{};
+      if constexpr (kForward)
+        forward_task<Algorithm>(a, side, tiling, run, first + begin, count, group * kColumns, scratch, check);
+      else
+        input_gradient_task<Algorithm>(a, side, tiling, run, first + begin, count, group / S * (kColumns / S),
+                                       int(group % S), scratch, check);
+      look_for_nonfinite(check, a.nonfinite);
+    });
+  }
+}
+
+// ---- step 2, weight gradient ----
+
+template <class Algorithm>
+void finish_weight_gradient(const ConvArgs& a, int64_t chunk, int64_t depth, int64_t output, int64_t columns,
+                            const float* sums, Vec<float>& check) {
+  constexpr int W = lanes<float>, S = Algorithm::stride, n = Algorithm::points, kernel = Algorithm::kernel;
+  const Weights w{a.dtype,        a.w.data,   a.w.strides[0], a.outputs,
+                  a.w.strides[1], a.channels, a.w.strides[2], a.w.strides[3]};
+  for (int64_t c = 0; c < depth / Algorithm::phases; ++c)
+    for (int64_t k = 0; k < columns; k += W) {
+      Vec<float> taps[kernel * kernel];
+      for (int p = 0; p < S * S; ++p) {
+        const float* from = sums + (p * kSlice + c) * kColumns + k;
+        transform_tile_back<Algorithm, Algorithm::G>(
+            [&](int i, int j) { return load<float>(from + (i * n + j) * (kDepth * kColumns + kGap)); },
+            [&](int u, int v, Vec<float> value) {
+              check += value - value;
+              taps[(S * u + p / S) * kernel + S * v + p % S] = value;
+            });
+      }
+      write_taps<kernel>(w, chunk * kDepth / Algorithm::phases + c, output + k, taps);
+    }
+}
+
+template <class Algorithm>
+void weight_gradient(const ConvArgs& a, const Threads& threads) {
+  constexpr int64_t n = Algorithm::points, m = Algorithm::outputs, kProducts = Algorithm::products;
+  constexpr int64_t kSums = kProducts * (kDepth * kColumns + kGap);
+  Tiling tiling(a, m);
+  Side x(a.channels, Algorithm::phases, kProducts, tiling), y(a.outputs, 1, kProducts, tiling);
+  const int64_t groups = divide_up(a.outputs, kColumns), tasks = x.chunks * groups;
+  // Where the tiles do not all fit, the sums wait in memory for the next ones; then it pays to take many at once.
+  const int64_t budget = most(most(a.threads, 2) * (2 << 20) / int64_t(sizeof(float)), 2 * tasks * kSums);
+  const int64_t run_size = x.run_size(tiling) + y.run_size(tiling);
+  const int64_t runs = least(most(1, budget / run_size), tiling.runs(a.batch));
+  tiling.images = runs * tiling.run;
+  const bool once = tiling.images >= a.batch;
+  Cutter cutter{static_cast<char*>(a.workspace)};
+  Slots slots;
+  slots.size = divide_up(most(once ? kSums : 0, gather_size(n, Algorithm::stride, m)) * 4, 64) * 64;
+  slots.count = a.threads;
+  slots.data = cutter.take(slots.size * slots.count);
+  x.data = reinterpret_cast<float*>(cutter.take(x.run_size(tiling) * runs * 4));
+  y.data = reinterpret_cast<float*>(cutter.take(y.run_size(tiling) * runs * 4));
+  float* waiting = once ? nullptr : reinterpret_cast<float*>(cutter.take(tasks * kSums * 4));
+  if (!a.workspace) {
+    *a.workspace_size = cutter.used;
+    return;
+  }
+  for (int64_t first = 0; first < a.batch; first += tiling.images) {
+    const int64_t images = least(tiling.images, a.batch - first);
+    transform_x<Algorithm>(a, x, tiling, first, images, slots, threads);
+    transform_y<Algorithm>(a, y, tiling, first, images, slots, threads);
+    over_slots(threads, slots, tasks, [&](int64_t task, float* data) {
+      const int64_t chunk = task / groups, output = task % groups * kColumns;
+      const int64_t columns = least(kColumns, whole_slices(a.outputs - output)), depth = x.depth_of(chunk);
+      const int64_t y_chunk = output / kDepth, y_offset = output % kDepth;
+      float* sums = once ? data : waiting + task * kSums;
+      bool add = first > 0;
+      for (int64_t run = 0; run < tiling.runs(images); ++run)
+        for (int64_t block = 0; block < tiling.blocks; ++block) {
+          const int64_t tiles = tiling.tiles_of(block, least(tiling.run, images - run * tiling.run));
+          if (tiles == 0) continue;
+          const float* rows = x.at(run * tiling.blocks + block, chunk);
+          const float* right = y.at(run * tiling.blocks + block, y_chunk) + y_offset;
+          for (int64_t p = 0; p < kProducts; ++p)
+            multiply_point<true>(depth, columns, tiles, rows + p * x.point_stride(chunk, tiling), depth,
+                                 right + p * y.point_stride(y_chunk, tiling), y.depth_of(y_chunk),
+                                 sums + p * (kDepth * kColumns + kGap), kColumns, add);
+          add = true;
+        }
+      if (first + images < a.batch) return;
+      Vec<float> check{};
+      finish_weight_gradient<Algorithm>(a, chunk, depth, output, columns, sums, check);
+      look_for_nonfinite(check, a.nonfinite);
+    });
+  }
+}
+
+using Strided = Algorithm<2, 2, 4>;  // kernel 4, stride 2: F(4,2) on the phases
+using Plain = Algorithm<1, 3, 4>;    // kernel 3, stride 1: F(4,3)
+
+}  // namespace
+}  // namespace fastgan
+
+extern "C" void FASTGAN_KERNEL(conv_forward)(const fastgan::ConvArgs& a, const fastgan::Threads& threads) {
+  if (a.kernel == 4)
+    fastgan::convolve<fastgan::Strided, true>(a, threads);
+  else
+    fastgan::convolve<fastgan::Plain, true>(a, threads);
+}
+
+extern "C" void FASTGAN_KERNEL(conv_input_gradient)(const fastgan::ConvArgs& a, const fastgan::Threads& threads) {
+  if (a.kernel == 4)
+    fastgan::convolve<fastgan::Strided, false>(a, threads);
+  else
+    fastgan::convolve<fastgan::Plain, false>(a, threads);
+}
+
+extern "C" void FASTGAN_KERNEL(conv_weight_gradient)(const fastgan::ConvArgs& a, const fastgan::Threads& threads) {
+  if (a.kernel == 4)
+    fastgan::weight_gradient<fastgan::Strided>(a, threads);
+  else
+    fastgan::weight_gradient<fastgan::Plain>(a, threads);
+}

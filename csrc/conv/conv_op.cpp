@@ -1,0 +1,99 @@
+// fastgan::conv_pass: one of the three passes of a convolution into a tensor that is there; fastgan/ops/conv.py makes
+// operators with derivatives of it.
+#include "conv/conv.h"
+
+#include <cstdlib>
+#include <memory>
+
+#include "common/tensor.h"
+
+namespace fastgan {
+namespace {
+
+// Kept from call to call by each calling thread: fresh pages would cost more than the transforms that go into them.
+// What is larger than kKept is given back at once.
+constexpr int64_t kKept = int64_t(64) << 20;
+
+struct Free {
+  void operator()(void* memory) const { std::free(memory); }
+};
+
+struct Workspace {
+  std::unique_ptr<void, Free> data;
+  int64_t size = 0;
+
+  void* reserve(int64_t wanted) {
+    if (wanted > size) {
+      data.reset();
+      size = 0;
+      const int64_t rounded = (wanted + 4095) / 4096 * 4096;
+      data.reset(std::aligned_alloc(4096, size_t(rounded)));
+      FASTGAN_CHECK(data, "conv: no memory for a workspace of ", rounded, " bytes");
+      size = rounded;
+    }
+    return data.get();
+  }
+  void give_back() {
+    if (size > kKept) data.reset(), size = 0;
+  }
+};
+
+ConvTensor view(const Tensor& tensor) {
+  ConvTensor out{};
+  out.data = const_cast<void*>(tensor.const_data_ptr());
+  for (int i = 0; i < 4; ++i) out.strides[i] = tensor.stride(i);
+  return out;
+}
+
+// which: 0, from x and w to y; 1, from y and w to x; 2, from x and y to w. True if all that was computed is finite.
+bool conv_pass(int64_t which, Tensor first, Tensor second, Tensor out, std::optional<Tensor> bias, int64_t stride,
+               int64_t pad_height, int64_t pad_width) {
+  FASTGAN_CHECK(which >= 0 && which <= 2, "conv_pass: which must be 0, 1 or 2");
+  const Tensor &x = which == 1 ? out : first, &w = which == 2 ? out : second;
+  const Tensor& y = which == 0 ? out : which == 1 ? first : second;
+  FASTGAN_CHECK(x.dim() == 4 && w.dim() == 4 && y.dim() == 4, "conv_pass takes tensors of 4 dimensions");
+  const ScalarType type = x.scalar_type();
+  FASTGAN_CHECK(type == w.scalar_type() && type == y.scalar_type() && type != ScalarType::Double,
+                "conv_pass takes tensors of one dtype, float32, bfloat16 or float16");
+  ConvArgs a{};
+  a.dtype = dtype_of(x);
+  a.kernel = int32_t(w.size(2)), a.stride = int32_t(stride);
+  a.batch = x.size(0), a.channels = x.size(1), a.height = x.size(2), a.width = x.size(3);
+  a.outputs = y.size(1), a.out_height = y.size(2), a.out_width = y.size(3);
+  a.pad_height = pad_height, a.pad_width = pad_width;
+  FASTGAN_CHECK(w.size(2) == w.size(3) && ((a.kernel == 4 && stride == 2) || (a.kernel == 3 && stride == 1)),
+                "conv_pass takes kernel 4 with stride 2 or kernel 3 with stride 1");
+  FASTGAN_CHECK(y.size(0) == a.batch && w.size(0) == a.outputs && w.size(1) == a.channels,
+                "conv_pass: batch or channels do not fit");
+  FASTGAN_CHECK(a.batch > 0 && a.channels > 0 && a.outputs > 0 && a.height > 0 && a.width > 0 && a.out_height > 0 &&
+                    a.out_width > 0 && pad_height >= 0 && pad_width >= 0,
+                "conv_pass takes no empty tensors");
+  FASTGAN_CHECK((a.out_height - 1) * stride + a.kernel <= a.height + 2 * pad_height &&
+                    (a.out_width - 1) * stride + a.kernel <= a.width + 2 * pad_width,
+                "conv_pass: y is too large for x");
+  if (bias) {
+    FASTGAN_CHECK(bias->scalar_type() == ScalarType::Float && bias->dim() == 1 && bias->is_contiguous() &&
+                      bias->size(0) == (which == 0 ? a.outputs : a.channels) && which < 2,
+                  "conv_pass: bias must be contiguous, float32 and one number a channel of the output");
+    a.bias = static_cast<const float*>(bias->const_data_ptr());
+  }
+  a.x = view(x), a.w = view(w), a.y = view(y);
+  int32_t nonfinite = 0;
+  int64_t size = 0;
+  a.nonfinite = &nonfinite, a.workspace_size = &size;
+  a.threads = int32_t(torch::stable::get_num_threads());
+  const auto kernel = which == 0   ? FASTGAN_SELECT(conv_forward)
+                      : which == 1 ? FASTGAN_SELECT(conv_input_gradient)
+                                   : FASTGAN_SELECT(conv_weight_gradient);
+  kernel(a, torch_threads());
+  thread_local Workspace workspace;
+  a.workspace = workspace.reserve(size);
+  kernel(a, torch_threads());
+  workspace.give_back();
+  return nonfinite == 0;
+}
+
+}  // namespace
+}  // namespace fastgan
+
+STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) { m.impl("conv_pass", TORCH_BOX(&fastgan::conv_pass)); }
