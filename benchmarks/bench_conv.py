@@ -1,8 +1,8 @@
 """Convolutions of a DCGAN and of 3 x 3 networks, each pass beside torch's in both layouts, with a roofline a row.
 
 The extra columns: GFLOP/s of the direct convolution's work; the share of the sgemm rate that the
-products of the fast algorithm reach, transforms counted as time but not as work; and the bytes of the tensors themselves,
-which bound the time from below where memory is slower than the products.
+products of the fast algorithm reach, transforms counted as time but not as work; and the bytes of the tensors
+themselves, which bound the time from below where memory is slower than the products.
 """
 
 import pytest

@@ -252,9 +252,10 @@ def define(
             # The engine cannot be asked about a leaf itself (see _gradients_asked_for), so leaves go through a view.
             leaves = [i for i in tensors if args[i] is not None and args[i].requires_grad and args[i].is_leaf]
             if leaves:
-                args = list(args)
+                viewed = list(args)
                 for i in leaves:
-                    args[i] = args[i].view_as(args[i])
+                    viewed[i] = args[i].view_as(args[i])
+                return _apply_at_one_level(Node, viewed)
         return _apply_at_one_level(Node, args)
 
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")

@@ -316,7 +316,7 @@ def _conv_weight_gradient_backward(args, _, grads, needs):
     )
 
 
-def _bilinear_jvp(operator_of, bias_at: int | None):
+def _bilinear_jvp(name: str, bias_at: int | None):
     """The tangent of a map that is linear in its first two arguments and, added to that, in a bias."""
 
     def jvp(args, _, tangents):
@@ -326,14 +326,14 @@ def _bilinear_jvp(operator_of, bias_at: int | None):
                 parts = [*args[:i], tangents[i], *args[i + 1 :]]
                 if bias_at is not None:
                     parts[bias_at] = None
-                terms.append(operator_of()(*parts))
+                terms.append(getattr(torch.ops.fastgan, name)(*parts))
         if bias_at is not None and tangents[bias_at] is not None:
             terms.append(tangents[bias_at].reshape(1, -1, 1, 1))
         total = terms[0]
         for term in terms[1:]:
             total = total + term
         if bias_at is not None and len(terms) == 1 and tangents[bias_at] is not None:
-            total = total + torch.zeros_like(operator_of()(*args))
+            total = total + torch.zeros_like(getattr(torch.ops.fastgan, name)(*args))
         return (total,)
 
     return jvp
@@ -344,7 +344,7 @@ conv = define(
     reference=conv_reference,
     fake=_conv_fake,
     backward=_conv_backward,
-    jvp=_bilinear_jvp(lambda: conv, 2),
+    jvp=_bilinear_jvp("conv", 2),
     autocast="lower",
 )
 conv_input_gradient = define(
@@ -353,7 +353,7 @@ conv_input_gradient = define(
     reference=conv_input_gradient_reference,
     fake=_conv_input_gradient_fake,
     backward=_conv_input_gradient_backward,
-    jvp=_bilinear_jvp(lambda: conv_input_gradient, 2),
+    jvp=_bilinear_jvp("conv_input_gradient", 2),
     autocast="lower",
 )
 conv_weight_gradient = define(
@@ -362,7 +362,7 @@ conv_weight_gradient = define(
     reference=conv_weight_gradient_reference,
     fake=_conv_weight_gradient_fake,
     backward=_conv_weight_gradient_backward,
-    jvp=_bilinear_jvp(lambda: conv_weight_gradient, None),
+    jvp=_bilinear_jvp("conv_weight_gradient", None),
     autocast="lower",
 )
 
