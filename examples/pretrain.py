@@ -1,7 +1,7 @@
 """A GPT-2 from nothing, on a text file of yours: tokens, training, and a few words of its own.
 
-The same as ``fastgan prepare text FILE --out FOLDER/corpus`` and ``fastgan pretrain --objective clm --data FOLDER/corpus
---out FOLDER/model``.
+In commands: ``fastgan prepare text FILE --out FOLDER/corpus``, then ``fastgan pretrain --objective clm --data
+FOLDER/corpus --out FOLDER/model``.
 
     python examples/pretrain.py FILE FOLDER [steps]
 """

@@ -40,9 +40,19 @@ def _one_thread():
 
 
 def tiny(corpus, **options):
-    return PretrainConfig(
-        **{"objective": "clm", "data": str(corpus), "max_steps": 8, "eval_every": 3, **TINY, **options}
-    )
+    settings = {"objective": "clm", "data": str(corpus), "max_steps": 8, "eval_every": 3, **TINY, **options}
+    return PretrainConfig(**settings)
+
+
+def as_options(config):
+    """The configuration as options of the command."""
+    told = {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
+    return [f"--{name.replace('_', '-')}={value}" for name, value in told.items()]
+
+
+def validation_losses(folder):
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
 
 
 def weights(folder):
@@ -219,9 +229,7 @@ def _command(*arguments, **options):
 def test_R65_killed_with_sigkill_and_resumed(corpus, tmp_path):
     config = dataclasses.replace(tiny(corpus), max_steps=60, eval_every=2, objective="mlm")
     pretrain(config, tmp_path / "whole")
-    options = [
-        f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(config).items() if value is not None
-    ]
+    options = as_options(config)
     folder, kills = tmp_path / "run", 0
     while not (folder / "result.json").exists():
         resume = (folder / "run.json").exists()
@@ -245,9 +253,7 @@ def test_R65_killed_with_sigkill_and_resumed(corpus, tmp_path):
 def test_two_processes_do_as_one_with_the_double_batch(corpus, tmp_path):
     config = tiny(corpus, objective="clm", dropout=0.0, batch_size=2)
     pretrain(dataclasses.replace(config, batch_size=4), tmp_path / "one")
-    options = [
-        f"--{name.replace('_', '-')}={value}" for name, value in dataclasses.asdict(config).items() if value is not None
-    ]
+    options = as_options(config)
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastgan",
          "pretrain", "--out", tmp_path / "two", *options],
