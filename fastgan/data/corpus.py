@@ -18,6 +18,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -307,48 +308,56 @@ def _encode(
     pending: list[tuple[str, str, bool]] = []  # split, text, whether it ends its unit
     waiting = 0
 
-    def flush() -> None:
-        nonlocal waiting
-        encoded = backend.encode_batch_fast([text for _, text, _ in pending], add_special_tokens=False)
-        for (side, text, whole), encoding in zip(pending, encoded, strict=True):
+    def work(batch: list[tuple[str, str, bool]]) -> None:
+        encoded = backend.encode_batch_fast([text for _, text, _ in batch], add_special_tokens=False)
+        for (side, text, whole), encoding in zip(batch, encoded, strict=True):
             ids = encoding.ids
             if whole and not newline:
                 ids = [*ids, parting]
             writers[side].write(ids)
             writers[side].counts["characters"] += len(text)
             writers[side].counts["bytes"] += len(text.encode("utf-8"))
-        pending.clear()
-        waiting = 0
+
+    def flush() -> None:
+        nonlocal pending, waiting
+        if running:
+            running.pop().result()
+        running.append(worker.submit(work, pending))
+        pending, waiting = [], 0
         if progress is not None:
             progress(min(read.bytes, total), total)
 
-    for file in files:
-        side, used = "train", set()
-        for text, begins, ends in read_units(file, unit, read, skip_bad_lines):
-            if begins:
-                side = SPLITS[_held_out(text, validation)]
-                writers[side].counts["units"] += 1
-            used.add(side)
-            *parts, last = _pieces(text + newline * ends)
-            # Lines that follow each other are encoded together: the library is quicker with longer texts.
-            if (
-                newline
-                and not parts
-                and pending
-                and pending[-1][0] == side
-                and len(pending[-1][1]) + len(text) < _PIECE
-            ):
-                pending[-1] = (side, pending[-1][1] + last, True)
-            else:
-                pending += [(side, part, False) for part in parts]
-                pending.append((side, last, ends))
-            waiting += len(text)
-            if waiting >= _BATCH:
-                flush()
-        flush()
-        for side in sorted(used):
-            if newline and ending is not None:
-                writers[side].write([ending])
+    # One batch is encoded while the next is read: the library leaves Python free.
+    running: list[Future[None]] = []
+    with ThreadPoolExecutor(1) as worker:
+        for file in files:
+            side, used = "train", set()
+            for text, begins, ends in read_units(file, unit, read, skip_bad_lines):
+                if begins:
+                    side = SPLITS[_held_out(text, validation)]
+                    writers[side].counts["units"] += 1
+                used.add(side)
+                *parts, last = _pieces(text + newline * ends)
+                # Lines that follow each other are encoded together: the library is quicker with longer texts.
+                if (
+                    newline
+                    and not parts
+                    and pending
+                    and pending[-1][0] == side
+                    and len(pending[-1][1]) + len(text) < _PIECE
+                ):
+                    pending[-1] = (side, pending[-1][1] + last, True)
+                else:
+                    pending += [(side, part, False) for part in parts]
+                    pending.append((side, last, ends))
+                waiting += len(text)
+                if waiting >= _BATCH:
+                    flush()
+            flush()
+            running.pop().result()
+            for side in sorted(used):
+                if newline and ending is not None:
+                    writers[side].write([ending])
 
 
 def _pieces(text: str) -> Iterator[str]:
