@@ -43,6 +43,17 @@ def test_example_runs(name, needs, tmp_path):
         assert "8 swapped" in out
 
 
+def test_pretraining_example_runs(tmp_path):
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    text = "\n".join(f"The cat number {n} is red, and the boat is {'blue' if n % 2 else 'old'}." for n in range(200))
+    (tmp_path / "cats.txt").write_text(text)
+    out = run("pretrain.py", "cats.txt", "here", "4", cache=tmp_path)
+    losses = re.search(r"validation loss (\S+) per token, (\S+) per letter", out)
+    assert 0 < float(losses[2]) < float(losses[1]) < 10
+    assert "\nThe " in out
+
+
 def test_examples_are_short():
     for path in EXAMPLES.glob("*.py"):
         assert len(path.read_text().splitlines()) <= 60

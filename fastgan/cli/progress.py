@@ -8,13 +8,14 @@ import time
 from typing import Any
 
 
-def reporter() -> Any:
-    """A bar where standard output is a terminal, else plain lines."""
-    return Bar() if sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown") else Lines()
+def reporter(unit: str = "images", figures: tuple[str, ...] = ("loss_d", "loss_g")) -> Any:
+    """A bar where standard output is a terminal, else plain lines; ``figures`` are shown as far as a step has them."""
+    terminal = sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
+    return Bar(unit, figures) if terminal else Lines(unit=unit, figures=figures)
 
 
 class _Rate:
-    """Steps and images a second, over the last ten seconds or so."""
+    """Steps and images (or what is counted) a second, over the last ten seconds or so."""
 
     def __init__(self) -> None:
         self.steps = self.images = 0.0
@@ -39,8 +40,10 @@ class Lines:
     gone, the log's disk is full), training goes on without them.
     """
 
-    def __init__(self, seconds: float = 10.0) -> None:
-        self._every = seconds
+    def __init__(
+        self, seconds: float = 10.0, unit: str = "images", figures: tuple[str, ...] = ("loss_d", "loss_g")
+    ) -> None:
+        self._every, self._unit, self._figures = seconds, unit, figures
 
     def start(self, step: int, total: int, batch_size: int) -> None:
         self._rate, self._total, self._shown = _Rate(), total, time.monotonic()
@@ -53,9 +56,10 @@ class Lines:
             return
         self._shown = now
         left = (self._total - step) / self._rate.steps
+        figures = "".join(f", {name} {metrics[name]:.4f}" for name in self._figures if name in metrics)
         self.say(
-            f"step {step} of {self._total}, {self._rate.steps:.2f} steps/s, {self._rate.images:.0f} images/s, "
-            f"{_duration(left)} left, loss_d {metrics['loss_d']:.4f}, loss_g {metrics['loss_g']:.4f}"
+            f"step {step} of {self._total}, {self._rate.steps:.2f} steps/s, {self._rate.images:.0f} {self._unit}/s, "
+            f"{_duration(left)} left{figures}"
         )
 
     def say(self, message: str) -> None:
@@ -73,6 +77,9 @@ class Lines:
 class Bar:
     """One line that is drawn anew."""
 
+    def __init__(self, unit: str = "images", figures: tuple[str, ...] = ("loss_d", "loss_g")) -> None:
+        self._unit, self._figures = unit, figures
+
     def start(self, step: int, total: int, batch_size: int) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -88,14 +95,16 @@ class Bar:
 
     def update(self, step: int, metrics: dict[str, float], images: int) -> None:
         self._rate.add(images)
-        figures = (
-            f"{self._rate.steps:.2f} steps/s  {self._rate.images:.0f} images/s  "
-            f"loss_d {metrics['loss_d']:.3f}  loss_g {metrics['loss_g']:.3f}"
-        )
+        figures = f"{self._rate.steps:.2f} steps/s  {self._rate.images:.0f} {self._unit}/s"
+        figures += "".join(f"  {name} {metrics[name]:.3f}" for name in self._figures if name in metrics)
         self._progress.update(self._task, completed=step, figures=figures)
 
     def say(self, message: str) -> None:
-        print(message, flush=True)
+        progress = getattr(self, "_progress", None)
+        if progress is not None:
+            progress.console.print(message, highlight=False, markup=False)  # above the bar
+        else:
+            print(message, flush=True)
 
     def close(self) -> None:
         progress = getattr(self, "_progress", None)

@@ -151,7 +151,7 @@ def labelled_sentences(
 
 def _fraction(text: str, salt: str = "") -> float:
     """A number in [0, 1) that depends on the words of the text alone (case and spaces do not count)."""
-    normal = salt + _SPACE.sub(" ", text).strip().lower()
+    normal = salt + " ".join(text.split()).lower()
     return (
         int.from_bytes(hashlib.blake2b(normal.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big") / 2**64
     )

@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -370,7 +370,11 @@ def finetune_classifier(
 
 
 def plot_losses(
-    history: Sequence[tuple[int, float]], path: str | os.PathLike[str], label: str, levels: dict[str, float]
+    history: Sequence[tuple[int, float]],
+    path: str | os.PathLike[str] | IO[bytes],
+    label: str,
+    levels: dict[str, float],
+    validation: Sequence[tuple[int, float]] = (),
 ) -> None:
     """Draw a loss curve as a PNG, with horizontal lines at the finite ``levels``; no display is needed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -380,6 +384,8 @@ def plot_losses(
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.plot([step for step, _ in history], [loss for _, loss in history], label=label)
+    if validation:
+        axes.plot([step for step, _ in validation], [loss for _, loss in validation], label="validation")
     for number, (name, level) in enumerate(levels.items()):
         if math.isfinite(level):
             axes.axhline(level, linestyle="--", linewidth=1, color=f"C{number + 1}", label=f"{name}: {level:.2f}")
@@ -388,7 +394,7 @@ def plot_losses(
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path)
+    figure.savefig(path, format="png")
 
 
 def _register(attn_implementation: str) -> None:

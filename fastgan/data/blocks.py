@@ -1,0 +1,92 @@
+"""Blocks of a corpus as training examples, each a pure function of (seed, number): nothing drawn has to be saved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgan.data.batches import BatchOrder
+from fastgan.data.corpus import Corpus
+
+_MASKS = 2  # a stream apart from those of fastgan.data.batches
+
+
+class Blocks(torch.utils.data.Dataset):
+    """Example ``i`` of training, counted from its start, as ``{"input_ids", "labels"}``, int64 (length,) each.
+
+    Every epoch is a new shuffle of the blocks. For a causal model the labels are the ids themselves (the model shifts
+    them). For a masked one the block is ``[CLS] ... [SEP]`` where the tokenizer has these, and ``mlm_probability`` of
+    its tokens, at least one, are to be predicted: 80 % are masked, 10 % another token, 10 % as they were, drawn anew
+    each time.
+
+    Args:
+        ids: the tokens, one after the other; what does not fill the last block is left out.
+        tokenizer: of the corpus.
+        length: of a block.
+        objective: "mlm" or "clm".
+        seed: of the order and the masks.
+        count: number of examples, or None for every block once, in order.
+        most: where ``count`` is None, at most so many blocks, spread evenly.
+    """
+
+    def __init__(
+        self,
+        ids: np.ndarray,
+        tokenizer: Any,
+        length: int,
+        objective: str,
+        seed: int,
+        count: int | None = None,
+        most: int | None = None,
+        mlm_probability: float = 0.15,
+    ) -> None:
+        self.ids, self.objective, self.seed, self.probability = ids, objective, seed, mlm_probability
+        begin, end = tokenizer.cls_token_id, tokenizer.sep_token_id
+        self.frame = (begin, end) if objective == "mlm" and begin is not None and end is not None else None
+        self.body = length - 2 * (self.frame is not None)
+        self.blocks = len(ids) // self.body
+        self.special = np.array(sorted(set(tokenizer.all_special_ids)), np.int64)
+        self.mask_id = tokenizer.mask_token_id
+        self.words = np.setdiff1d(np.arange(len(tokenizer)), self.special)
+        self.order = None if count is None or not self.blocks else BatchOrder(self.blocks, 1, seed)
+        self.chosen = np.linspace(0, self.blocks, min(self.blocks, most or self.blocks), endpoint=False).astype(
+            np.int64
+        )
+        self.count = len(self.chosen) if count is None else count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not 0 <= index < self.count:
+            raise IndexError(index)
+        if self.order is None:
+            block = int(self.chosen[index])
+        else:
+            epoch, place = divmod(index, self.blocks)
+            block = int(self.order.permutation(epoch)[place])
+        tokens = np.asarray(self.ids[block * self.body : (block + 1) * self.body], np.int64)
+        if self.frame is not None:
+            tokens = np.concatenate([self.frame[:1], tokens, self.frame[1:]])
+        inputs, labels = (tokens, tokens.copy()) if self.objective == "clm" else self._masked(tokens, index)
+        return {"input_ids": torch.from_numpy(inputs), "labels": torch.from_numpy(labels)}
+
+    def _masked(self, tokens: np.ndarray, index: int) -> tuple[np.ndarray, np.ndarray]:
+        draws = np.random.Generator(np.random.Philox(np.random.SeedSequence([_MASKS, self.seed, index])))
+        chance = draws.random(len(tokens))
+        chance[np.isin(tokens, self.special)] = 2.0
+        wanted = chance < self.probability
+        wanted[chance.argmin()] |= chance.min() < 1  # a loss over nothing has no value
+        kind = draws.random(len(tokens))
+        inputs = np.where(wanted & (kind < 0.8), self.mask_id, tokens)
+        others = self.words[draws.integers(0, len(self.words), len(tokens))]
+        inputs = np.where(wanted & (kind >= 0.9), others, inputs)
+        return inputs, np.where(wanted, tokens, -100)
+
+
+def make_blocks(corpus: Corpus, split: str, **options: Any) -> Blocks:
+    """Of a corpus's split; ``options`` as :class:`Blocks` has them, without ``ids`` and ``tokenizer``."""
+    return Blocks(corpus.ids(split), corpus.tokenizer(), **options)

@@ -1,0 +1,298 @@
+"""Pretraining a language model in a run folder: BERT by masked words, GPT-2 by the next, on transformers' Trainer.
+
+::
+
+    run.json                    what was asked for, and the hash of the data
+    checkpoints/checkpoint-N/   the last checkpoint, as transformers writes them, with the hash of each file
+    best-N/                     the best weights so far, where early stopping needs them
+    metrics.jsonl  loss.png     losses over the steps
+    config.json  model.safetensors  tokenizer.json ...   the model, when it is done; for ``from_pretrained``
+    result.json                 figures of the end
+
+The order of the text, masks and dropout are pure functions of (seed, step), so that a run that was killed goes on to
+the same weights, bit for bit. Needs ``pip install 'fastgan[text]'``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastgan.data.corpus import Corpus, vocabulary_digest
+from fastgan.training.checkpoint import RunError, replace_file
+from fastgan.training.language import _own_generators, _quiet, _register
+from fastgan.training.run import Reporter, Silent, _stop_when_asked
+from fastgan.training.run_folder import RunFolder
+
+FORMAT = "fastgan-pretraining"
+VERSION = 1
+OBJECTIVES = ("mlm", "clm")
+PRECISIONS = ("float32", "bfloat16", "float16")
+#: what a resumed run may change; ``data`` only in its place
+CHANGEABLE = ("data", "max_steps", "eval_every", "early_stopping", "report_to")
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """What ``fastgan pretrain`` is told; every default is here and nowhere else."""
+
+    objective: str
+    data: str  # a folder that prepare_text made
+    model: str | None = None  # a folder to go on from; its own layers, width and heads hold then
+    layers: int = 4
+    width: int = 256
+    heads: int = 4
+    length: int = 128  # tokens of an example
+    batch_size: int = 16  # examples of a process at a time
+    max_steps: int = 1000
+    lr: float = 5e-4
+    warmup: int = 100  # steps from 0 to lr; from there it falls linearly to 0
+    dropout: float = 0.1
+    weight_decay: float = 0.01
+    mlm_probability: float = 0.15
+    precision: str = "float32"
+    seed: int = 0
+    gradient_accumulation: int = 1
+    eval_every: int = 100  # steps between evaluations, which are followed by a checkpoint
+    early_stopping: int = 0  # evaluations without a better loss before it stops; 0: never
+    report_to: str = "none"  # transformers' integrations, parted by commas: tensorboard, wandb, ...
+    attention: str = "fastgan"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "data", os.fspath(self.data))
+        if self.model is not None:
+            object.__setattr__(self, "model", os.fspath(self.model))
+        smallest = {"layers": 1, "width": 1, "heads": 1, "length": 4, "batch_size": 1, "max_steps": 1, "warmup": 0,
+                    "gradient_accumulation": 1, "eval_every": 1, "early_stopping": 0, "seed": 0}  # fmt: skip
+        for name, least in smallest.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+            if value < least:
+                raise ValueError(f"{name} must be at least {least}, got {value}")
+        for name, allowed in (("objective", OBJECTIVES), ("precision", PRECISIONS)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, got width = {self.width} and heads = {self.heads}")
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ValueError(f"lr must be positive and finite, got {self.lr}")
+        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
+            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout}")
+        if not 0 < self.mlm_probability < 1:
+            raise ValueError(f"mlm_probability must be between 0 and 1, got {self.mlm_probability}")
+        if self.seed >= 1 << 32:
+            raise ValueError(f"seed must be less than 2^32, got {self.seed}")
+        if self.precision == "float16" and not torch.cuda.is_available():
+            raise ValueError("precision float16 needs a GPU; bfloat16 works without one")
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """How a run ended. ``validation_loss`` is the kept weights' (nats per token), None without validation text."""
+
+    folder: Path
+    step: int
+    total: int
+    interrupted: bool = False
+    stopped_early: bool = False
+    validation_loss: float | None = None
+    validation_loss_per_character: float | None = None  # causal models only
+    parameters: int = 0
+
+
+def pretrain(config: PretrainConfig, out: str | os.PathLike[str], *, reporter: Reporter | None = None) -> Pretrained:
+    """Pretrains a model in the new folder ``out`` (which may exist, empty).
+
+    SIGINT, SIGTERM and SIGHUP end it after the current step, saved. Raises RunError, ValueError, FileNotFoundError or
+    OSError, each naming the file or the argument.
+    """
+    folder = Path(out)
+    if _first_process():
+        if (folder / "run.json").exists():
+            raise RunError(f"{folder}: holds a run already; resume it, or name another folder")
+        if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
+            raise RunError(f"{folder}: is there already, and a run would write to it; name another folder")
+    return _run(config, folder, None, None, reporter or Silent())
+
+
+def resume_pretrain(
+    out: str | os.PathLike[str], changes: dict[str, Any] | None = None, *, reporter: Reporter | None = None
+) -> Pretrained:
+    """Goes on with the run in ``out`` from its last checkpoint, to the same weights as if it had never stopped.
+
+    ``changes`` may name the fields of ``CHANGEABLE`` (another ``max_steps`` is another learning rate from there on,
+    since it falls to 0 at the end); others must be as they were. A finished run is left as it is.
+    """
+    folder = Path(out)
+    document = _read_run(folder)
+    fields = {field.name for field in dataclasses.fields(PretrainConfig)}
+    try:
+        before = config = PretrainConfig(**document["config"])
+    except (TypeError, ValueError, KeyError) as error:
+        raise RunError(f"{folder / 'run.json'}: damaged ({error})") from error
+    for name, value in (changes or {}).items():
+        if name not in fields:
+            raise TypeError(f"changes: there is no {name!r} in a run's configuration")
+        if name in CHANGEABLE:
+            config = dataclasses.replace(config, **{name: value})
+        elif getattr(before, name) != value:
+            raise RunError(
+                f"{folder}: this run has {name} = {getattr(before, name)!r}, not {value!r}; a resumed run may change "
+                f"only {', '.join(CHANGEABLE)}"
+            )
+    from fastgan.training.language_trainer import exhausted, find_checkpoint
+
+    checkpoint, history = find_checkpoint(folder)
+    step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
+    done = step >= config.max_steps or exhausted(history, config.early_stopping)
+    if done and (folder / "result.json").exists():
+        saved = json.loads((folder / "result.json").read_text())
+        return Pretrained(**{**saved, "folder": folder, "total": config.max_steps})
+    return _run(config, folder, checkpoint, document, reporter or Silent())
+
+
+def _first_process() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def _read_run(folder: Path) -> dict[str, Any]:
+    path = folder / "run.json"
+    if not folder.is_dir():
+        raise RunError(f"{folder}: there is no such folder")
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise RunError(f"{folder}: holds no pretraining of fastgan (no run.json)") from error
+    except ValueError as error:
+        raise RunError(f"{path}: damaged, not JSON ({error})") from error
+    if not isinstance(document, dict) or document.get("format") != FORMAT or document.get("version") != VERSION:
+        raise RunError(f"{path}: not a pretraining that this fastgan reads")
+    return document
+
+
+def _run(
+    config: PretrainConfig, folder: Path, checkpoint: Path | None, document: dict[str, Any] | None, reporter: Reporter
+) -> Pretrained:
+    corpus = Corpus(config.data)
+    if document is not None and document.get("data_sha256") != corpus.digest():
+        raise RunError(f"{config.data}: holds other text or another vocabulary than the run in {folder} was begun with")
+    _register(config.attention)
+    with _own_generators(config.seed), _quiet():
+        tokenizer = corpus.tokenizer()
+        _check(config, corpus, tokenizer)
+        model = make_model(config, corpus, tokenizer)
+        lock = RunFolder(folder)
+        if _first_process():
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.lock()
+        try:
+            if _first_process():
+                asked = {"format": FORMAT, "version": VERSION, "config": dataclasses.asdict(config),
+                         "data_sha256": corpus.digest()}  # fmt: skip
+                replace_file(folder / "run.json", (json.dumps(asked, indent=1) + "\n").encode())
+            from fastgan.training.language_trainer import train
+
+            with _stop_when_asked() as stopping:
+                return train(config, folder, corpus, tokenizer, model, checkpoint, reporter, stopping)
+        finally:
+            lock.close()
+
+
+def _check(config: PretrainConfig, corpus: Corpus, tokenizer: Any) -> None:
+    if config.objective == "mlm" and tokenizer.mask_token_id is None:
+        raise ValueError(f"{config.data}: its tokenizer has no mask token, which objective mlm needs")
+    body = config.length - (2 if config.objective == "mlm" and tokenizer.cls_token_id is not None else 0)
+    tokens = corpus.counts["train"]["tokens"]
+    if tokens < body:
+        raise ValueError(f"{config.data}: its {tokens:,} tokens do not fill one block of length {config.length}")
+    if config.early_stopping and corpus.counts["validation"]["tokens"] < body:
+        raise ValueError(
+            f"early_stopping needs validation text; {config.data} holds out only "
+            f"{corpus.counts['validation']['tokens']:,} tokens, less than a block of {config.length}"
+        )
+
+
+def make_model(config: PretrainConfig, corpus: Corpus, tokenizer: Any) -> Any:
+    """BERT or GPT-2 at step 0, from torch's generator; or the model of ``config.model``, checked against the corpus."""
+    from fastgan.replace import replace_modules
+
+    if config.model is not None:
+        model: Any = _given_model(config, corpus, tokenizer)
+    elif config.objective == "mlm":
+        from transformers import BertConfig, BertForMaskedLM
+
+        settings = BertConfig(
+            vocab_size=corpus.vocabulary,
+            hidden_size=config.width,
+            num_hidden_layers=config.layers,
+            num_attention_heads=config.heads,
+            intermediate_size=4 * config.width,
+            max_position_embeddings=config.length,
+            hidden_dropout_prob=config.dropout,
+            attention_probs_dropout_prob=config.dropout,
+            # BERT's 0.02 is made for a width of 768; as small a number starves the attention of a narrow model.
+            initializer_range=config.width**-0.5,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model = BertForMaskedLM._from_config(settings, attn_implementation=config.attention)
+    else:
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+        causal = GPT2Config(
+            vocab_size=corpus.vocabulary,
+            n_embd=config.width,
+            n_layer=config.layers,
+            n_head=config.heads,
+            n_positions=config.length,
+            resid_pdrop=config.dropout,
+            embd_pdrop=config.dropout,
+            attn_pdrop=config.dropout,
+            bos_token_id=end,
+            eos_token_id=end,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        model = GPT2LMHeadModel._from_config(causal, attn_implementation=config.attention)
+    return replace_modules(model) if config.attention == "fastgan" else model
+
+
+def _given_model(config: PretrainConfig, corpus: Corpus, tokenizer: Any) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+    kind = AutoModelForMaskedLM if config.objective == "mlm" else AutoModelForCausalLM
+    folder = Path(str(config.model))
+    if not folder.is_dir():
+        raise FileNotFoundError(2, "no such folder; a model of the hub must be downloaded first", str(folder))
+    try:
+        model = kind.from_pretrained(
+            folder, attn_implementation=config.attention, local_files_only=True, dtype=torch.float32
+        )
+    except (OSError, ValueError, KeyError) as error:
+        first = (str(error).splitlines() or [""])[0]
+        raise ValueError(f"{folder}: holds no model for objective {config.objective} ({first})") from error
+    if model.config.vocab_size < corpus.vocabulary:
+        raise ValueError(
+            f"{folder}: the model's vocabulary has {model.config.vocab_size:,} tokens, fewer than the "
+            f"{corpus.vocabulary:,} of {config.data}"
+        )
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if positions is not None and config.length > positions:
+        raise ValueError(f"length must be at most {positions}, the positions of {folder}, got {config.length}")
+    if (folder / "tokenizer.json").exists():
+        own = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        if vocabulary_digest(own) != vocabulary_digest(tokenizer):
+            raise ValueError(
+                f"{config.data}: was made with another tokenizer than that of {folder}; make it anew with "
+                f"fastgan prepare text --tokenizer {folder}"
+            )
+    return model
