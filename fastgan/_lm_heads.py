@@ -13,7 +13,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -47,6 +47,7 @@ class _Head:
         causal: labels are shifted and ``num_items_in_batch`` counts, as in transformers' loss for causal models.
         logits_bias: the name of a buffer (1, V) that is added to the logits.
         on_the_way: names of modules that the original runs and ours goes past; hooks on them would not fire.
+        passed_on: what ``output`` takes over from the base model's.
     """
 
     output: type
@@ -56,6 +57,11 @@ class _Head:
     causal: bool = False
     logits_bias: str = ""
     on_the_way: tuple[str, ...] = ()
+    passed_on: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        names = tuple(each.name for each in fields(self.output) if each.name not in ("loss", "logits"))
+        object.__setattr__(self, "passed_on", names)
 
 
 def _from_base(model: Any, call: Call, labels: Tensor) -> tuple[Any, Tensor]:
@@ -82,10 +88,8 @@ def _from_t5(model: Any, call: Call, labels: Tensor) -> tuple[Any, Tensor]:
     }
     if encoded is None:
         encoded = model.encoder(input_ids=ids, inputs_embeds=embeds, attention_mask=mask, **call)
-    elif not isinstance(encoded, BaseModelOutput):
-        encoded = BaseModelOutput(
-            **dict(zip(("last_hidden_state", "hidden_states", "attentions"), encoded, strict=False))
-        )
+    elif not hasattr(encoded, "last_hidden_state"):  # a tuple
+        encoded = BaseModelOutput(encoded[0], *encoded[1:3])
     decoded = model.decoder(encoder_hidden_states=encoded[0], encoder_attention_mask=mask, **decoder, **call)
     outputs = {
         "cache": decoded.cache,
@@ -284,8 +288,7 @@ def _loss(model: Any, head: _Head, call: Call, labels: Tensor, return_logits: bo
         if items is not None:
             loss = loss / (items.to(loss.device) if torch.is_tensor(items) else items)
     logits = nn.functional.linear(features, linear.weight, bias) if return_logits else None
-    known = {field.name for field in fields(head.output)} - {"loss", "logits"}
-    return head.output(loss=loss, logits=logits, **{name: outputs[name] for name in outputs if name in known})
+    return head.output(loss=loss, logits=logits, **{n: outputs[n] for n in outputs if n in head.passed_on})
 
 
 @functools.cache
