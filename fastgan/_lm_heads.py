@@ -51,7 +51,7 @@ class _Head:
     """
 
     output: type
-    linear: Callable[[Any], nn.Module]
+    linear: Callable[[Any], Any]
     hidden: Callable[[Any, Call, Tensor], tuple[Any, Tensor]]
     features: Callable[[Any, Tensor], Tensor] = lambda model, hidden: hidden
     causal: bool = False
@@ -204,7 +204,7 @@ def _obstacle(model: Any, head: _Head) -> str:
 class _Fused:
     """What the classes made by ``fused_class`` have in common."""
 
-    _original: type
+    _original: Any
     _head: _Head
 
     def __reduce_ex__(self, protocol):
@@ -212,13 +212,13 @@ class _Fused:
         return _empty, (self._original,), self.__dict__
 
 
-def _empty(original: type) -> Any:
-    kind = fused_class(original)
+def _empty(original: Any) -> Any:
+    kind: Any = fused_class(original)
     return kind.__new__(kind)
 
 
 @functools.cache
-def fused_class(original: type) -> type:
+def fused_class(original: Any) -> type:
     """The subclass of a transformers class in the table whose forward does without logits."""
     head = _TABLE[original.__name__]
     signature = inspect.signature(original.forward)
@@ -259,7 +259,7 @@ def fused_class(original: type) -> type:
     return type(original.__name__, (_Fused, original), body | {"__doc__": original.__doc__})
 
 
-def _loss(model: Any, head: _Head, call: Call, labels: Tensor, return_logits: bool, label_smoothing: float) -> Any:
+def _loss(model: Any, head: _Head, call: Call, labels: Any, return_logits: bool, label_smoothing: float) -> Any:
     outputs, hidden = head.hidden(model, dict(call), labels)
     features, linear = head.features(model, hidden), head.linear(model)
     bias = linear.bias

@@ -9,7 +9,7 @@ import warnings
 
 import typer
 
-from fastgan.cli import demo, sample, train
+from fastgan.cli import demo, evaluate, sample, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,6 +43,7 @@ def info() -> None:
 
 
 app.add_typer(train.app, name="train")
+app.add_typer(evaluate.app, name="evaluate")
 app.command()(sample.sample)
 app.command()(demo.demo)
 
