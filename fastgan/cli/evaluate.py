@@ -171,8 +171,8 @@ def em_f1(
 ) -> None:
     """Exact match and F1 of answers, as SQuAD's official script defines them.
 
-    Lines: an answer a line, empty for "there is none"; several gold answers in several files, or in one with tabs between
-    them. Or SQuAD's own files: --references dev-v1.1.json --hypotheses predictions.json.
+    Lines: an answer a line, empty for "there is none"; several gold answers in several files, or in one with tabs
+    between them. Or SQuAD's own files: --references dev-v1.1.json --hypotheses predictions.json.
     """
     with in_one_line():
         from fastgan import metrics

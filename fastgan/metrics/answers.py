@@ -46,8 +46,8 @@ def em_f1(
 ) -> Evaluation:
     """Exact match and F1 in percent, each question's best over its gold answers.
 
-    Version 2.0's rules, which are those of 1.1 wherever each answer has a word: gold answers that normalise to nothing are
-    left out, and a question with no other gold answer has none: an empty answer is then the right one.
+    Version 2.0's rules, which are those of 1.1 wherever each answer has a word: gold answers that normalise to nothing
+    are left out, and a question with no other gold answer has none: an empty answer is then the right one.
 
     Args:
         answers: one a question; "" says that there is none.

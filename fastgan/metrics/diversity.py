@@ -104,10 +104,8 @@ def _sentence_scores(kind, lines: list[list[str]], order: int) -> list[float]:
             most, where, second = highest[ngram]
             correct[len(ngram) - 1] += min(count, second if where == number else most)
         nearest = _nearest_other(lengths, len(line))
-        score = kind.compute_bleu(
-            correct, total, len(line), nearest, "exp", effective_order=True, max_ngram_order=order
-        )
-        scores.append(score.score)
+        settings = {"smooth_method": "exp", "effective_order": True, "max_ngram_order": order}
+        scores.append(kind.compute_bleu(correct, total, len(line), nearest, **settings).score)
     return scores
 
 

@@ -69,7 +69,7 @@ def _evaluate(make: Any, hypotheses: Any, references: Any, other: Any, samples: 
     metric = make([[line.rstrip() for line in each] for each in references])
     results = []
     for system in systems:
-        score = metric.corpus_score(system, references=None, n_bootstrap=samples if samples > 1 else 1)
+        score = _score(metric, system, samples)
         signature = metric.get_signature().format()
         mean, half = (score._mean, score._ci) if samples > 1 else (None, None)
         text = score.format(width=width, signature=signature)
@@ -94,10 +94,27 @@ def _evaluate(make: Any, hypotheses: Any, references: Any, other: Any, samples: 
         n_samples=samples if samples > 1 else SAMPLES,
     )
     signatures, scores = test()
-    p = float(scores[first.name][1].p_value)
+    outcome: Any = scores[first.name][1]
+    p = float(outcome.p_value)
     signature = signatures[first.name].format()
     comparison = Comparison(first.name, first.score, second.score, second.score - first.score, p, signature)
     return Evaluation([first], [comparison])
+
+
+def _score(metric: Any, system: list[str], samples: int) -> Any:
+    try:
+        return metric.corpus_score(system, references=None, n_bootstrap=samples if samples > 1 else 1)
+    except TypeError:
+        # chrF's resamples are float32 where anything matched and Python's 0.0 where nothing did; sacrebleu (2.6) cannot
+        # take the mean of both. One type, and its own estimate:
+        from sacrebleu.significance import _bootstrap_resample
+
+        score = metric.corpus_score(system, references=None)
+        _, resampled = _bootstrap_resample(metric._extract_corpus_statistics(system, None), metric, samples)
+        for each in resampled:
+            each.score = float(each.score)
+        score.estimate_ci(resampled)
+        return score
 
 
 def _sacrebleu() -> Any:
