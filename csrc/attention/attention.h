@@ -66,7 +66,9 @@ struct AttentionArgs {
 constexpr int64_t kAttentionKeyBlock = 128;
 
 static inline int64_t attention_key_chunks(const AttentionArgs& a) {
-  int64_t pairs = a.batch * a.kv_heads, blocks = (a.columns + kAttentionKeyBlock - 1) / kAttentionKeyBlock;
+  // A bias that all batches share joins them to one piece (attention_by_keys.h).
+  int64_t pairs = (a.grad_bias && a.bias_size[0] == 1 ? (a.batch > 0) : a.batch) * a.kv_heads,
+          blocks = (a.columns + kAttentionKeyBlock - 1) / kAttentionKeyBlock;
   if (pairs == 0 || pairs >= 8 || blocks <= 1) return 1;
   int64_t wanted = (8 + pairs - 1) / pairs;
   return wanted < blocks ? wanted : blocks;

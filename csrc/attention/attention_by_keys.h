@@ -2,15 +2,17 @@
 // or a range of its keys where these are too few to keep threads busy: blocks of keys outside, so that the
 // gradients of keys and values are summed in scratch and written once; all query rows of all the heads that
 // share them inside. The gradient of query is added to in place, or, where several pieces have the same rows,
-// in a workspace with a part for each, added up in order afterwards. The gradient of a bias may be summed
-// over batches and heads, which belong to several pieces; it has a pass of its own over its tiles.
+// in a workspace with a part for each, added up in order afterwards; what both lack, the scale, is multiplied
+// at the end. The gradient of a bias that is broadcast over the batch at most is written by the way, all
+// batches then being one piece; any other is summed over what belongs to several pieces, and has a pass of
+// its own over its tiles.
 //
 // A Pass says what is computed in a tile:
 //
 //   Storage, T, kRows    storage and accumulation type; query rows of a tile
 //   Scratch              derived from KeyScratch, below; bias_scores is what the gradient of the bias sums up
 //   pack_keys(a, s, batch, kv_head, key0, keys)
-//   tile(a, s, t, scale) packs the rows and computes the tile's score gradients, times scale
+//   tile(a, s, t) packs the rows and computes the tile's score gradients
 //   key_gradients(a, s, t)              adds to s.grad_key and s.grad_value
 //   query_gradient(a, s, t, keys, sum, first)   adds to the sum, or sets it the first time
 #pragma once
@@ -58,43 +60,92 @@ QuerySum<T> query_sum(const AttentionArgs& a, int64_t chunk, int64_t batch, int6
   return {reinterpret_cast<T*>(at<Storage>(a.grad_query, batch, head, row)), a.grad_query.stride[2]};
 }
 
+// Whether the gradient of the bias is written tile by tile. Sums over the batch are kept in the bias's own
+// type, which must not be half precision then.
+inline bool bias_by_the_way(const AttentionArgs& a) {
+  const int64_t* size = a.bias_size;
+  return a.grad_bias && size[1] == a.heads && size[2] == a.rows && size[3] == a.columns &&
+         (size[0] == a.batch || a.bias_dtype == Dtype::float32 || a.bias_dtype == Dtype::float64);
+}
+
+// Score gradients of rows × block from `first` on, of which `columns` from `first` on have been computed.
+template <class T, class BiasStorage>
+void add_bias_gradient(const AttentionArgs& a, const Tile& t, const T* scores, int64_t stride, int64_t key0,
+                       int64_t block, bool set) {
+  const int64_t before = t.column - key0, batch = a.bias_size[0] == 1 ? 0 : t.batch;
+  BiasStorage* out = static_cast<BiasStorage*>(a.grad_bias) +
+                     ((batch * a.heads + t.head) * a.rows + t.row) * a.columns + key0;
+  for (int64_t r = 0; r < t.rows; ++r, out += a.columns, scores += stride) {
+    if (!set) {
+      for (int64_t c = 0; c < t.columns; ++c)
+        store1(out + before + c, load1<T>(out + before + c) + scores[c]);
+      continue;
+    }
+    if (t.columns <= 0) {
+      std::memset(static_cast<void*>(out), 0, size_t(block) * sizeof(BiasStorage));
+      continue;
+    }
+    const int64_t after = before + t.columns;
+    std::memset(static_cast<void*>(out), 0, size_t(before) * sizeof(BiasStorage));
+    store_row<T>(scores, T(1), t.columns, out + before);
+    std::memset(static_cast<void*>(out + after), 0, size_t(block - after) * sizeof(BiasStorage));
+  }
+}
+
+template <class Storage, class T>
+void add_bias_gradient(const AttentionArgs& a, const Tile& t, const KeyScratch<T>& s, int64_t key0,
+                       int64_t block) {
+  const bool set = a.bias_size[0] != 1 || t.batch == 0;
+  if (a.bias_dtype == a.dtype)
+    add_bias_gradient<T, Storage>(a, t, s.bias_scores, s.stride, key0, block, set);
+  else if constexpr (sizeof(Storage) == 2)
+    add_bias_gradient<T, float>(a, t, s.bias_scores, s.stride, key0, block, set);
+}
+
 template <class Pass>
 void keys_piece(const AttentionArgs& a, typename Pass::Scratch& s, int64_t batch, int64_t kv_head,
                 int64_t chunk, int64_t first_key, int64_t end_key) {
   using Storage = typename Pass::Storage;
   using T = typename Pass::T;
   const int64_t group = a.heads / a.kv_heads;
+  const bool with_bias = bias_by_the_way(a);
   for (int64_t key0 = first_key; key0 < end_key; key0 += kKeyBlock) {
     const int64_t block = smaller(kKeyBlock, end_key - key0);
     const Range seen = visible<Storage>(a, Tile{batch, kv_head * group, 0, key0, a.rows, block}, group);
-    const int64_t first = key0 + seen.begin, keys = seen.end - seen.begin;
-    if (keys > 0) {
+    const bool any = seen.begin < seen.end;
+    const int64_t first = any ? key0 + seen.begin : key0, keys = any ? seen.end - seen.begin : 0;
+    if (any) {
       Pass::pack_keys(a, s, batch, kv_head, first, keys);
       for (int64_t i = 0; i < keys * s.padded; ++i) s.grad_key[i] = T(0);
       for (int64_t i = 0; i < keys * s.padded_value; ++i) s.grad_value[i] = T(0);
     }
-    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
-      for (int64_t row = a.is_causal ? key0 : 0; row < a.rows; row += Pass::kRows) {
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
+      const int64_t first_row = a.is_causal ? smaller(key0, a.rows) : 0;
+      if (with_bias)
+        add_bias_gradient<Storage, T>(a, Tile{batch, head, 0, key0, first_row, 0}, s, key0, block);
+      for (int64_t row = first_row; row < a.rows; row += Pass::kRows) {
         Tile t{batch, head, row, first, smaller(Pass::kRows, a.rows - row), keys};
         if (a.is_causal) t.columns = smaller(keys, row + t.rows - first);
         if (t.columns > 0 && (a.mask.data || a.bias.data))
           t.columns = smaller(t.columns, visible<Storage>(a, t).end);
         QuerySum<T> sum = query_sum<Storage, T>(a, chunk, batch, head, row);
         if (t.columns > 0) {
-          Pass::tile(a, s, t, T(a.scale));
+          Pass::tile(a, s, t);
           Pass::key_gradients(a, s, t);
           Pass::query_gradient(a, s, t, keys, sum, key0 == first_key);
         } else if (key0 == first_key) {
           for (int64_t r = 0; r < t.rows; ++r)
             for (int64_t c = 0; c < a.width; ++c) sum.data[r * sum.stride + c] = T(0);
         }
+        if (with_bias) add_bias_gradient<Storage, T>(a, t, s, key0, block);
       }
+    }
     for (int64_t k = 0; k < block; ++k) {
       Storage* grad_key = at<Storage>(a.grad_key, batch, kv_head, key0 + k);
       Storage* grad_value = at<Storage>(a.grad_value, batch, kv_head, key0 + k);
-      int64_t in = k - seen.begin;
+      int64_t in = key0 + k - first;
       if (in >= 0 && in < keys) {
-        store_row<T>(s.grad_key + in * s.padded, T(1), a.width, grad_key);
+        store_row<T>(s.grad_key + in * s.padded, T(a.scale), a.width, grad_key);
         store_row<T>(s.grad_value + in * s.padded_value, T(1), a.value_width, grad_value);
       } else {
         std::memset(static_cast<void*>(grad_key), 0, size_t(a.width) * sizeof(Storage));
@@ -102,6 +153,12 @@ void keys_piece(const AttentionArgs& a, typename Pass::Scratch& s, int64_t batch
       }
     }
   }
+  if (a.workspace) return;
+  for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
+    for (int64_t row = 0; row < a.rows; ++row) {
+      T* sum = query_sum<Storage, T>(a, chunk, batch, head, row).data;
+      store_row<T>(sum, T(a.scale), a.width, sum);
+    }
 }
 
 // Keys of a chunk begin here, at a whole block.
@@ -123,7 +180,7 @@ void add_partial_gradients(const AttentionArgs& a, int64_t chunks, int64_t begin
       const T* part = query_sum<Storage, T>(a, chunk, batch, head, row).data;
       for (int64_t c = 0; c < a.width; ++c) total[c] += part[c];
     }
-    store_row<T>(total, T(1), a.width, out);
+    store_row<T>(total, T(a.scale), a.width, out);
   }
 }
 
@@ -165,7 +222,7 @@ void bias_piece(const AttentionArgs& a, Scratch& s, int64_t piece, int64_t row_b
           if (seen.begin >= seen.end) continue;
           if (!packed) Pass::pack_keys(a, s, b, h / group, key0, keys);
           packed = true;
-          Pass::tile(a, s, t, T(1));
+          Pass::tile(a, s, t);
           for (int64_t r = 0; r < t.rows; ++r)
             for (int64_t c = 0; c < keys; ++c) s.sums[r * s.stride + c] += s.bias_scores[r * s.stride + c];
         }
@@ -231,14 +288,18 @@ void run_by_keys(const AttentionArgs& a, const Threads& threads, int64_t product
     });
     return;
   }
-  parallel_for(threads, a.batch * a.kv_heads * chunks, grain(cost), [&](int64_t begin, int64_t end) {
+  // Batches whose gradients are added up to one bias, in order, are one piece.
+  const bool joined = bias_by_the_way(a) && a.bias_size[0] == 1;
+  const int64_t batches = joined ? a.batch : 1, outer = a.batch / (batches + !batches);
+  parallel_for(threads, outer * a.kv_heads * chunks, grain(cost * batches), [&](int64_t begin, int64_t end) {
     typename Pass::Scratch scratch(a);
     if (!allocate(scratch, a)) return;
     for (int64_t piece = begin; piece < end; ++piece) {
       int64_t pair = piece / chunks, chunk = piece % chunks;
       if (a.is_causal) chunk = chunk % 2 ? chunks - 1 - chunk / 2 : chunk / 2;
-      keys_piece<Pass>(a, scratch, pair / a.kv_heads, pair % a.kv_heads, chunk, chunk_begin(a, chunks, chunk),
-                       chunk_begin(a, chunks, chunk + 1));
+      for (int64_t batch = 0; batch < batches; ++batch)
+        keys_piece<Pass>(a, scratch, pair / a.kv_heads * batches + batch, pair % a.kv_heads, chunk,
+                         chunk_begin(a, chunks, chunk), chunk_begin(a, chunks, chunk + 1));
     }
     std::free(scratch.memory);
   });
@@ -246,7 +307,7 @@ void run_by_keys(const AttentionArgs& a, const Threads& threads, int64_t product
     parallel_for(
         threads, a.batch * a.heads * a.rows, 1 + 65536 / (a.width * chunks + 1),
         [&](int64_t begin, int64_t end) { add_partial_gradients<Storage, T>(a, chunks, begin, end); });
-  if (a.grad_bias) bias_gradient<Pass>(a, threads);
+  if (a.grad_bias && !bias_by_the_way(a)) bias_gradient<Pass>(a, threads);
 }
 
 }  // namespace

@@ -6,6 +6,9 @@
 // end O is divided by the row sums. Subtracting the running maximum keeps exp in range; the row's log-sum-exp
 // is all that the backward needs.
 //
+// A few query rows (one, against a cache of keys, where text is generated) would not pay for packing: keys
+// and values are then read where they lie, once, and the work is as fast as memory is.
+//
 // Backward. With D = rowsum(dO ∘ O):  P = exp(S − lse),  dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ − D),  dQ = dS K,  dK =
 // dSᵀ Q, in tiles that are cut as attention_by_keys.h says.
 //
@@ -92,6 +95,72 @@ void softmax_tile(const AttentionArgs& a, const Tile& t, T* scores, int64_t stri
   }
 }
 
+// ---- one row: keys and values in place ----
+
+// Scores of one row; key rows of `stride`, a vector of them at a time, turned in registers so that each score
+// is the chain of multiply-adds that it is in gemm.h, and in the backward: at scores of 200 another order of
+// the sum is an error of 1e-4 in exp(S − logsumexp). Columns beyond t.columns get anything.
+template <class Storage, class T>
+void scores_in_place(const Storage* key, int64_t stride, int64_t width, int64_t columns, const T* query,
+                     T scale, T* scores) {
+  constexpr int W = lanes<T>;
+  for (int64_t c = 0; c < columns; c += W, key += W * stride) {
+    const int64_t count = smaller(W, columns - c);
+    Vec<T> sums{};
+    int64_t e = 0;
+    for (; e + W <= width; e += W) {
+      Vec<T> square[W];
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) {
+        square[i] = load<T>(key + (i < count ? i : 0) * stride + e);
+        __builtin_prefetch(key + (W + i) * stride + e);
+      }
+      transpose<T>(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < W; ++i) sums += broadcast<T>(query[e + i]) * square[i];
+    }
+    for (; e < width; ++e) {
+      Vec<T> column{};
+      for (int64_t i = 0; i < count; ++i) column[i] = load1<T>(key + i * stride + e);
+      sums += broadcast<T>(query[e]) * column;
+    }
+    store(scores + c, sums * scale);
+  }
+}
+
+// output ← output · factor + weights V, for one row.
+template <class Storage, class T>
+void add_values_in_place(const Storage* value, int64_t stride, int64_t width, int64_t columns,
+                         const T* weights, T factor, T* output) {
+  constexpr int W = lanes<T>, U = 8;
+  int64_t v = 0;
+  for (; v + W <= width;) {
+    const int count = int(smaller(U, (width - v) / W));
+    Vec<T> sums[U];
+    for (int u = 0; u < U; ++u) sums[u] = u < count ? load<T>(output + v + u * W) * factor : Vec<T>{};
+    const Storage* row = value + v;
+    if (count == U)
+      for (int64_t c = 0; c < columns; ++c, row += stride) {
+        Vec<T> p = broadcast<T>(weights[c]);
+#pragma GCC unroll 8
+        for (int u = 0; u < U; ++u) {
+          sums[u] += p * load<T>(row + u * W);
+          __builtin_prefetch(row + 16 * stride + u * W);
+        }
+      }
+    else
+      for (int64_t c = 0; c < columns; ++c, row += stride)
+        for (int u = 0; u < count; ++u) sums[u] += load<T>(row + u * W) * weights[c];
+    for (int u = 0; u < count; ++u) store(output + v + u * W, sums[u]);
+    v += count * W;
+  }
+  for (; v < width; ++v) {
+    T total = output[v] * factor;
+    for (int64_t c = 0; c < columns; ++c) total += weights[c] * load1<T>(value + c * stride + v);
+    output[v] = total;
+  }
+}
+
 template <class Storage, class T>
 void forward_piece(const AttentionArgs& a, ForwardScratch<T>& s, int64_t batch, int64_t head, int64_t row0,
                    int64_t rows) {
@@ -101,32 +170,43 @@ void forward_piece(const AttentionArgs& a, ForwardScratch<T>& s, int64_t batch, 
   for (int64_t r = 0; r < rows; ++r) s.maximum[r] = -infinity<T>(), s.total[r] = T(0);
   for (int64_t i = 0; i < rows * s.value_width; ++i) s.output[i] = T(0);
 
+  const bool in_place = rows == 1 && a.key.stride[3] <= 1 && a.value.stride[3] <= 1;
   int64_t end = a.is_causal ? smaller(a.columns, row0 + rows) : a.columns;
   for (int64_t key0 = 0; key0 < end; key0 += kForwardKeys) {
     const Range seen =
         visible<Storage>(a, Tile{batch, head, row0, key0, rows, smaller(kForwardKeys, end - key0)});
     const int64_t first = key0 + seen.begin, keys = seen.end - seen.begin;
     if (keys <= 0) continue;
-    pack_transposed<T>(at<Storage>(a.key, batch, kv_head, first), a.key.stride[2], a.key.stride[3], keys,
-                       a.width, s.key);
-    pack_panels<T>(at<Storage>(a.value, batch, kv_head, first), a.value.stride[2], a.value.stride[3], keys,
-                   a.value_width, s.value);
+    if (!in_place) {
+      pack_transposed<T>(at<Storage>(a.key, batch, kv_head, first), a.key.stride[2], a.key.stride[3], keys,
+                         a.width, s.key);
+      pack_panels<T>(at<Storage>(a.value, batch, kv_head, first), a.value.stride[2], a.value.stride[3], keys,
+                     a.value_width, s.value);
+    }
     for (int64_t block = 0; block < rows; block += kForwardRows) {
       Tile t{batch, head, row0 + block, first, smaller(kForwardRows, rows - block), keys};
       if (a.is_causal) t.columns = smaller(keys, t.row + t.rows - first);
       if (t.columns > 0 && (a.mask.data || a.bias.data))
         t.columns = smaller(t.columns, visible<Storage>(a, t).end);
       if (t.columns <= 0) continue;
-      multiply<false, Update::scale>(Product<T>{t.rows, whole_panels<T>(t.columns), a.width,
-                                                s.query + block * a.width, a.width, s.key, a.width * panel,
-                                                s.scores, s.keys, T(a.scale)});
+      if (in_place)
+        scores_in_place(at<Storage>(a.key, batch, kv_head, first), a.key.stride[2], a.width, t.columns,
+                        s.query, T(a.scale), s.scores);
+      else
+        multiply<false, Update::scale>(Product<T>{t.rows, whole_panels<T>(t.columns), a.width,
+                                                  s.query + block * a.width, a.width, s.key, a.width * panel,
+                                                  s.scores, s.keys, T(a.scale)});
       bool crosses = a.is_causal && t.column + t.columns > t.row + 1;
       if (a.bias.data || a.mask.data || crosses || t.columns % panel)
         apply_bias_and_masks<Storage>(a, t, s.scores, s.keys);
       softmax_tile<T>(a, t, s.scores, s.keys, s.maximum + block, s.total + block, s.rescale, s.words);
-      multiply<false, Update::rescale>(Product<T>{t.rows, s.value_width, t.columns, s.scores, s.keys, s.value,
-                                                  keys * panel, s.output + block * s.value_width,
-                                                  s.value_width, T(1), s.rescale});
+      if (in_place)
+        add_values_in_place(at<Storage>(a.value, batch, kv_head, first), a.value.stride[2], a.value_width,
+                            t.columns, s.scores, s.rescale[0], s.output);
+      else
+        multiply<false, Update::rescale>(Product<T>{t.rows, s.value_width, t.columns, s.scores, s.keys,
+                                                    s.value, keys * panel, s.output + block * s.value_width,
+                                                    s.value_width, T(1), s.rescale});
     }
   }
   T kept_scale = a.has_dropout ? T(a.kept_scale) : T(1);
@@ -196,9 +276,9 @@ void pack_backward_keys(const AttentionArgs& a, BackwardScratch<T>& s, int64_t b
 }
 
 // Packs the tile's query rows and output gradients, and computes P (dropped and rescaled) in `scores` and
-// scale · dS in `grad_scores`.
+// dS in `grad_scores`.
 template <class Storage, class T>
-void backward_tile(const AttentionArgs& a, BackwardScratch<T>& s, const Tile& t, T scale) {
+void backward_tile(const AttentionArgs& a, BackwardScratch<T>& s, const Tile& t) {
   constexpr int W = lanes<T>;
   const int64_t panel = kPanel<T>, padded = whole_panels<T>(t.columns);
   const Storage* query = at<Storage>(a.query, t.batch, t.head, t.row);
@@ -241,7 +321,7 @@ void backward_tile(const AttentionArgs& a, BackwardScratch<T>& s, const Tile& t,
     T delta = whole_row ? sum<T>(sums) : s.delta[r];
     for (int64_t c = 0; c < padded; c += W) {
       Vec<T> p = load<T>(scores + c);
-      store(grads + c, p * (load<T>(grads + c) - delta) * scale);
+      store(grads + c, p * (load<T>(grads + c) - delta));
       if (a.has_dropout)
         store(scores + c, select(kept<T>(s.words + c, a.threshold), p * kept_scale, Vec<T>{}));
     }
@@ -258,9 +338,7 @@ struct BackwardPass {
                         int64_t keys) {
     pack_backward_keys<S>(a, s, batch, kv_head, key0, keys);
   }
-  static void tile(const AttentionArgs& a, Scratch& s, const Tile& t, T scale) {
-    backward_tile<S>(a, s, t, scale);
-  }
+  static void tile(const AttentionArgs& a, Scratch& s, const Tile& t) { backward_tile<S>(a, s, t); }
   static void key_gradients(const AttentionArgs&, Scratch& s, const Tile& t) {
     multiply<true, Update::add>(Product<T>{t.columns, s.padded_value, t.rows, s.scores, s.stride,
                                            s.grad_panels, t.rows * panel, s.grad_value, s.padded_value});

@@ -126,13 +126,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   Tensor grad_bias =
       wanted ? empty({bias->size(0), bias->size(1), bias->size(2), bias->size(3)}, bias->scalar_type())
              : empty({0}, query.scalar_type());
+  if (wanted) args.grad_bias = grad_bias.data_ptr();
   Tensor workspace = empty({attention_workspace(args)}, accumulate_type(query.scalar_type()));
   args.grad_output = input(grad_output);
   args.saved_output = input(output);
   args.logsumexp = static_cast<double*>(logsumexp.data_ptr());
   args.grad_query = result(grad_query), args.grad_key = result(grad_key),
   args.grad_value = result(grad_value);
-  if (wanted) args.grad_bias = grad_bias.data_ptr();
   args.workspace = workspace.numel() ? workspace.data_ptr() : nullptr;
   bool out_of_memory = false;
   args.out_of_memory = &out_of_memory;
@@ -209,10 +209,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_backward(
   Tensor grad_bias =
       wanted ? empty({bias->size(0), bias->size(1), bias->size(2), bias->size(3)}, bias->scalar_type())
              : empty({0}, query.scalar_type());
+  if (wanted) args.grad_bias = grad_bias.data_ptr();
   Tensor workspace = empty({attention_workspace(args)}, accumulate);
   args.grad_query = result(grad_query), args.grad_key = result(grad_key),
   args.grad_value = result(grad_value);
-  if (wanted) args.grad_bias = grad_bias.data_ptr();
   args.workspace = workspace.numel() ? workspace.data_ptr() : nullptr;
   bool out_of_memory = false;
   args.out_of_memory = &out_of_memory;

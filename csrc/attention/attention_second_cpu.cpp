@@ -269,9 +269,9 @@ struct SecondScratch : KeyScratch<T> {
       *tangent_key, *tangent_key_panels, *value, *tangent_value, *scores, *tangents, *grads, *grad_tangents;
 };
 
-// M ∘ P' in scores, scale · dS in grads, scale · dS' in grad_tangents.
+// M ∘ P' in scores, dS in grads, dS' in grad_tangents.
 template <class Storage, class T>
-void second_tile(const AttentionArgs& a, SecondScratch<T>& s, const Tile& t, T scale) {
+void second_tile(const AttentionArgs& a, SecondScratch<T>& s, const Tile& t) {
   constexpr int W = lanes<T>;
   const int64_t padded = whole_panels<T>(t.columns), panel = a.value_width * kPanel<T>;
   pack_rows_of<Storage>(a.query, t.batch, t.head, t.row, t.rows, a.width, s.query);
@@ -325,8 +325,8 @@ void second_tile(const AttentionArgs& a, SecondScratch<T>& s, const Tile& t, T s
     const T delta_tangent = whole_row ? sum<T>(delta_tangents) : row_sum<T>(a, 2, t.batch, t.head, row);
     for (int64_t c = 0; c < padded; c += W) {
       Vec<T> p = load<T>(scores + c), p_tangent = load<T>(tangents + c), g = load<T>(grads + c);
-      store(grad_tangents + c, (p_tangent * g + p * (load<T>(grad_tangents + c) - delta_tangent)) * scale);
-      store(grads + c, p * g * scale);
+      store(grad_tangents + c, p_tangent * g + p * (load<T>(grad_tangents + c) - delta_tangent));
+      store(grads + c, p * g);
       if (a.has_dropout)
         p_tangent = select(kept<T>(s.words + c, a.threshold), p_tangent * kept_scale, Vec<T>{});
       store(scores + c, p_tangent);
@@ -350,9 +350,7 @@ struct SecondPass {
     pack_transposed_of<S>(a.value, batch, kv_head, key0, keys, a.value_width, s.value);
     pack_transposed_of<S>(a.tangent_value, batch, kv_head, key0, keys, a.value_width, s.tangent_value);
   }
-  static void tile(const AttentionArgs& a, Scratch& s, const Tile& t, T scale) {
-    second_tile<S>(a, s, t, scale);
-  }
+  static void tile(const AttentionArgs& a, Scratch& s, const Tile& t) { second_tile<S>(a, s, t); }
   static void key_gradients(const AttentionArgs& a, Scratch& s, const Tile& t) {
     multiply<true, Update::add>(Product<T>{t.columns, s.padded_value, t.rows, s.scores, s.stride,
                                            s.grad_panels, t.rows * panel, s.grad_value, s.padded_value});

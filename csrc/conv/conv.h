@@ -10,18 +10,20 @@ struct ConvTensor {
   int64_t strides[4];  // in elements
 };
 
-// The three maps that belong to   y[n, k, i, j] = sum over c, r, s of x[n, c, stride i + r - pad, ...] w[k, c, r, s]:
+// The three maps that belong to   y[n, k, i, j] = sum over c, r, s of x[n, c, stride i + r - pad, ...] w[k,
+// c, r, s]:
 //   conv_forward           y from x and w; `bias` (outputs) is added where it is not null
 //   conv_input_gradient    x from y and w, the transpose of the above in x; `bias` (channels) is added
 //   conv_weight_gradient   w from x and y
-// x (batch, channels, height, width), y (batch, outputs, out_height, out_width) and w (outputs, channels, kernel,
-// kernel) have any strides and one dtype, float32, bfloat16 or float16; bias is float32. Every size is positive, and
-// out_height <= (height + 2 pad_height - kernel) / stride + 1, likewise the width. Kernel 4 with stride 2, or kernel 3
-// with stride 1.
+// x (batch, channels, height, width), y (batch, outputs, out_height, out_width) and w (outputs, channels,
+// kernel, kernel) have any strides and one dtype, float32, bfloat16 or float16; bias is float32. Every size
+// is positive, and out_height <= (height + 2 pad_height - kernel) / stride + 1, likewise the width. Kernel 4
+// with stride 2, or kernel 3 with stride 1.
 //
-// Called with workspace null, a kernel only says in *workspace_size how many bytes it needs, 64-byte aligned, for
-// `threads` threads; more may come and will allocate. *nonfinite becomes 1 where something that was computed is
-// infinite or NaN: the fast algorithm spreads those over a tile, so the caller then computes directly.
+// Called with workspace null, a kernel only says in *workspace_size how many bytes it needs, 64-byte aligned,
+// for `threads` threads; more may come and will allocate. *nonfinite becomes 1 where something that was
+// computed is infinite or NaN: the fast algorithm spreads those over a tile, so the caller then computes
+// directly.
 struct ConvArgs {
   Dtype dtype;
   int32_t kernel, stride;

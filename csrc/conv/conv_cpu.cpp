@@ -1,26 +1,30 @@
 // Strided and plain convolutions by Winograd's algorithm: all three passes, one set of transforms.
 //
-// A convolution of kernel 4 and stride 2 is one of kernel 2 and stride 1 on the four images of every second pixel
-// ("phases"), with four times the channels; of kernel 3 and stride 1 it is what it is. On 4 × 4 tiles of outputs the
-// tile algorithm of transforms.h then needs 25 products where 64 (36 where 144) would be multiplied directly, and
-// every product becomes a matrix product over channels (or, for the weights, over tiles), one for each of the points:
+// A convolution of kernel 4 and stride 2 is one of kernel 2 and stride 1 on the four images of every second
+// pixel
+// ("phases"), with four times the channels; of kernel 3 and stride 1 it is what it is. On 4 × 4 tiles of
+// outputs the tile algorithm of transforms.h then needs 25 products where 64 (36 where 144) would be
+// multiplied directly, and every product becomes a matrix product over channels (or, for the weights, over
+// tiles), one for each of the points:
 //
 //   forward           y = Aᵀ [ (B x Bᵀ) · (G w Gᵀ) ] A     sum over channels and phases
-//   input gradient    x = Bᵀ [ (A y Aᵀ) · (G w Gᵀ) ] B     sum over outputs; 5 × 5 tiles that overlap by one are added
-//   weight gradient   w = Gᵀ [ (B x Bᵀ) · (A y Aᵀ) ] G     sum over tiles
+//   input gradient    x = Bᵀ [ (A y Aᵀ) · (G w Gᵀ) ] B     sum over outputs; 5 × 5 tiles that overlap by one
+//   are added weight gradient   w = Gᵀ [ (B x Bᵀ) · (A y Aᵀ) ] G     sum over tiles
 //
 // Work goes in two steps, for so many images at a time that the transformed tiles stay in the last cache:
-//   1. transform the tiles of x and/or y; vectors run over 16 channels of one tile. Stored by blocks of at most kTiles
+//   1. transform the tiles of x and/or y; vectors run over 16 channels of one tile. Stored by blocks of at
+//   most kTiles
 //      tiles and of kDepth channels: (block, channels, point, tile, channel).
-//   2. each task takes 32 columns (outputs, or channels and phases). It keeps their products of a block for all points in
-//      L2, walks through the depth in chunks of kDepth, for each of which it transforms the weights it needs (again
-//      for every block: a hundredth of the work, where storing them would write six times the weights to memory),
-//      transforms the result back into rows of scratch, and writes them.
+//   2. each task takes 32 columns (outputs, or channels and phases). It keeps their products of a block for
+//   all points in
+//      L2, walks through the depth in chunks of kDepth, for each of which it transforms the weights it needs
+//      (again for every block: a hundredth of the work, where storing them would write six times the weights
+//      to memory), transforms the result back into rows of scratch, and writes them.
 // The weight gradient keeps 64 × 32 × points numbers a task and walks through the tiles instead.
 //
-// Numerics: every sum has one order that depends on no cut of the work, so the bits are the same for any number of
-// threads and any size of workspace. An infinity or NaN would spread over its tile: it is seen where results are
-// written, and the caller is told to compute directly.
+// Numerics: every sum has one order that depends on no cut of the work, so the bits are the same for any
+// number of threads and any size of workspace. An infinity or NaN would spread over its tile: it is seen
+// where results are written, and the caller is told to compute directly.
 #include "conv/conv.h"
 
 #include <cstdlib>
@@ -35,8 +39,8 @@ namespace {
 constexpr int64_t kDepth = 64;    // channels (times phases) of a chunk
 constexpr int64_t kColumns = 32;  // of a task
 constexpr int64_t kTiles = 64;    // of a block, at most
-constexpr int64_t kGap = 16;      // numbers between points, so that they fall into different sets of the caches
-constexpr int64_t kPiece = 4;     // tiles that are read at once in step 1
+constexpr int64_t kGap = 16;   // numbers between points, so that they fall into different sets of the caches
+constexpr int64_t kPiece = 4;  // tiles that are read at once in step 1
 
 template <int kStride, int kTaps, int kOutputs>
 struct Algorithm : Toom<kOutputs, kTaps> {
@@ -52,7 +56,8 @@ struct Algorithm : Toom<kOutputs, kTaps> {
 FASTGAN_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FASTGAN_INLINE int64_t whole_slices(int64_t n) { return divide_up(n, kSlice) * kSlice; }
 
-// How tiles are counted: `images` at a time, in runs of `run` images that make `blocks` blocks of `tiles` tiles.
+// How tiles are counted: `images` at a time, in runs of `run` images that make `blocks` blocks of `tiles`
+// tiles.
 struct Tiling {
   int64_t high, wide, an_image, run, blocks, tiles, images;
 
@@ -66,7 +71,9 @@ struct Tiling {
   }
   int64_t runs(int64_t count) const { return divide_up(count, run); }
   // tiles of block b of a run of `count` images
-  int64_t tiles_of(int64_t b, int64_t count) const { return most(0, least(tiles, count * an_image - b * tiles)); }
+  int64_t tiles_of(int64_t b, int64_t count) const {
+    return most(0, least(tiles, count * an_image - b * tiles));
+  }
 };
 
 // The transformed tiles of one operand.
@@ -82,7 +89,9 @@ struct Side {
     chunk_size = products * (tiling.tiles * kDepth + kGap);
   }
   int64_t depth_of(int64_t chunk) const { return least(kDepth, depth - chunk * kDepth); }
-  int64_t point_stride(int64_t chunk, const Tiling& tiling) const { return tiling.tiles * depth_of(chunk) + kGap; }
+  int64_t point_stride(int64_t chunk, const Tiling& tiling) const {
+    return tiling.tiles * depth_of(chunk) + kGap;
+  }
   float* at(int64_t block, int64_t chunk) const { return data + (block * chunks + chunk) * chunk_size; }
   int64_t run_size(const Tiling& tiling) const { return tiling.blocks * chunks * chunk_size; }
 };
@@ -120,8 +129,8 @@ struct Cutter {
   }
 };
 
-// Each thread takes the next item that nobody has: a thread that the machine holds up delays one item and not its
-// share. The items write to different places, so who takes which changes nothing.
+// Each thread takes the next item that nobody has: a thread that the machine holds up delays one item and not
+// its share. The items write to different places, so who takes which changes nothing.
 template <class Body>
 void over_slots(const Threads& threads, Slots& slots, int64_t count, const Body& body) {
   slots.taken = slots.next = 0;
@@ -145,9 +154,9 @@ constexpr int64_t gather_size(int64_t size, int64_t stride, int64_t outputs) {
 
 // Tiles [tile, tile + count) of a row of tiles, one slice of channels: read, transform, store.
 template <class Algorithm, auto kMatrix, int kStride>
-void transform_piece(const Image& image, const Side& side, const Tiling& tiling, int64_t image_in_block, int64_t tile_row,
-                     int64_t tile, int64_t count, int64_t slice, int64_t pad_height, int64_t pad_width,
-                     float* scratch) {
+void transform_piece(const Image& image, const Side& side, const Tiling& tiling, int64_t image_in_block,
+                     int64_t tile_row, int64_t tile, int64_t count, int64_t slice, int64_t pad_height,
+                     int64_t pad_width, float* scratch) {
   constexpr int W = lanes<float>, m = Algorithm::outputs;
   constexpr int size = sizeof(kMatrix.at[0]) / sizeof(float), n = Algorithm::points;
   Window window{};
@@ -161,16 +170,15 @@ void transform_piece(const Image& image, const Side& side, const Tiling& tiling,
   const int64_t run = image_in_block / tiling.run;
   for (int64_t t = 0; t < count; ++t) {
     const int64_t in_run = image_in_block % tiling.run * tiling.an_image + tile_row * tiling.wide + tile + t;
-    float* to = side.at(run * tiling.blocks + in_run / tiling.tiles, chunk) + in_run % tiling.tiles * depth + offset;
+    float* to =
+        side.at(run * tiling.blocks + in_run / tiling.tiles, chunk) + in_run % tiling.tiles * depth + offset;
     for (int a = 0; a < kStride; ++a)
       for (int b = 0; b < kStride; ++b)
         for (int c = 0; c < kSlice; c += W) {
           const float* from = scratch + (a * window.columns + t * m * kStride + b) * kSlice + c;
           float* out = to + (a * kStride + b) * kSlice + c;
           transform_tile<Algorithm, kMatrix>(
-              [&](int i, int j) {
-                return load<float>(from + (i * window.columns + j) * (kStride * kSlice));
-              },
+              [&](int i, int j) { return load<float>(from + (i * window.columns + j) * (kStride * kSlice)); },
               [&](int i, int j, Vec<float> v) { store(out + (i * n + j) * point_stride, v); });
         }
   }
@@ -183,25 +191,27 @@ void transform_side(const ConvTensor& tensor, Dtype dtype, int64_t height, int64
   const int64_t pieces = divide_up(tiling.wide, kPiece);
   over_slots(threads, slots, images * tiling.high * pieces * side.slices, [&](int64_t unit, float* scratch) {
     const int64_t slice = unit % side.slices, piece = unit / side.slices % pieces;
-    const int64_t row = unit / side.slices / pieces % tiling.high, i = unit / side.slices / pieces / tiling.high;
+    const int64_t row = unit / side.slices / pieces % tiling.high,
+                  i = unit / side.slices / pieces / tiling.high;
     transform_piece<Algorithm, kMatrix, kStride>(
-        image_of(tensor, dtype, first + i, side.channels, height, width), side, tiling, i, row, piece * kPiece,
-        least(kPiece, tiling.wide - piece * kPiece), slice, pad_height, pad_width, scratch);
+        image_of(tensor, dtype, first + i, side.channels, height, width), side, tiling, i, row,
+        piece * kPiece, least(kPiece, tiling.wide - piece * kPiece), slice, pad_height, pad_width, scratch);
   });
 }
 
 template <class Algorithm>
-void transform_x(const ConvArgs& a, const Side& side, const Tiling& tiling, int64_t first, int64_t images, Slots& slots,
-                 const Threads& threads) {
-  transform_side<Algorithm, Algorithm::B, Algorithm::stride>(a.x, a.dtype, a.height, a.width, a.pad_height, a.pad_width,
-                                                             side, tiling, first, images, slots, threads);
+void transform_x(const ConvArgs& a, const Side& side, const Tiling& tiling, int64_t first, int64_t images,
+                 Slots& slots, const Threads& threads) {
+  transform_side<Algorithm, Algorithm::B, Algorithm::stride>(a.x, a.dtype, a.height, a.width, a.pad_height,
+                                                             a.pad_width, side, tiling, first, images, slots,
+                                                             threads);
 }
 
 template <class Algorithm>
-void transform_y(const ConvArgs& a, const Side& side, const Tiling& tiling, int64_t first, int64_t images, Slots& slots,
-                 const Threads& threads) {
-  transform_side<Algorithm, Algorithm::A, 1>(a.y, a.dtype, a.out_height, a.out_width, 0, 0, side, tiling, first, images,
-                                             slots, threads);
+void transform_y(const ConvArgs& a, const Side& side, const Tiling& tiling, int64_t first, int64_t images,
+                 Slots& slots, const Threads& threads) {
+  transform_side<Algorithm, Algorithm::A, 1>(a.y, a.dtype, a.out_height, a.out_width, 0, 0, side, tiling,
+                                             first, images, slots, threads);
 }
 
 // ---- step 2, forward and input gradient ----
@@ -220,10 +230,10 @@ struct TaskScratch {
 
 // Columns of a task: channels [channel, channel + width) for each of `groups` phases of columns.
 template <class Algorithm>
-void transform_forward_weights(const ConvArgs& a, int64_t chunk, int64_t depth, int64_t output, int64_t columns,
-                               float* to) {
+void transform_forward_weights(const ConvArgs& a, int64_t chunk, int64_t depth, int64_t output,
+                               int64_t columns, float* to) {
   constexpr int W = lanes<float>, S = Algorithm::stride, n = Algorithm::points, kernel = Algorithm::kernel;
-  const Weights w{a.dtype,    a.w.data,       a.w.strides[0], a.outputs,
+  const Weights w{a.dtype,        a.w.data,   a.w.strides[0], a.outputs,
                   a.w.strides[1], a.channels, a.w.strides[2], a.w.strides[3]};
   const int64_t channels = depth / Algorithm::phases, point_stride = depth * kColumns + kGap;
   for (int64_t c = 0; c < channels; ++c)
@@ -240,8 +250,8 @@ void transform_forward_weights(const ConvArgs& a, int64_t chunk, int64_t depth, 
 }
 
 template <class Algorithm>
-void transform_gradient_weights(const ConvArgs& a, int64_t chunk, int64_t depth, int64_t channel, int64_t columns,
-                                int phase, float* to) {
+void transform_gradient_weights(const ConvArgs& a, int64_t chunk, int64_t depth, int64_t channel,
+                                int64_t columns, int phase, float* to) {
   constexpr int W = lanes<float>, S = Algorithm::stride, n = Algorithm::points, kernel = Algorithm::kernel;
   const Weights w{a.dtype,        a.w.data,  a.w.strides[1], a.channels,
                   a.w.strides[0], a.outputs, a.w.strides[2], a.w.strides[3]};
@@ -261,24 +271,26 @@ void transform_gradient_weights(const ConvArgs& a, int64_t chunk, int64_t depth,
 
 // sums (points, tiles, columns) = the products of one chunk of depth, added to those before.
 template <class Algorithm>
-void multiply_chunk(const Side& side, const Tiling& tiling, int64_t block, int64_t chunk, int64_t tiles, int64_t columns,
-                    const TaskScratch& scratch) {
+void multiply_chunk(const Side& side, const Tiling& tiling, int64_t block, int64_t chunk, int64_t tiles,
+                    int64_t columns, const TaskScratch& scratch) {
   const int64_t depth = side.depth_of(chunk), stride = side.point_stride(chunk, tiling);
   const float* from = side.at(block, chunk);
   for (int64_t p = 0; p < Algorithm::products; ++p)
-    multiply_point<false>(tiles, columns, depth, from + p * stride, depth, scratch.weights + p * (depth * kColumns + kGap),
-                          kColumns, scratch.sums + p * (tiling.tiles * kColumns + kGap), kColumns, chunk > 0);
+    multiply_point<false>(tiles, columns, depth, from + p * stride, depth,
+                          scratch.weights + p * (depth * kColumns + kGap), kColumns,
+                          scratch.sums + p * (tiling.tiles * kColumns + kGap), kColumns, chunk > 0);
 }
 
 // Outputs [output, output + 32) of images [first, first + images), which are run `run` of the step.
 template <class Algorithm>
-void forward_task(const ConvArgs& a, const Side& side, const Tiling& tiling, int64_t run, int64_t first, int64_t images,
-                  int64_t output, const TaskScratch& scratch, Vec<float>& check) {
+void forward_task(const ConvArgs& a, const Side& side, const Tiling& tiling, int64_t run, int64_t first,
+                  int64_t images, int64_t output, const TaskScratch& scratch, Vec<float>& check) {
   constexpr int W = lanes<float>, m = Algorithm::outputs, n = Algorithm::points;
   const int64_t columns = least(kColumns, whole_slices(a.outputs - output));
   const int64_t sums_stride = tiling.tiles * kColumns + kGap;
   alignas(64) float bias[kColumns];
-  for (int64_t k = 0; k < kColumns; ++k) bias[k] = a.bias && output + k < a.outputs ? a.bias[output + k] : 0.0f;
+  for (int64_t k = 0; k < kColumns; ++k)
+    bias[k] = a.bias && output + k < a.outputs ? a.bias[output + k] : 0.0f;
   for (int64_t block = 0; block < tiling.blocks; ++block) {
     const int64_t tiles = tiling.tiles_of(block, images);
     for (int64_t chunk = 0; tiles > 0 && chunk < side.chunks; ++chunk) {
@@ -313,16 +325,19 @@ void forward_task(const ConvArgs& a, const Side& side, const Tiling& tiling, int
 
 // The rows of x with phase `phase` in channels [channel, ...) of images [first, first + images).
 template <class Algorithm>
-void input_gradient_task(const ConvArgs& a, const Side& side, const Tiling& tiling, int64_t run, int64_t first,
-                         int64_t images, int64_t channel, int phase, const TaskScratch& scratch, Vec<float>& check) {
+void input_gradient_task(const ConvArgs& a, const Side& side, const Tiling& tiling, int64_t run,
+                         int64_t first, int64_t images, int64_t channel, int phase,
+                         const TaskScratch& scratch, Vec<float>& check) {
   constexpr int W = lanes<float>, m = Algorithm::outputs, n = Algorithm::points, S = Algorithm::stride;
   constexpr int64_t kWidth = kColumns / S;
   const int64_t width = least(kWidth, whole_slices(a.channels - channel)), columns = width * S;
   const int64_t sums_stride = tiling.tiles * kColumns + kGap;
-  // The row that the last tiles do not reach (height + 2 pad - kernel odd) is row n of the scratch, always empty.
+  // The row that the last tiles do not reach (height + 2 pad - kernel odd) is row n of the scratch, always
+  // empty.
   const int64_t across = (tiling.wide * m + n - m + 1) * S, row_size = across * kWidth;
   alignas(64) float bias[kWidth];
-  for (int64_t c = 0; c < kWidth; ++c) bias[c] = a.bias && channel + c < a.channels ? a.bias[channel + c] : 0.0f;
+  for (int64_t c = 0; c < kWidth; ++c)
+    bias[c] = a.bias && channel + c < a.channels ? a.bias[channel + c] : 0.0f;
   auto clear = [&](int64_t begin, int64_t end) {
     for (int64_t i = begin * across; i < end * across; ++i)
       for (int64_t c = 0; c < kWidth; c += W) store(scratch.rows + i * kWidth + c, load<float>(bias + c));
@@ -330,7 +345,8 @@ void input_gradient_task(const ConvArgs& a, const Side& side, const Tiling& tili
   for (int64_t block = 0; block < tiling.blocks; ++block) {
     const int64_t tiles = tiling.tiles_of(block, images);
     for (int64_t chunk = 0; tiles > 0 && chunk < side.chunks; ++chunk) {
-      transform_gradient_weights<Algorithm>(a, chunk, side.depth_of(chunk), channel, columns, phase, scratch.weights);
+      transform_gradient_weights<Algorithm>(a, chunk, side.depth_of(chunk), channel, columns, phase,
+                                            scratch.weights);
       multiply_chunk<Algorithm>(side, tiling, run * tiling.blocks + block, chunk, tiles, kColumns, scratch);
     }
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -352,7 +368,8 @@ void input_gradient_task(const ConvArgs& a, const Side& side, const Tiling& tili
         }
       if (left != tiling.wide - 1) continue;
       const bool last = row == tiling.high - 1;
-      const Image image = image_of(a.x, a.dtype, first + in_run / tiling.an_image, a.channels, a.height, a.width);
+      const Image image =
+          image_of(a.x, a.dtype, first + in_run / tiling.an_image, a.channels, a.height, a.width);
       const Window window{
           S * m * row + phase - a.pad_height, S, last ? n + 1 : m, -a.pad_width, across, kWidth};
       for (int64_t c = 0; c < width; c += kSlice) write_window(scratch.rows + c, window, image, channel + c);
@@ -372,10 +389,12 @@ void convolve(const ConvArgs& a, const Threads& threads) {
   const int64_t budget = most(a.threads, 2) * (2 << 20) / int64_t(sizeof(float));
   const int64_t runs = least(most(1, budget / side.run_size(tiling)), tiling.runs(a.batch));
   tiling.images = runs * tiling.run;
-  const int64_t sums = TaskScratch::sums_size<Algorithm>(tiling), weights = TaskScratch::weights_size<Algorithm>();
+  const int64_t sums = TaskScratch::sums_size<Algorithm>(tiling),
+                weights = TaskScratch::weights_size<Algorithm>();
   const int64_t n = Algorithm::points, S = Algorithm::stride;
-  const int64_t rows = kForward ? Algorithm::outputs * tiling.wide * Algorithm::outputs * kColumns
-                                : (n + 1) * (tiling.wide * Algorithm::outputs + n - Algorithm::outputs + 1) * kColumns;
+  const int64_t rows =
+      kForward ? Algorithm::outputs * tiling.wide * Algorithm::outputs * kColumns
+               : (n + 1) * (tiling.wide * Algorithm::outputs + n - Algorithm::outputs + 1) * kColumns;
   Cutter cutter{static_cast<char*>(a.workspace)};
   Slots slots;
   slots.size = divide_up(most(sums + weights + rows, gather_size(n, S, Algorithm::outputs)) * 4, 64) * 64;
@@ -386,8 +405,7 @@ void convolve(const ConvArgs& a, const Threads& threads) {
     *a.workspace_size = cutter.used;
     return;
   }
-  const int64_t groups =
-      kForward ? divide_up(a.outputs, kColumns) : divide_up(a.channels, kColumns / S) * S;
+  const int64_t groups = kForward ? divide_up(a.outputs, kColumns) : divide_up(a.channels, kColumns / S) * S;
   for (int64_t first = 0; first < a.batch; first += tiling.images) {
     const int64_t images = least(tiling.images, a.batch - first);
     if constexpr (kForward)
@@ -440,7 +458,8 @@ void weight_gradient(const ConvArgs& a, const Threads& threads) {
   Tiling tiling(a, m);
   Side x(a.channels, Algorithm::phases, kProducts, tiling), y(a.outputs, 1, kProducts, tiling);
   const int64_t groups = divide_up(a.outputs, kColumns), tasks = x.chunks * groups;
-  // Where the tiles do not all fit, the sums wait in memory for the next ones; then it pays to take many at once.
+  // Where the tiles do not all fit, the sums wait in memory for the next ones; then it pays to take many at
+  // once.
   const int64_t budget = most(most(a.threads, 2) * (2 << 20) / int64_t(sizeof(float)), 2 * tasks * kSums);
   const int64_t run_size = x.run_size(tiling) + y.run_size(tiling);
   const int64_t runs = least(most(1, budget / run_size), tiling.runs(a.batch));
@@ -501,14 +520,16 @@ extern "C" void FASTGAN_KERNEL(conv_forward)(const fastgan::ConvArgs& a, const f
     fastgan::convolve<fastgan::Plain, true>(a, threads);
 }
 
-extern "C" void FASTGAN_KERNEL(conv_input_gradient)(const fastgan::ConvArgs& a, const fastgan::Threads& threads) {
+extern "C" void FASTGAN_KERNEL(conv_input_gradient)(const fastgan::ConvArgs& a,
+                                                    const fastgan::Threads& threads) {
   if (a.kernel == 4)
     fastgan::convolve<fastgan::Strided, false>(a, threads);
   else
     fastgan::convolve<fastgan::Plain, false>(a, threads);
 }
 
-extern "C" void FASTGAN_KERNEL(conv_weight_gradient)(const fastgan::ConvArgs& a, const fastgan::Threads& threads) {
+extern "C" void FASTGAN_KERNEL(conv_weight_gradient)(const fastgan::ConvArgs& a,
+                                                     const fastgan::Threads& threads) {
   if (a.kernel == 4)
     fastgan::weight_gradient<fastgan::Strided>(a, threads);
   else

@@ -1,5 +1,5 @@
-// fastgan::conv_pass: one of the three passes of a convolution into a tensor that is there; fastgan/ops/conv.py makes
-// operators with derivatives of it.
+// fastgan::conv_pass: one of the three passes of a convolution into a tensor that is there;
+// fastgan/ops/conv.py makes operators with derivatives of it.
 #include "conv/conv.h"
 
 #include <cstdlib>
@@ -10,8 +10,8 @@
 namespace fastgan {
 namespace {
 
-// Kept from call to call by each calling thread: fresh pages would cost more than the transforms that go into them.
-// What is larger than kKept is given back at once.
+// Kept from call to call by each calling thread: fresh pages would cost more than the transforms that go into
+// them. What is larger than kKept is given back at once.
 constexpr int64_t kKept = int64_t(64) << 20;
 
 struct Free {
@@ -45,9 +45,10 @@ ConvTensor view(const Tensor& tensor) {
   return out;
 }
 
-// which: 0, from x and w to y; 1, from y and w to x; 2, from x and y to w. True if all that was computed is finite.
-bool conv_pass(int64_t which, Tensor first, Tensor second, Tensor out, std::optional<Tensor> bias, int64_t stride,
-               int64_t pad_height, int64_t pad_width) {
+// which: 0, from x and w to y; 1, from y and w to x; 2, from x and y to w. True if all that was computed is
+// finite.
+bool conv_pass(int64_t which, Tensor first, Tensor second, Tensor out, std::optional<Tensor> bias,
+               int64_t stride, int64_t pad_height, int64_t pad_width) {
   FASTGAN_CHECK(which >= 0 && which <= 2, "conv_pass: which must be 0, 1 or 2");
   const Tensor &x = which == 1 ? out : first, &w = which == 2 ? out : second;
   const Tensor& y = which == 0 ? out : which == 1 ? first : second;
@@ -65,8 +66,8 @@ bool conv_pass(int64_t which, Tensor first, Tensor second, Tensor out, std::opti
                 "conv_pass takes kernel 4 with stride 2 or kernel 3 with stride 1");
   FASTGAN_CHECK(y.size(0) == a.batch && w.size(0) == a.outputs && w.size(1) == a.channels,
                 "conv_pass: batch or channels do not fit");
-  FASTGAN_CHECK(a.batch > 0 && a.channels > 0 && a.outputs > 0 && a.height > 0 && a.width > 0 && a.out_height > 0 &&
-                    a.out_width > 0 && pad_height >= 0 && pad_width >= 0,
+  FASTGAN_CHECK(a.batch > 0 && a.channels > 0 && a.outputs > 0 && a.height > 0 && a.width > 0 &&
+                    a.out_height > 0 && a.out_width > 0 && pad_height >= 0 && pad_width >= 0,
                 "conv_pass takes no empty tensors");
   FASTGAN_CHECK((a.out_height - 1) * stride + a.kernel <= a.height + 2 * pad_height &&
                     (a.out_width - 1) * stride + a.kernel <= a.width + 2 * pad_width,

@@ -1,9 +1,9 @@
-// Between tensors of any strides and tiles of scratch in which channels are contiguous: everything that knows of
-// edges, padding, remainders, layouts and storage types is here, so that transforms and products only meet whole
-// tiles.
+// Between tensors of any strides and tiles of scratch in which channels are contiguous: everything that knows
+// of edges, padding, remainders, layouts and storage types is here, so that transforms and products only meet
+// whole tiles.
 //
-// A window is rows × columns × kSlice channels of scratch; window row i is row  row0 + i * row_step  of the tensor,
-// likewise the columns (of step 1), and what lies outside is zero on reading and dropped on writing.
+// A window is rows × columns × kSlice channels of scratch; window row i is row  row0 + i * row_step  of the
+// tensor, likewise the columns (of step 1), and what lies outside is zero on reading and dropped on writing.
 #pragma once
 #include "common/gemm.h"
 #include "common/types.h"
@@ -199,9 +199,10 @@ FASTGAN_INLINE void read_taps(const Weights& w, int64_t row, int64_t lane,
     float buffer[kTaps][W];
     for (int t = 0; t < kTaps; ++t)
       for (int i = 0; i < W; ++i)
-        buffer[t][i] = i < count ? load1<float>(from + i * w.lane_stride + t / kKernel * w.r_stride +
-                                                t % kKernel * w.s_stride)
-                                 : 0.0f;
+        buffer[t][i] =
+            i < count
+                ? load1<float>(from + i * w.lane_stride + t / kKernel * w.r_stride + t % kKernel * w.s_stride)
+                : 0.0f;
     for (int t = 0; t < kTaps; ++t) taps[t] = load<float>(buffer[t]);
   });
 }

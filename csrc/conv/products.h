@@ -1,8 +1,9 @@
-// The matrix products between the transforms: C (rows × columns) = or += A (rows × depth) B (depth × columns), one a
-// point, all in scratch. As common/gemm.h's, but B is read where the transforms left it, with the distance between its
-// rows as an argument, and columns come in multiples of kSlice. The micro-kernel keeps kRowsOf × 2 vectors of C in
-// registers. Each product is one chain of multiply-adds in the order of depth, begun at zero and then added to C: chains
-// of at most kDepth or kTiles steps, which keep half the error of one chain over thousands.
+// The matrix products between the transforms: C (rows × columns) = or += A (rows × depth) B (depth ×
+// columns), one a point, all in scratch. As common/gemm.h's, but B is read where the transforms left it, with
+// the distance between its rows as an argument, and columns come in multiples of kSlice. The micro-kernel
+// keeps kRowsOf × 2 vectors of C in registers. Each product is one chain of multiply-adds in the order of
+// depth, begun at zero and then added to C: chains of at most kDepth or kTiles steps, which keep half the
+// error of one chain over thousands.
 #pragma once
 #include "conv/layout.h"
 
@@ -20,6 +21,8 @@ __attribute__((noinline)) void conv_micro_kernel(int64_t depth, const float* a, 
   for (int i = 0; i < kCount; ++i)
 #pragma GCC unroll 2
     for (int v = 0; v < kVectors; ++v) sums[i][v] = Vec<float>{};
+#pragma GCC unroll 8
+  for (int i = 0; i < kCount; ++i) __builtin_prefetch(c + i * ldc, 1);
   for (int64_t k = 0; k < depth; ++k) {
     Vec<float> row[kVectors];
 #pragma GCC unroll 2
@@ -43,8 +46,8 @@ __attribute__((noinline)) void conv_micro_kernel(int64_t depth, const float* a, 
 }
 
 template <int kVectors, bool kTransposed>
-FASTGAN_INLINE void conv_micro_kernel_of(int count, int64_t depth, const float* a, int64_t lda, const float* b,
-                                         int64_t ldb, float* c, int64_t ldc, bool add) {
+FASTGAN_INLINE void conv_micro_kernel_of(int count, int64_t depth, const float* a, int64_t lda,
+                                         const float* b, int64_t ldb, float* c, int64_t ldc, bool add) {
   switch (count) {
     case 6:
       return conv_micro_kernel<6, kVectors, kTransposed>(depth, a, lda, b, ldb, c, ldc, add);

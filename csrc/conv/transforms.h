@@ -1,15 +1,19 @@
-// The bilinear algorithm of Toom, Cook and Winograd for short convolutions, its matrices computed from the points.
+// The bilinear algorithm of Toom, Cook and Winograd for short convolutions, its matrices computed from the
+// points.
 //
-// With x of m + r - 1 numbers, w of r taps, y of m outputs, the sum over i and u of x[i + u] w[u] y[i] is the sum over
-// n = m + r - 1 points of (Bx)(Gw)(Ay): n products in place of m r. Dropping one factor gives the map onto it, so the
-// three passes of a convolution share the three matrices: outputs are Aᵀ(Bx · Gw), input gradients Bᵀ(Ay · Gw) (added
-// where tiles overlap), weight gradients Gᵀ(Bx · Ay). In two dimensions each matrix works on rows and on columns.
+// With x of m + r - 1 numbers, w of r taps, y of m outputs, the sum over i and u of x[i + u] w[u] y[i] is the
+// sum over n = m + r - 1 points of (Bx)(Gw)(Ay): n products in place of m r. Dropping one factor gives the
+// map onto it, so the three passes of a convolution share the three matrices: outputs are Aᵀ(Bx · Gw), input
+// gradients Bᵀ(Ay · Gw) (added where tiles overlap), weight gradients Gᵀ(Bx · Ay). In two dimensions each
+// matrix works on rows and on columns.
 //
-// The points are in pairs p, -p (half of the work is shared: even and odd powers apart), then 0 for an odd number of
-// finite points, then infinity. They were chosen for the error in float32 by search, and are dyadic so that the
-// matrices are exact; root mean square error of 256 channels, forward / input gradient / weight gradient:
-//   F(4,2)  ±1/2, ±5/4, inf       7.2e-7  2.7e-7  3.3e-7    (0, 1, -1, 2, inf, the usual: 14.6e-7  4.5e-7  5.3e-7)
-//   F(4,3)  ±5/8, ±3/2, 0, inf   11.5e-7  4.1e-7  4.2e-7    (0, ±1, ±2, inf: 28e-7  9e-7  13e-7 at 256)
+// The points are in pairs p, -p (half of the work is shared: even and odd powers apart), then 0 for an odd
+// number of finite points, then infinity. They were chosen for the error in float32 by search, and are dyadic
+// so that the matrices are exact; root mean square error of 256 channels, forward / input gradient / weight
+// gradient:
+//   F(4,2)  ±1/2, ±5/4, inf       7.2e-7  2.7e-7  3.3e-7    (0, 1, -1, 2, inf, the
+//   usual: 14.6e-7  4.5e-7  5.3e-7) F(4,3)  ±5/8, ±3/2, 0, inf   11.5e-7  4.1e-7  4.2e-7    (0, ±1, ±2, inf:
+//   28e-7  9e-7  13e-7 at 256)
 #pragma once
 #include "common/vector.h"
 

@@ -96,3 +96,35 @@ def test_tokenizer_has_berts_tokens_and_is_read_back(tmp_path):
     for options in ({"texts": [], "vocab_size": 500}, {"texts": lines, "vocab_size": 5}):
         with pytest.raises(ValueError):
             text.train_tokenizer(**options)
+
+
+def test_files_of_every_line_ending_and_of_no_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfone\r\ntwo\rthree")
+    (tmp_path / "folder.txt").mkdir()
+    (tmp_path / ".hidden").mkdir()
+    (tmp_path / ".hidden" / "x.txt").write_text("hidden")
+    assert text.read_texts(tmp_path) == ["one\ntwo\nthree"]
+    for content, words in ((b"PK\x03\x04\0\0", "not text"), ("hi".encode("utf-16"), "UTF-16")):
+        (tmp_path / "b.txt").write_bytes(content)
+        with pytest.raises(ValueError, match=rf"b\.txt.*{words}"):
+            text.read_texts(tmp_path)
+
+
+def test_R66_the_vocabulary_is_the_same_in_every_run():
+    pytest.importorskip("transformers")
+    lines = text.unique_paragraphs(text.python_reference().values())[:300]
+    first = text.train_tokenizer(lines, 500).get_vocab()
+    # the trainer's hash tables differed in every second run
+    assert all(text.train_tokenizer(lines, 500).get_vocab() == first for _ in range(8))
+
+
+def test_other_scripts_a_file_without_spaces_and_a_single_string():
+    pytest.importorskip("transformers")
+    for line in ("日本語のテキスト", "مرحبا بالعالم", "x" * 100_000):  # the last took minutes
+        tokenizer = text.train_tokenizer([line], 200)
+        assert tokenizer.unk_token_id not in tokenizer(line[:50])["input_ids"]
+    assert (
+        text.train_tokenizer("a text alone", 50).get_vocab() == text.train_tokenizer(["a text alone"], 50).get_vocab()
+    )
+    with pytest.raises(TypeError, match="texts must be strings, got bytes"):
+        text.train_tokenizer([b"x"])

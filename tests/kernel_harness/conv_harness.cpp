@@ -1,6 +1,6 @@
-// The convolution kernels against their definition in double, without PyTorch: odd sizes, every padding, remainders of
-// channels and tiles, both layouts, several blocks and several steps of images, one and several threads; and what is
-// not finite is seen.
+// The convolution kernels against their definition in double, without PyTorch: odd sizes, every padding,
+// remainders of channels and tiles, both layouts, several blocks and several steps of images, one and several
+// threads; and what is not finite is seen.
 #include "conv/conv.h"
 
 #include "harness.h"
@@ -25,7 +25,8 @@ void call(int pass, fastgan::ConvArgs& a, int threads) {
                 : pass == 1 ? FASTGAN_KERNEL(conv_input_gradient)
                             : FASTGAN_KERNEL(conv_weight_gradient);
   int64_t size = 0;
-  a.workspace = nullptr, a.workspace_size = &size, a.threads = threads > 1 ? threads - 1 : 1;  // one has to allocate
+  a.workspace = nullptr, a.workspace_size = &size,
+  a.threads = threads > 1 ? threads - 1 : 1;  // one has to allocate
   kernel(a, harness::threads(threads));
   std::vector<char> memory(size_t(size) + 63);
   a.workspace = memory.data() + (64 - reinterpret_cast<uintptr_t>(memory.data()) % 64) % 64;
@@ -35,9 +36,11 @@ void call(int pass, fastgan::ConvArgs& a, int threads) {
 void check(const Case& c) {
   const int64_t out_h = (c.height + 2 * c.pad_height - c.kernel) / c.stride + 1;
   const int64_t out_w = (c.width + 2 * c.pad_width - c.kernel) / c.stride + 1;
-  const int64_t x_size = c.batch * c.channels * c.height * c.width, y_size = c.batch * c.outputs * out_h * out_w,
+  const int64_t x_size = c.batch * c.channels * c.height * c.width,
+                y_size = c.batch * c.outputs * out_h * out_w,
                 w_size = c.outputs * c.channels * c.kernel * c.kernel;
-  Buffer<float> in[3] = {harness::normal<float>(x_size), harness::normal<float>(w_size), harness::normal<float>(y_size)};
+  Buffer<float> in[3] = {harness::normal<float>(x_size), harness::normal<float>(w_size),
+                         harness::normal<float>(y_size)};
   Buffer<float> bias = harness::normal<float>(c.channels + c.outputs);
   for (int pass = 0; pass < 3; ++pass) {
     const int64_t size = pass == 0 ? y_size : pass == 1 ? x_size : w_size;
@@ -56,9 +59,11 @@ void check(const Case& c) {
             for (int64_t ch = 0; ch < c.channels; ++ch)
               for (int64_t r = 0; r < c.kernel; ++r)
                 for (int64_t s = 0; s < c.kernel; ++s) {
-                  const int64_t row = c.stride * i + r - c.pad_height, column = c.stride * j + s - c.pad_width;
+                  const int64_t row = c.stride * i + r - c.pad_height,
+                                column = c.stride * j + s - c.pad_width;
                   if (row < 0 || row >= c.height || column < 0 || column >= c.width) continue;
-                  const int64_t xi = at(x, n, ch, row, column), wi = at(w, k, ch, r, s), yi = at(y, n, k, i, j);
+                  const int64_t xi = at(x, n, ch, row, column), wi = at(w, k, ch, r, s),
+                                yi = at(y, n, k, i, j);
                   const int64_t to = pass == 0 ? yi : pass == 1 ? xi : wi;
                   const double product = pass == 0   ? double(in[0][xi]) * double(in[1][wi])
                                          : pass == 1 ? double(in[2][yi]) * double(in[1][wi])
@@ -81,7 +86,8 @@ void check(const Case& c) {
       fastgan::ConvArgs a{};
       a.dtype = fastgan::Dtype::float32;
       a.kernel = c.kernel, a.stride = c.stride;
-      a.batch = c.batch, a.channels = c.channels, a.height = c.height, a.width = c.width, a.outputs = c.outputs;
+      a.batch = c.batch, a.channels = c.channels, a.height = c.height, a.width = c.width,
+      a.outputs = c.outputs;
       a.out_height = out_h, a.out_width = out_w, a.pad_height = c.pad_height, a.pad_width = c.pad_width;
       a.x = x, a.w = w, a.y = y;
       (pass == 0 ? a.y : pass == 1 ? a.x : a.w).data = out.get();
@@ -92,7 +98,11 @@ void check(const Case& c) {
       harness::expect(nonfinite == 0, "finite");
       for (int64_t i = 0; i < size; ++i) {
         const double error = std::fabs(double(out[i]) - exact[size_t(i)]) / largest;
-        harness::expect(error <= 2e-6, pass == 0 ? "forward" : pass == 1 ? "input gradient" : "weight gradient", error);
+        harness::expect(error <= 2e-6,
+                        pass == 0   ? "forward"
+                        : pass == 1 ? "input gradient"
+                                    : "weight gradient",
+                        error);
         if (threads == 1) first[i] = out[i];
         harness::expect(first[i] == out[i], "the same bits for every number of threads");
       }
@@ -116,12 +126,15 @@ void check(const Case& c) {
 int main() {
   for (bool last : {false, true}) {
     for (int64_t pad : {0, 1, 2, 3})
-      for (int64_t size : {4, 5, 8, 9, 11}) check({4, 2, 3, 5, size, size + 1, 19, pad, (pad + 1) % 4, last, pad == 1});
+      for (int64_t size : {4, 5, 8, 9, 11})
+        check({4, 2, 3, 5, size, size + 1, 19, pad, (pad + 1) % 4, last, pad == 1});
     check({4, 2, 70, 17, 8, 8, 16, 1, 1, last, true});    // several runs of single tiles
     check({4, 2, 2, 33, 36, 38, 35, 1, 1, last, false});  // several blocks an image
-    check({4, 2, 1, 16, 6, 150, 64, 1, 1, last, true});   // wide: the row of tiles is cut into pieces and blocks
+    check(
+        {4, 2, 1, 16, 6, 150, 64, 1, 1, last, true});  // wide: the row of tiles is cut into pieces and blocks
     for (int64_t pad : {0, 1, 2})
-      for (int64_t size : {3, 4, 5, 9}) check({3, 1, 3, 7, size, size + 1, 19, pad, (pad + 1) % 3, last, pad == 1});
+      for (int64_t size : {3, 4, 5, 9})
+        check({3, 1, 3, 7, size, size + 1, 19, pad, (pad + 1) % 3, last, pad == 1});
     check({3, 1, 5, 80, 9, 9, 48, 1, 1, last, true});
     check({3, 1, 1, 16, 33, 37, 65, 1, 1, last, false});
   }
