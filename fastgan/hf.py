@@ -5,6 +5,10 @@
 
 or, on a model that is there, ``model.set_attn_implementation("fastgan")`` (and ``"eager"`` back). Where transformers
 was imported before fastgan, ``import fastgan`` registers by itself. Needs transformers 5.24 or newer.
+
+``fastgan.replace_modules(model)`` also fuses the head and the loss of the language models listed in
+``fastgan._lm_heads``: called with labels in training mode they return ``loss`` and ``logits=None``, and logits too with
+``return_logits=True``; ``label_smoothing=0.1`` is an argument of the same call.
 """
 
 from __future__ import annotations
@@ -31,6 +35,8 @@ if (
 from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
 from transformers.masking_utils import sdpa_mask  # noqa: E402
 from transformers.utils import output_capturing  # noqa: E402
+
+from fastgan import _lm_heads  # noqa: E402, F401  replace_modules finds it
 
 
 def attention_forward(

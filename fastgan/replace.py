@@ -100,7 +100,9 @@ def replace_modules(model: M) -> M:
       the norm later sees the activated output, and a slice of the Sequential that ends at the norm returns it.
     - ``nn.TransformerEncoder.use_nested_tensor`` is switched off over replaced attention: evaluation without
       gradients computes at padded positions what training does, instead of zeros.
-    - transformers models that run ``"sdpa"`` attention are set to ``"fastgan"`` once ``fastgan.hf`` has registered it.
+    - transformers models that run ``"sdpa"`` attention are set to ``"fastgan"`` once ``fastgan.hf`` has registered it,
+      and language models' heads and losses are fused: a call with labels in training mode returns no logits, unless
+      ``return_logits=True`` is given.
 
     The same objects stay: parameters, buffers, their names and dtypes, hooks, parametrizations (spectral and weight
     norm of both kinds, pruning), training mode and requires_grad. State dicts are interchangeable with the unreplaced
@@ -214,6 +216,15 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
             elif isinstance(module, (Conv2d, ConvTranspose2d)):
                 reason = algorithm_of(module)
             yield _Decision(module, Row(name, type(module).__name__, "swapped", kind.__name__, reason))
+        elif (heads := sys.modules.get("fastgan._lm_heads")) is not None and heads.is_language_model(module):
+            becomes, why = "fused head and loss", "labels in training mode: no logits, unless return_logits=True"
+            if heads.is_fused(module):
+                yield _Decision(module, Row(name, type(module).__name__, "swapped", becomes, why))
+            elif obstacle := heads.why_not(module):
+                yield _Decision(module, Row(name, type(module).__name__, "left", reason=obstacle))
+            else:
+                row = Row(name, type(module).__name__, "will be swapped", becomes, why)
+                yield _Decision(module, row, heads.fused_class(type(module)))
         elif (used := _attention_implementation(module)) is not None:
             why = "" if used == "fastgan" else _why_not_transformers(used)
             if why:

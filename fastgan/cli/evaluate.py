@@ -1,0 +1,193 @@
+"""``fastgan evaluate``: measures of text in files, one item a line."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from fastgan.cli.failures import in_one_line
+
+if TYPE_CHECKING:
+    from fastgan.metrics import Evaluation
+
+app = typer.Typer(no_args_is_help=True, help="Measure generated text: BLEU, chrF, ROUGE, diversity, answers.")
+
+HYPOTHESES = typer.Option(..., "--hypotheses", help="The system's output, a line each (UTF-8, plain or .gz).")
+REFERENCES = typer.Option(..., "--references", help="One file of references or several, line by line.")
+MORE = typer.Argument(None, metavar="[REFERENCES]...", help="Further files of references.", show_default=False)
+OTHER = typer.Option(None, "--other", help="A second system's output: a paired bootstrap test between the two.")
+LOWERCASE = typer.Option(False, "--lowercase", help="Case does not count.")
+TOKENIZE = typer.Option(None, "--tokenize", help="sacrebleu's tokenizer.", show_default="13a")
+SAMPLES = typer.Option(1000, "--samples", min=0, help="Bootstrap resamples; 0 for no interval.")
+SEED = typer.Option(12345, "--seed", min=0, max=2**32 - 1, help="Of the resamples.")
+JSON = typer.Option(False, "--json", help="Print JSON, unrounded.")
+WIDTH = typer.Option(1, "--width", min=0, max=12, help="Digits after the point.")
+
+
+def _read(hypotheses: Path, references: list[Path], other: Path | None) -> tuple[list, list, list | None]:
+    from fastgan.metrics.lines import read_parallel
+
+    lines = read_parallel([hypotheses, *references, *([other] if other else [])])
+    return lines[0], lines[1 : 1 + len(references)], lines[-1] if other else None
+
+
+def _print(evaluation: Evaluation, as_json: bool) -> None:
+    typer.echo(json.dumps(evaluation.as_dict(), indent=1, ensure_ascii=False) if as_json else str(evaluation))
+
+
+@app.command()
+def bleu(
+    hypotheses: Path = HYPOTHESES,
+    references: list[Path] = REFERENCES,
+    more: list[Path] = MORE,
+    other: Path = OTHER,
+    tokenize: str = TOKENIZE,
+    lowercase: bool = LOWERCASE,
+    samples: int = SAMPLES,
+    width: int = WIDTH,
+    as_json: bool = JSON,
+) -> None:
+    """Corpus BLEU, as sacrebleu's command computes it, with signature and 95 % interval.
+
+    For example: fastgan evaluate bleu --hypotheses out.en --references test.en
+    """
+    with in_one_line():
+        from fastgan import metrics
+
+        lines, golds, second = _read(hypotheses, [*references, *(more or [])], other)
+        _print(
+            metrics.bleu(
+                lines, golds, other=second, tokenize=tokenize, lowercase=lowercase, samples=samples, width=width
+            ),
+            as_json,
+        )
+
+
+@app.command()
+def chrf(
+    hypotheses: Path = HYPOTHESES,
+    references: list[Path] = REFERENCES,
+    more: list[Path] = MORE,
+    other: Path = OTHER,
+    word_order: int = typer.Option(0, "--word-order", min=0, help="Longest n-gram of words; 2 is chrF++."),
+    lowercase: bool = LOWERCASE,
+    samples: int = SAMPLES,
+    width: int = WIDTH,
+    as_json: bool = JSON,
+) -> None:
+    """chrF2 or chrF++, as sacrebleu's command computes it, with signature and 95 % interval."""
+    with in_one_line():
+        from fastgan import metrics
+
+        lines, golds, second = _read(hypotheses, [*references, *(more or [])], other)
+        _print(
+            metrics.chrf(
+                lines, golds, other=second, word_order=word_order, lowercase=lowercase, samples=samples, width=width
+            ),
+            as_json,
+        )
+
+
+@app.command()
+def rouge(
+    hypotheses: Path = HYPOTHESES,
+    references: list[Path] = REFERENCES,
+    more: list[Path] = MORE,
+    other: Path = OTHER,
+    types: str = typer.Option("rouge1,rouge2,rougeL", "--types", help="rouge1 to rouge9, rougeL, rougeLsum."),
+    stemmer: bool = typer.Option(False, "--stemmer", help="Porter's stemmer."),
+    samples: int = SAMPLES,
+    seed: int = SEED,
+    as_json: bool = JSON,
+) -> None:
+    """ROUGE: F1, precision and recall, as rouge-score's command computes them, with 95 % interval."""
+    with in_one_line():
+        from fastgan import metrics
+
+        logging.getLogger("absl").setLevel(logging.WARNING)
+        lines, golds, second = _read(hypotheses, [*references, *(more or [])], other)
+        kinds = [each.strip() for each in types.split(",") if each.strip()]
+        _print(
+            metrics.rouge(lines, golds, other=second, types=kinds, stemmer=stemmer, samples=samples, seed=seed),
+            as_json,
+        )
+
+
+@app.command()
+def distinct(
+    hypotheses: Path = HYPOTHESES,
+    orders: str = typer.Option("1,2,3", "--orders", help="Lengths of the n-grams."),
+    lowercase: bool = LOWERCASE,
+    as_json: bool = JSON,
+) -> None:
+    """distinct-n: different n-grams over all n-grams. Falls with the amount of text: compare equal amounts."""
+    with in_one_line():
+        from fastgan import metrics
+        from fastgan.metrics.lines import read_lines
+
+        if not all(each.strip().isdecimal() for each in orders.split(",")):
+            raise typer.BadParameter(f"--orders: numbers with commas between them, got {orders!r}")
+        numbers = [int(each) for each in orders.split(",")]
+        _print(metrics.distinct(read_lines(hypotheses), orders=numbers, lowercase=lowercase), as_json)
+
+
+@app.command("self-bleu")
+def self_bleu(
+    hypotheses: Path = HYPOTHESES,
+    order: int = typer.Option(4, "--order", min=1, help="The longest n-gram."),
+    tokenize: str = TOKENIZE,
+    lowercase: bool = LOWERCASE,
+    samples: int = SAMPLES,
+    seed: int = SEED,
+    as_json: bool = JSON,
+) -> None:
+    """Self-BLEU: each line's BLEU against all others, averaged. 100 is one sentence repeated."""
+    with in_one_line():
+        from fastgan import metrics
+        from fastgan.metrics.lines import read_lines
+
+        lines = read_lines(hypotheses)
+        _print(
+            metrics.self_bleu(
+                lines, order=order, tokenize=tokenize, lowercase=lowercase, samples=samples, seed=seed
+            ),
+            as_json,
+        )  # fmt: skip
+
+
+@app.command("em-f1")
+def em_f1(
+    hypotheses: Path = HYPOTHESES,
+    references: list[Path] = REFERENCES,
+    more: list[Path] = MORE,
+    other: Path = OTHER,
+    samples: int = SAMPLES,
+    seed: int = SEED,
+    as_json: bool = JSON,
+) -> None:
+    """Exact match and F1 of answers, as SQuAD's official script defines them.
+
+    Lines: an answer a line, empty for "there is none"; several gold answers in several files, or in one with tabs
+    between them. Or SQuAD's own files: --references dev-v1.1.json --hypotheses predictions.json.
+    """
+    with in_one_line():
+        from fastgan import metrics
+        from fastgan.metrics.lines import InputError, read_predictions, read_squad
+
+        files = [*references, *(more or [])]
+        if any(file.suffix == ".json" for file in files):
+            if len(files) > 1:
+                raise InputError(f"{files[0]}: SQuAD's JSON holds all gold answers; give one file")
+            golds = read_squad(files[0])
+            answers = read_predictions(hypotheses, golds)
+            second = read_predictions(other, golds) if other else None
+            evaluation = metrics.em_f1(answers, list(golds.values()), other=second, samples=samples, seed=seed)
+        else:
+            answers, columns, second = _read(hypotheses, files, other)
+            several = [[gold for cell in row for gold in cell.split("\t")] for row in zip(*columns, strict=True)]
+            evaluation = metrics.em_f1(answers, several, other=second, samples=samples, seed=seed)
+        _print(evaluation, as_json)
