@@ -223,10 +223,8 @@ def fused_class(original: Any) -> type:
     head = _TABLE[original.__name__]
     signature = inspect.signature(original.forward)
     names = list(signature.parameters)[1:]
-    own = [
-        inspect.Parameter("return_logits", inspect.Parameter.KEYWORD_ONLY, default=False),
-        inspect.Parameter("label_smoothing", inspect.Parameter.KEYWORD_ONLY, default=0.0),
-    ]
+    # label_smoothing is not shown: what has "label" in its name the Trainer takes for a column that evaluation needs.
+    own = [inspect.Parameter("return_logits", inspect.Parameter.KEYWORD_ONLY, default=False)]
 
     @can_return_tuple
     def forward(self, *args, return_logits=False, label_smoothing=0.0, **kwargs):

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from fastgan.data.text import _LONG_WORD, _fraction, train_tokenizer
-from fastgan.data.units import UNITS, Read, guess_unit, read_units, text_files
+from fastgan.data.units import UNITS, Read, TextError, guess_unit, read_units, text_files, where_it_is_wrong
 
 FORMAT = "fastgan-corpus"
 VERSION = 1
@@ -260,7 +260,9 @@ def _sample(files: list[Path], sizes: list[int], unit: str, validation: float, r
                 lines = lines[1:-1] if len(lines) > 2 else lines
                 texts += [line for line in lines if line.strip() and not _held_out(line, validation)]
     if not texts:
-        raise ValueError(f"{files[0]}: there is no text to learn a vocabulary from")
+        # The sample leaves out what is no text; where nothing else was there, that is what to say.
+        wrong = next(filter(None, map(where_it_is_wrong, files)), None)
+        raise TextError(wrong) if wrong else ValueError(f"{files[0]}: there is no text to learn a vocabulary from")
     return texts
 
 
