@@ -20,6 +20,12 @@ settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("explore", derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
+
+def pytest_runtest_setup(item):
+    if os.environ.get("FASTGAN_IMPL") == "reference" and item.get_closest_marker("kernel"):
+        pytest.skip("FASTGAN_IMPL=reference: this is about the compiled kernel")
+
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
