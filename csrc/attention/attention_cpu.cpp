@@ -18,6 +18,9 @@
 // +inf in the backward, so that P is exactly 0. A NaN score is no maximum, but goes through exp into the
 // row's sum, and so to the whole row.
 //
+// Where the time goes (BERT's shape, forward and backward, perf on a Zen 1): products 75 %, exp with its row
+// sums 12 %, packing 8 %. Tried without gain: 128 rows a tile in the backward.
+//
 // Dropout: P is kept or dropped by the word that Philox gives for its place, in both passes the same; row
 // sums are over what is not dropped yet. Inputs of half precision are packed as float32. All work is cut by
 // shape alone and sums have one order, so that the result has the same bits for every number of threads.
