@@ -51,7 +51,7 @@ def in_float64(args):
     return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
 
 
-def check(args, slack=4.0):
+def check(args, slack=6.0):
     """Our distance to float64 is at most twice that of the formula in PyTorch at the same precision."""
     exact = attention_double_backward_reference(*in_float64(args))
     theirs = attention_double_backward_reference(*args)
