@@ -85,7 +85,7 @@ def sgemm():
     return lambda: torch.mm(a, b)
 
 
-def row(benchmark, name, peers, gflop, must, goal, seconds=4.0):
+def row(benchmark, name, peers, gflop, must, goal, seconds=2.0):
     """One row of the table: the first peer is ours, the second torch; sgemm runs in the same rounds."""
     ratios = compare(
         benchmark,
