@@ -57,6 +57,10 @@ struct AttentionArgs {
   // then needs grad_output), read by attention_double_backward.
   void* row_sums = nullptr;
 
+  // attention_weights: (batch, heads or 1, rows, columns), from logsumexp; no value, no dropout
+  AttentionOutput weights;
+  bool average_weights = false;  // over the heads
+
   bool* out_of_memory = nullptr;  // set if scratch could not be had
 };
 
@@ -86,5 +90,6 @@ static inline int64_t attention_workspace(const AttentionArgs& a) {
 
 FASTGAN_DECLARE_KERNEL(attention_forward, fastgan::AttentionArgs)
 FASTGAN_DECLARE_KERNEL(attention_backward, fastgan::AttentionArgs)
+FASTGAN_DECLARE_KERNEL(attention_weights, fastgan::AttentionArgs)
 FASTGAN_DECLARE_KERNEL(attention_jvp, fastgan::AttentionArgs)
 FASTGAN_DECLARE_KERNEL(attention_double_backward, fastgan::AttentionArgs)

@@ -1,5 +1,5 @@
-// torch.ops.fastgan.attention, attention_backward, attention_jvp and attention_double_backward on the CPU:
-// tensors to the contract of attention.h and back.
+// torch.ops.fastgan.attention, attention_backward, attention_weights, attention_jvp and
+// attention_double_backward on the CPU: tensors to the contract of attention.h and back.
 #include "attention/attention.h"
 #include "common/tensor.h"
 
@@ -141,6 +141,30 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {grad_query, grad_key, grad_value, grad_bias};
 }
 
+// (B, H, L, S), or their mean over the heads, (B, L, S).
+Tensor attention_weights(Tensor query, Tensor key, std::optional<Tensor> mask, std::optional<Tensor> bias,
+                         Tensor logsumexp, bool is_causal, double scale, bool average) {
+  AttentionArgs args = arguments(query, key, key, mask, bias, std::nullopt, 0, is_causal, scale);
+  check_sizes("logsumexp", logsumexp, {args.batch, args.heads, args.rows});
+  FASTGAN_CHECK(logsumexp.scalar_type() == ScalarType::Double,
+                "attention_weights: logsumexp must be of float64");
+  if (!logsumexp.is_contiguous()) logsumexp = torch::stable::contiguous(logsumexp);
+  args.logsumexp = static_cast<double*>(logsumexp.data_ptr());
+  args.average_weights = average;
+  const int64_t each = args.rows * args.columns;
+  Tensor weights = average ? empty({args.batch, args.rows, args.columns}, query.scalar_type())
+                           : empty({args.batch, args.heads, args.rows, args.columns}, query.scalar_type());
+  args.weights.data = weights.data_ptr();
+  args.weights.stride[0] = average ? each : each * args.heads;
+  args.weights.stride[1] = average ? 0 : each;
+  args.weights.stride[2] = args.columns, args.weights.stride[3] = 1;
+  bool out_of_memory = false;
+  args.out_of_memory = &out_of_memory;
+  FASTGAN_SELECT(attention_weights)(args, torch_threads());
+  FASTGAN_CHECK(!out_of_memory, "attention_weights: no memory left for scratch");
+  return weights;
+}
+
 // What the two operators of second order have in common: the forward's results, and the direction.
 void add_direction(AttentionArgs& args, const char* name, const Tensor& query, const Tensor& key,
                    const Tensor& value, const std::optional<Tensor>& bias, const Tensor& output,
@@ -228,6 +252,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_backward(
 STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
   m.impl("attention", TORCH_BOX(&fastgan::attention));
   m.impl("attention_backward", TORCH_BOX(&fastgan::attention_backward));
+  m.impl("attention_weights", TORCH_BOX(&fastgan::attention_weights));
   m.impl("attention_jvp", TORCH_BOX(&fastgan::attention_jvp));
   m.impl("attention_double_backward", TORCH_BOX(&fastgan::attention_double_backward));
 }

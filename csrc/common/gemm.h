@@ -187,6 +187,60 @@ FASTGAN_INLINE void transpose(Vec<T> (&v)[lanes<T>]) {
   }
 }
 
+// lanes × lanes numbers of a matrix, read by rows (stride apart; `row(i)` is where row i is) and exchanged.
+// With AVX2 alone the halves of rows are loaded where they belong, and the rest are exchanges within halves:
+// a permutation across them is eight operations on some machines.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+FASTGAN_INLINE Vec<float> halves(const float* low, const float* high) {
+  return (Vec<float>)_mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(low)), _mm_loadu_ps(high), 1);
+}
+FASTGAN_INLINE Vec<double> halves(const double* low, const double* high) {
+  return (Vec<double>)_mm256_insertf128_pd(_mm256_castpd128_pd256(_mm_loadu_pd(low)), _mm_loadu_pd(high), 1);
+}
+template <class Row>
+FASTGAN_INLINE void transpose_halves(Vec<float> (&v)[8], const Row& row) {
+  constexpr Mask<float> kLow{0, 8, 1, 9, 4, 12, 5, 13}, kHigh{2, 10, 3, 11, 6, 14, 7, 15};
+  constexpr Mask<float> kFirst{0, 1, 8, 9, 4, 5, 12, 13}, kSecond{2, 3, 10, 11, 6, 7, 14, 15};
+#pragma GCC unroll 2
+  for (int half = 0; half < 8; half += 4) {
+    Vec<float> a = halves(row(0) + half, row(4) + half), b = halves(row(1) + half, row(5) + half);
+    Vec<float> c = halves(row(2) + half, row(6) + half), d = halves(row(3) + half, row(7) + half);
+    Vec<float> ab0 = __builtin_shuffle(a, b, kLow), ab1 = __builtin_shuffle(a, b, kHigh);
+    Vec<float> cd0 = __builtin_shuffle(c, d, kLow), cd1 = __builtin_shuffle(c, d, kHigh);
+    v[half] = __builtin_shuffle(ab0, cd0, kFirst);
+    v[half + 1] = __builtin_shuffle(ab0, cd0, kSecond);
+    v[half + 2] = __builtin_shuffle(ab1, cd1, kFirst);
+    v[half + 3] = __builtin_shuffle(ab1, cd1, kSecond);
+  }
+}
+template <class Row>
+FASTGAN_INLINE void transpose_halves(Vec<double> (&v)[4], const Row& row) {
+  constexpr Mask<double> kFirst{0, 4, 2, 6}, kSecond{1, 5, 3, 7};
+#pragma GCC unroll 2
+  for (int half = 0; half < 4; half += 2) {
+    Vec<double> a = halves(row(0) + half, row(2) + half), b = halves(row(1) + half, row(3) + half);
+    v[half] = __builtin_shuffle(a, b, kFirst);
+    v[half + 1] = __builtin_shuffle(a, b, kSecond);
+  }
+}
+constexpr bool kHasHalves = true;
+#else
+template <class T, class Row>
+FASTGAN_INLINE void transpose_halves(T&, const Row&) {}
+constexpr bool kHasHalves = false;
+#endif
+
+template <class T, class Storage, class Row>
+FASTGAN_INLINE void load_transposed(Vec<T> (&v)[lanes<T>], const Row& row) {
+  if constexpr (kHasHalves && sizeof(Storage) == sizeof(T)) {
+    transpose_halves(v, row);
+  } else {
+#pragma GCC unroll 16
+    for (int i = 0; i < lanes<T>; ++i) v[i] = load<T>(row(i));
+    transpose<T>(v);
+  }
+}
+
 // rows × columns -> its transpose in panels of kPanel rows, each columns × kPanel; zero beyond the rows
 template <class T, class Storage>
 void pack_transposed(const Storage* from, int64_t row_stride, int64_t column_stride, int64_t rows,
@@ -199,9 +253,7 @@ void pack_transposed(const Storage* from, int64_t row_stride, int64_t column_str
       if (height >= W && column_stride == 1)
         for (; c + W <= columns; c += W) {
           Vec<T> square[W];
-#pragma GCC unroll 16
-          for (int i = 0; i < W; ++i) square[i] = load<T>(row + i * row_stride + c);
-          transpose<T>(square);
+          load_transposed<T, Storage>(square, [&](int i) { return row + i * row_stride + c; });
 #pragma GCC unroll 16
           for (int i = 0; i < W; ++i) store(to + (c + i) * kPanel<T> + half, square[i]);
         }

@@ -35,11 +35,14 @@ inline void philox_row(uint32_t* words, int64_t count, uint64_t seed, uint32_t c
                        uint32_t first) {
   constexpr int N = kVectorBytes / 8, U = kPhiloxVectors;
   const PhiloxLanes zero{}, m0 = zero + 0xD2511F53u, m1 = zero + 0xCD9E8D57u;
+  const PhiloxLanes step0 = zero + 0x9E3779B9u, step1 = zero + 0xBB67AE85u;
+  // Counters lie in the lanes so that two exchanges of neighbours put all words in order.
   PhiloxLanes index{}, even{}, odd{};
+#pragma GCC unroll 8
   for (int i = 0; i < N; ++i) {
-    index[i] = uint64_t(i);
-    even[i] = uint64_t(i % 2 ? N + i / 2 : i / 2);
-    odd[i] = uint64_t(N / 2 + (i % 2 ? N + i / 2 : i / 2));
+    index[i] = uint64_t(i % 2 ? N / 2 + i / 2 : i / 2);
+    even[i] = uint64_t(i % 2 ? N + i - 1 : i);
+    odd[i] = uint64_t(i % 2 ? N + i : i + 1);
   }
   for (int64_t done = 0; done < count; done += kPhiloxStep, first += N * U) {
     PhiloxLanes x0[U], x1[U], x2[U], x3[U];
@@ -50,19 +53,19 @@ inline void philox_row(uint32_t* words, int64_t count, uint64_t seed, uint32_t c
       x2[u] = zero + c2;
       x3[u] = index + (uint64_t(first) + uint64_t(N * u));
     }
-    uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
+    PhiloxLanes k0 = zero + (seed & 0xffffffffu), k1 = zero + (seed >> 32);
     for (int round = 0; round < 10; ++round) {
 #pragma GCC unroll 4
       for (int u = 0; u < U; ++u) {
         // What the high halves hold is never looked at: products take the low ones.
         PhiloxLanes p0 = multiply_low_halves(x0[u], m0), p1 = multiply_low_halves(x2[u], m1);
-        x0[u] = (p1 >> 32) ^ x1[u] ^ uint64_t(k0);
+        x0[u] = (p1 >> 32) ^ x1[u] ^ k0;
         x1[u] = p1;
-        x2[u] = (p0 >> 32) ^ x3[u] ^ uint64_t(k1);
+        x2[u] = (p0 >> 32) ^ x3[u] ^ k1;
         x3[u] = p0;
       }
-      k0 += 0x9E3779B9u;
-      k1 += 0xBB67AE85u;
+      k0 += step0;
+      k1 += step1;
     }
 #pragma GCC unroll 4
     for (int u = 0; u < U; ++u) {

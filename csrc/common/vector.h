@@ -228,19 +228,29 @@ FASTGAN_INLINE V min(V a, V b) {
   return a < b ? a : b;
 }
 
-template <class T>
-FASTGAN_INLINE T sum(Vec<T> v) {
-  T out = 0;
-  for (int width = lanes<T> / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) v[i] += v[i + width];
-  out = v[0];
-  return out;
+// v with the lanes exchanged that are kStep, a power of two, apart.
+template <class T, int kStep>
+FASTGAN_INLINE Vec<T> exchanged(Vec<T> v) {
+  Mask<T> from{};
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes<T>; ++i) from[i] = i ^ kStep;
+  return __builtin_shuffle(v, from);
 }
-template <class T>
+
+// Pairs that are half a vector apart, then a quarter, ...
+template <class T, int kStep = lanes<T> / 2>
+FASTGAN_INLINE T sum(Vec<T> v) {
+  if constexpr (kStep == 0)
+    return v[0];
+  else
+    return sum<T, kStep / 2>(v + exchanged<T, kStep>(v));
+}
+template <class T, int kStep = lanes<T> / 2>
 FASTGAN_INLINE T maximum(Vec<T> v) {
-  T out = v[0];
-  for (int i = 1; i < lanes<T>; ++i) out = v[i] > out ? v[i] : out;
-  return out;
+  if constexpr (kStep == 0)
+    return v[0];
+  else
+    return maximum<T, kStep / 2>(max(v, exchanged<T, kStep>(v)));
 }
 
 FASTGAN_INLINE Vec<float> exp(Vec<float> x) {

@@ -82,6 +82,12 @@ def fold(query, key, value, attn_mask, enable_gqa):
             "scaled_dot_product_attention: key and value must be of equal length (dimension -2), got "
             + _shapes(key=key, value=value)
         )
+    lead, k_shape, v_shape = list(query.shape[:-2]), key.shape, value.shape
+    if len(lead) == 2 and len(k_shape) == len(v_shape) == 4 and lead == list(k_shape[:2]) == list(v_shape[:2]):
+        # What models pass: nothing to fold or to broadcast, and a short call's time is spent here.
+        if attn_mask is not None:
+            attn_mask = _fold_mask_to_4d(attn_mask, lead, lead[:1], lead[1], True, query.shape[-2], k_shape[-2])
+        return lead, (query, key, value, attn_mask)
     if enable_gqa and min(query.dim(), key.dim(), value.dim()) < 3:
         raise IndexError(
             "scaled_dot_product_attention: enable_gqa needs a head dimension (-3), got "

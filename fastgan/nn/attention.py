@@ -15,8 +15,9 @@ class MultiheadAttention(nn.MultiheadAttention):
     Takes the arguments of ``torch.nn.MultiheadAttention``, has its parameters and state dict, and computes what that
     computes, in training and in evaluation by the same path. Where torch's own paths disagree, one rule holds:
 
-    - ``need_weights`` never changes the output. It costs a second pass that does store the weights; ask for
-      ``need_weights=False`` where they are not used. They are the softmax's, before dropout.
+    - ``need_weights`` never changes the output. It costs a second, shorter pass: averaged weights are summed over the
+      heads tile by tile, those of all heads are never stored unless ``average_attn_weights=False`` asks for them. They
+      are the softmax's, before dropout. Only a loss that uses them stores all heads' weights, in its backward.
     - A query with nothing to attend to has a zero attention output (so the layer returns the output projection's bias),
       zero weights and zero gradients.
     - ``is_causal=True`` is causal in every combination: alone, with a padding mask, with weights. An ``attn_mask``
@@ -82,7 +83,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         k, v, mask, is_causal = self._append(k, v, mask, is_causal, length)
 
         dropout = self.dropout if self.training else 0.0
-        out = functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal)
+        found = None
+        if need_weights:
+            found = functional._attention_and_weights(q, k, v, mask, dropout, is_causal, average_attn_weights)
+        out, weights = found or (functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal), None)
 
         out = out.transpose(1, 2)  # (N, L, heads, head_dim)
         if not batched:
@@ -93,9 +97,10 @@ class MultiheadAttention(nn.MultiheadAttention):
         if not need_weights:
             return out, None
 
-        weights = _attention_weights(q, k, mask, is_causal)
-        if average_attn_weights:
-            weights = weights.mean(1)
+        if weights is None:  # where no kernel is
+            weights = _attention_weights(q, k, mask, is_causal)
+            if average_attn_weights:
+                weights = weights.mean(1)
         return out, weights if batched else weights.squeeze(0)
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

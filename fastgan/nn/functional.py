@@ -18,7 +18,7 @@ from fastgan.ops import conv as _conv
 from fastgan.ops import gan_loss as _gan_loss
 from fastgan.ops import linear_cross_entropy as _linear_cross_entropy
 from fastgan.ops import norm_act as _norm_act
-from fastgan.ops.attention import attention_reference
+from fastgan.ops.attention import attention_reference, attention_weights_reference
 
 # ---- attention ----
 
@@ -56,6 +56,18 @@ def scaled_dot_product_attention(
     Source: tiles with a running softmax as in Dao et al., FlashAttention (2022); the log-sum-exp is kept and the
     backward recomputes the tiles. Sparse, nested and complex tensors, and devices without a kernel, go to torch's own.
     """
+    found = _attention_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+    if found is None:
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+        )
+    lead, arguments = found
+    output, _ = _attention(arguments)
+    return output if len(lead) == 2 else output.reshape(*lead, query.shape[-2], value.shape[-1])
+
+
+def _attention_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa):
+    """The leading dimensions and what the operator takes; None: no kernel takes these inputs. Raises what is public."""
     _attention_inputs.check_types(query, key, value, attn_mask, dropout_p)
     device = query.device.type
     if torch.is_autocast_enabled(device):
@@ -64,9 +76,7 @@ def scaled_dot_product_attention(
         attn_mask = None if attn_mask is None else _attention_inputs.autocast(attn_mask, lower)
     _attention_inputs.check(query, key, value, attn_mask)
     if not _attention_inputs.has_kernel(query, key, value, attn_mask):
-        return torch.nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
-        )
+        return None
     lead, (q4, k4, v4, mask4) = _attention_inputs.fold(query, key, value, attn_mask, enable_gqa)
     if scale is None:
         width = query.shape[-1]
@@ -77,13 +87,41 @@ def scaled_dot_product_attention(
     mask, bias = (mask4, None) if mask4 is None or mask4.dtype == torch.bool else (None, mask4)
     if bias is not None and query.dtype == torch.float64:
         bias = bias.double()
-    arguments = (q4, k4, v4, mask, bias, philox, float(dropout_p), bool(is_causal), float(scale))
+    return lead, (q4, k4, v4, mask, bias, philox, float(dropout_p), bool(is_causal), float(scale))
+
+
+def _attention(arguments) -> tuple[Tensor, Tensor]:
     if _impl.reference_selected():
-        with torch.autocast(device, enabled=False):
-            output, _ = attention_reference(*arguments)
-    else:
-        output, _ = torch.ops.fastgan.attention(*arguments)
-    return output.reshape(*lead, query.shape[-2], value.shape[-1])
+        with torch.autocast(arguments[0].device.type, enabled=False):
+            return attention_reference(*arguments)
+    return torch.ops.fastgan.attention.default(*arguments)  # the overload itself: a packet chooses, for microseconds
+
+
+def _attention_and_weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    average: bool,
+) -> tuple[Tensor, Tensor] | None:
+    """For (B, H, L, E): the output, and the weights before dropout, (B, H, L, S) or averaged over the heads.
+
+    The weights come tile by tile from the rows' log-sum-exp, so that averaged ones never need those of all heads. None
+    where no kernel takes these inputs.
+    """
+    found = _attention_arguments(query, key, value, attn_mask, dropout_p, is_causal, None, False)
+    if found is None:
+        return None
+    arguments = found[1]
+    output, logsumexp = _attention(arguments)
+    q4, k4, _, mask, bias, *_, causal, scale = arguments
+    rest = (q4, k4, mask, bias, logsumexp, causal, scale, average)
+    if _impl.reference_selected():
+        with torch.autocast(query.device.type, enabled=False):
+            return output, attention_weights_reference(*rest)
+    return output, torch.ops.fastgan.attention_weights(*rest)
 
 
 # ---- conv ----

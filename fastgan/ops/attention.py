@@ -13,6 +13,12 @@ Dropout is a pure function of ``philox`` = (seed, offset), int64: row r, column 
 c % 4 of Philox4x32-10(counter = (offset, b·H + h, r, c // 4), key = seed) is at least p · 2³², so that the mask is
 recomputed and never stored. (Salmon, Moraes, Dror, Shaw: Parallel random numbers: as easy as 1, 2, 3. SC 2011.)
 
+The weights themselves, before dropout, of each head (B, H, L, S) or averaged (B, L, S), are
+
+    weights = torch.ops.fastgan.attention_weights(query, key, mask, bias, logsumexp, is_causal, scale, average)
+
+computed tile by tile from the forward's logsumexp; where a loss uses them their derivative is the reference's.
+
 Second order has operators of its own, tiled as well (the mathematics is in csrc/attention/attention_second_cpu.cpp):
 
     tangent_output = attention_jvp(...)                       forward mode
@@ -219,6 +225,21 @@ def attention_backward_reference(
     )
 
 
+def attention_weights_reference(
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    logsumexp: Tensor,
+    is_causal: bool,
+    scale: float,
+    average: bool,
+) -> Tensor:
+    """The softmax's weights, (B, H, L, S), or their mean over the heads, (B, L, S). ``logsumexp`` is not looked at."""
+    weights, _ = _probabilities(query, key, mask, bias, is_causal, scale)
+    return (weights.mean(1) if average else weights).to(query.dtype).contiguous()
+
+
 def attention_jvp_reference(
     query: Tensor,
     key: Tensor,
@@ -323,6 +344,11 @@ def _fake_backward(
         _empty_like(value, value.shape[3]),
         grad_bias,
     )
+
+
+def _fake_weights(query, key, mask, bias, logsumexp, is_causal, scale, average):
+    batch, heads, rows, _ = query.shape
+    return query.new_empty((batch, rows, key.shape[2]) if average else (batch, heads, rows, key.shape[2]))
 
 
 def _fake_jvp(query, key, value, *rest):
@@ -430,6 +456,13 @@ define(
     backward=_double_backward,
     jvp=_backward_jvp,
     vmap=_attention_vmap.backward,
+)
+define(
+    "attention_weights(Tensor query, Tensor key, Tensor? mask, Tensor? bias, Tensor logsumexp, bool is_causal,"
+    " float scale, bool average) -> Tensor weights",
+    reference=attention_weights_reference,
+    fake=_fake_weights,
+    autocast="lower",
 )
 _DIRECTION = "Tensor? tangent_query, Tensor? tangent_key, Tensor? tangent_value, Tensor? tangent_bias"
 define(

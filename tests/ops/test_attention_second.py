@@ -51,14 +51,14 @@ def in_float64(args):
     return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
 
 
-def check(args, slack=8.0):
+def check(args, slack=6.0):
     """Our distance to float64 is at most twice that of the formula in PyTorch at the same precision."""
     exact = attention_double_backward_reference(*in_float64(args))
     theirs = attention_double_backward_reference(*args)
     ours = OPS.attention_double_backward(*args)
     assert torch.equal(OPS.attention_jvp(*args[1:-1]), ours[0])
     dtype = args[0].dtype
-    slack = 64.0 if dtype == torch.float64 else slack  # the judge is float64, too, and rounds as we do
+    slack = 32.0 if dtype == torch.float64 else slack  # the judge is float64, too, and rounds as we do
     eps = torch.finfo(dtype).eps
     for name, e, t, o in zip(("output", "query", "key", "value", "bias"), exact, theirs, ours, strict=True):
         assert o.shape == t.shape
@@ -98,12 +98,14 @@ def test_empty_in_every_dimension():
             torch.testing.assert_close(ours, wanted)
 
 
-def test_same_bits_for_every_number_of_threads(capability):
-    args = call((1, 2, 1, 150, 400, 16, 16), torch.float32, "all")
+@pytest.mark.parametrize("shape", [(1, 2, 1, 150, 400, 16, 16), (5, 2, 2, 100, 70, 16, 24)], ids=["long", "short"])
+@pytest.mark.parametrize("masks", ["causal", "all"])
+def test_same_bits_for_every_number_of_threads(capability, shape, masks):
+    args = call(shape, torch.float32, masks)
     results = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        results.append(OPS.attention_double_backward(*args))
+        results.append([*OPS.attention_double_backward(*args), OPS.attention_jvp(*args[1:-1])])
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
