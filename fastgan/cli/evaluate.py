@@ -1,4 +1,4 @@
-"""``fastgan evaluate``: measures of text in files, one item a line."""
+"""``fastgan evaluate``: a fine-tuned model on a file, or measures of text in files, one item a line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastgan.cli.failures import in_one_line
 if TYPE_CHECKING:
     from fastgan.metrics import Evaluation
 
-app = typer.Typer(no_args_is_help=True, help="Measure generated text: BLEU, chrF, ROUGE, diversity, answers.")
+app = typer.Typer(no_args_is_help=True, help="Measure a model on a file, or text in files.")
 
 HYPOTHESES = typer.Option(..., "--hypotheses", help="The system's output, a line each (UTF-8, plain or .gz).")
 REFERENCES = typer.Option(..., "--references", help="One file of references or several, line by line.")
@@ -37,6 +37,36 @@ def _read(hypotheses: Path, references: list[Path], other: Path | None) -> tuple
 
 def _print(evaluation: Evaluation, as_json: bool) -> None:
     typer.echo(json.dumps(evaluation.as_dict(), indent=1, ensure_ascii=False) if as_json else str(evaluation))
+
+
+MODEL = typer.Option(..., "--model", help="The folder of a model that fastgan finetune or transformers wrote.")
+
+
+@app.command()
+def sentiment(
+    model: Path = MODEL,
+    data: Path = typer.Option(..., "--data", help="Texts with labels: .tsv, .csv or .jsonl, also with .gz."),
+    text_column: str = typer.Option(None, "--text-column", help="Name of the column or key."),
+    label_column: str = typer.Option(None, "--label-column"),
+    samples: int = SAMPLES,
+    seed: int = SEED,
+    as_json: bool = JSON,
+) -> None:
+    """Accuracy, macro F1 and confusion of a classifier, with 95 % intervals over the texts.
+
+    For example: fastgan evaluate sentiment --model runs/mine --data test.tsv
+    """
+    with in_one_line():
+        from fastgan.metrics.classes import confusion_table
+        from fastgan.training.sentiment import evaluate_sentiment
+
+        evaluation = evaluate_sentiment(
+            model, data, text_column=text_column, label_column=label_column, samples=samples, seed=seed
+        )
+        _print(evaluation, as_json)
+        if not as_json:
+            typer.echo(f"always the commonest label = {evaluation.results[0].details['majority']:.2f}")
+            typer.echo(confusion_table(evaluation))
 
 
 @app.command()

@@ -448,7 +448,10 @@ def write_model(job: Job, ended: Ended, tokenizer: Any, length: int) -> None:
     shutil.rmtree(staging, ignore_errors=True)
     if job.keep_best and ended.best:
         chosen = folder / f"best-{ended.best[0]}"
-        check_whole(chosen)
+        if chosen.is_dir():
+            check_whole(chosen)
+        else:  # a finished run that was lengthened, and did no better: the folder itself has the best
+            chosen = folder
         from safetensors.torch import load_file
 
         model: Any = trainer.model

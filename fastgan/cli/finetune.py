@@ -1,0 +1,146 @@
+"""``fastgan finetune``: a model and a task's files in, the fine-tuned model and its figures out."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from fastgan.cli.failures import in_one_line
+from fastgan.cli.train import _source
+
+app = typer.Typer(no_args_is_help=True, help="Fine-tune a language model for a task, or train one from scratch.")
+
+# The defaults shown are the configurations' own (a test compares them): reading them would import torch for `--help`.
+OUT = typer.Option(..., help="The run's folder, and the model's in the end.")
+MODEL = typer.Option(None, help="Begin with the model in this folder, or with one of the hub.")
+FROM_SCRATCH = typer.Option(None, help="Or begin with nothing: small.")
+MAX_STEPS = typer.Option(0, help="Stop after so many steps, before the epochs are over; 0: never.")
+WARMUP = typer.Option(0.1, help="Share of the steps until the learning rate is reached; then it falls linearly to 0.")
+WEIGHT_DECAY = typer.Option(0.01)
+PRECISION = typer.Option("float32", help="float32, bfloat16 or float16 (on a GPU).")
+SEED = typer.Option(0, help="Same seed, same weights.")
+ACCUMULATION = typer.Option(1, help="Batches to a step.")
+EVAL_EVERY = typer.Option(0, help="Steps between evaluations, each with a checkpoint; 0: an epoch.")
+EARLY_STOPPING = typer.Option(0, help="Stop after so many evaluations that are no better; 0: never.")
+REPORT_TO = typer.Option("none", help="tensorboard, wandb, ..., parted by commas.")
+ATTENTION = typer.Option("fastgan", help="fastgan, or transformers' own: sdpa, eager.")
+RESUME = typer.Option(False, "--resume", help="Go on with the run in --out.")
+OWN_DROPOUT = typer.Option(None, help="Default: the model's own.")
+LENGTH = typer.Option(128, help="Tokens of a text; longer ones are cut, and counted.")
+BATCH_SIZE = typer.Option(16, help="Examples at a time, in each process; those of like lengths together.")
+
+
+@app.callback()
+def _finetune() -> None:
+    pass
+
+
+@app.command()
+def sentiment(
+    context: typer.Context,
+    train: Path = typer.Option(None, help="Texts with labels: .tsv, .csv or .jsonl, also with .gz."),
+    validation: Path = typer.Option(None, help="The same, for choosing the best weights."),
+    out: Path = OUT,
+    model: str | None = MODEL,
+    from_scratch: str | None = FROM_SCRATCH,
+    text_column: str | None = typer.Option(None, help="Name of the column or key. Default: text, sentence, ..."),
+    label_column: str | None = typer.Option(None, help="Default: label, sentiment, ..."),
+    epochs: int = typer.Option(2, help="Times that all texts are seen."),
+    max_steps: int = MAX_STEPS,
+    batch_size: int = BATCH_SIZE,
+    lr: float = typer.Option(5e-5, help="Learning rate."),
+    warmup: float = WARMUP,
+    weight_decay: float = WEIGHT_DECAY,
+    dropout: float | None = OWN_DROPOUT,
+    length: int = LENGTH,
+    precision: str = PRECISION,
+    seed: int = SEED,
+    gradient_accumulation: int = ACCUMULATION,
+    eval_every: int = EVAL_EVERY,
+    early_stopping: int = EARLY_STOPPING,
+    report_to: str = REPORT_TO,
+    attention: str = ATTENTION,
+    resume: bool = RESUME,
+) -> None:
+    """Fine-tune an encoder to tell classes of texts apart, or go on with a run.
+
+    Two columns, text and label, or a header that names them. The weights that are best on the validation file are
+    kept. Ctrl-C saves; a run killed in any way goes on by --resume, and ends with the same weights, bit for bit.
+
+    For example: fastgan finetune sentiment --model bert-base-uncased --train train.tsv --validation dev.tsv --out
+    runs/mine
+
+    Then: fastgan evaluate sentiment --model runs/mine --data test.tsv
+    """
+    result = _run(context, "sentiment", out, resume)
+    figures = result.figures
+    typer.echo(
+        f"  accuracy on validation {figures['accuracy']:.2%} at step {result.best_step} (always the commonest label of "
+        f"training: {figures['majority']:.2%})"
+    )
+
+
+def _task(name: str) -> Any:
+    try:
+        import accelerate  # noqa: F401
+        import transformers  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f"finetune needs transformers ({error}): pip install 'fastgan[text]'") from None
+    from fastgan.training.sentiment import SENTIMENT
+
+    return {"sentiment": SENTIMENT}[name]
+
+
+def _run(context: typer.Context, name: str, out: Path, resume: bool) -> Any:
+    """The finished run; leaves with status 130 where it was stopped, and silently in all processes but the first."""
+    from fastgan.cli.progress import reporter
+
+    fields = [each for each in context.params if each not in ("out", "resume")]
+    given = {each: context.params[each] for each in fields if _source(context, each) not in ("DEFAULT", "DEFAULT_MAP")}
+    given = {each: os.fspath(value) if isinstance(value, Path) else value for each, value in given.items()}
+    with in_one_line():
+        task = _task(name)
+        if not resume:
+            for each in task.config.FILES:
+                if each not in given:
+                    raise typer.BadParameter(f"--{each.replace('_', '-')} is needed for a new run")
+            if ("model" in given) == ("from_scratch" in given):
+                raise typer.BadParameter("--model, or else --from-scratch small, is needed for a new run")
+        import torch
+
+        from fastgan.training.finetune import finetune, resume_finetune
+        from fastgan.training.language_run import first_process
+
+        shown = reporter("examples", ("loss",))
+        try:
+            if resume:
+                result = resume_finetune(task, out, given, reporter=shown)
+            else:
+                try:
+                    config = task.config(**given)
+                except (TypeError, ValueError) as error:
+                    told, _, rest = str(error).partition(" ")
+                    message = f"--{told.replace('_', '-')} {rest}" if told in fields else str(error)
+                    raise typer.BadParameter(message) from error
+                result = finetune(task, config, out, reporter=shown)
+        finally:
+            shown.close()
+            if torch.distributed.is_available() and torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+    if result.interrupted:
+        if first_process():
+            typer.echo(
+                f"stopped at step {result.step} of {result.total}, saved. Go on with:\n"
+                f"  fastgan finetune {name} --out {out} --resume"
+            )
+        raise typer.Exit(130)
+    if not first_process():
+        raise typer.Exit
+    early = f"; stopped early, of {result.total} steps" if result.stopped_early else ""
+    typer.echo(
+        f"finished: {result.step} steps, {result.parameters / 1e6:.1f} million parameters in {result.folder}{early}"
+    )
+    return result
