@@ -70,6 +70,55 @@ def sentiment(
 
 
 @app.command()
+def translate(
+    model: Path = MODEL,
+    data: tuple[Path, Path] = typer.Option(..., "--data", help="Two parallel files, source and target; plain or .gz."),
+    beams: int = typer.Option(5, "--beams", min=1, help="1 is greedy."),
+    out: Path = typer.Option(None, "--out", help="Write the translations here, a line each."),
+    samples: int = SAMPLES,
+    as_json: bool = JSON,
+) -> None:
+    """BLEU and chrF2 of a translator, by sacrebleu, cased, with signatures and 95 % intervals.
+
+    For example: fastgan evaluate translate --model runs/de-en --data test.de test.en --out test.out.en
+    """
+    with in_one_line():
+        if out is not None and not out.absolute().parent.is_dir():
+            raise typer.BadParameter(f"--out: there is no folder {out.parent}")
+        from fastgan.training.checkpoint import replace_file
+        from fastgan.training.translate import evaluate_translate
+
+        evaluation, lines = evaluate_translate(model, *data, beams=beams, samples=samples)
+        if out is not None:
+            replace_file(out, "".join(" ".join(line.split()) + "\n" for line in lines).encode())
+        _print(evaluation, as_json)
+
+
+@app.command()
+def generate(
+    model: Path = MODEL,
+    data: Path = typer.Option(..., "--data", help="Text, plain or .gz."),
+    n: int = typer.Option(50, "--n", min=1, help="Texts that are drawn, and stretches of the file beside them."),
+    length: int = typer.Option(64, "--length", min=2, help="Tokens of each."),
+    temperature: float = typer.Option(1.0, "--temperature", min=0.0),
+    seed: int = typer.Option(0, "--seed", min=0, max=2**63 - 1, help="Of what is drawn."),
+    samples: int = SAMPLES,
+    as_json: bool = JSON,
+) -> None:
+    """Loss and perplexity of a causal model on a file, and how varied what it writes is, beside the file itself.
+
+    For example: fastgan evaluate generate --model runs/mine --data test.txt
+    """
+    with in_one_line():
+        from fastgan.training.generate import evaluate_generate
+
+        evaluation = evaluate_generate(
+            model, data, n=n, length=length, temperature=temperature, seed=seed, samples=samples
+        )
+        _print(evaluation, as_json)
+
+
+@app.command()
 def bleu(
     hypotheses: Path = HYPOTHESES,
     references: list[Path] = REFERENCES,

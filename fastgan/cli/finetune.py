@@ -83,15 +83,118 @@ def sentiment(
     )
 
 
+@app.command()
+def translate(
+    context: typer.Context,
+    train: tuple[Path, Path] = typer.Option(None, help="Two parallel files, source and target; plain or .gz."),
+    validation: tuple[Path, Path] = typer.Option(None, help="The same, for choosing the best weights."),
+    out: Path = OUT,
+    model: str | None = MODEL,
+    from_scratch: str | None = FROM_SCRATCH,
+    layers: int = typer.Option(3, help="Of the encoder, and as many of the decoder (from scratch, as the next three)."),
+    width: int = typer.Option(256, help="Of the hidden states; an even multiple of heads."),
+    heads: int = typer.Option(4),
+    vocab_size: int = typer.Option(8000, help="Of the vocabulary of both languages, learnt on the training files."),
+    label_smoothing: float = typer.Option(0.1),
+    beams: int = typer.Option(5, help="Of the last evaluation; those on the way are greedy."),
+    epochs: int = typer.Option(15, help="Times that all pairs are seen."),
+    max_steps: int = MAX_STEPS,
+    batch_size: int = typer.Option(64, help="Pairs at a time, in each process; those of like lengths together."),
+    lr: float = typer.Option(1e-3, help="Learning rate."),
+    warmup: float = WARMUP,
+    weight_decay: float = WEIGHT_DECAY,
+    dropout: float | None = typer.Option(0.3),
+    length: int = typer.Option(100, help="Tokens of a side; longer ones are cut, and counted."),
+    precision: str = PRECISION,
+    seed: int = SEED,
+    gradient_accumulation: int = ACCUMULATION,
+    eval_every: int = EVAL_EVERY,
+    early_stopping: int = EARLY_STOPPING,
+    report_to: str = REPORT_TO,
+    attention: str = ATTENTION,
+    resume: bool = RESUME,
+) -> None:
+    """Train a translator on parallel lines, from scratch or from a pretrained one, or go on with a run.
+
+    The weights whose greedy translations of the validation file have the best BLEU are kept. Ctrl-C saves; a run killed
+    in any way goes on by --resume, and ends with the same weights, bit for bit.
+
+    For example: fastgan finetune translate --from-scratch small --train train.de train.en --validation val.de val.en
+    --out runs/de-en
+
+    Then: fastgan evaluate translate --model runs/de-en --data test.de test.en
+    """
+    result = _run(context, "translate", out, resume)
+    figures = result.figures
+    searched = "".join(f", {value:.2f} with {name.rpartition('_')[2]} beams" for name, value in figures.items()
+                       if name.startswith("bleu_beam"))  # fmt: skip
+    typer.echo(f"  BLEU on validation {figures['bleu']:.2f} greedily at step {result.best_step}{searched}")
+
+
+@app.command()
+def generate(
+    context: typer.Context,
+    train: Path = typer.Option(None, help="Text, plain or .gz."),
+    validation: Path = typer.Option(None, help="The same, for choosing the best weights."),
+    out: Path = OUT,
+    model: str | None = MODEL,
+    from_scratch: str | None = FROM_SCRATCH,
+    layers: int = typer.Option(4, help="From scratch, as the next three."),
+    width: int = typer.Option(256, help="Of the hidden states; a multiple of heads."),
+    heads: int = typer.Option(4),
+    vocab_size: int = typer.Option(2000, help="Of the vocabulary that is learnt; 261 are the bytes themselves."),
+    epochs: int = typer.Option(3, help="Times that all of the text is seen."),
+    max_steps: int = MAX_STEPS,
+    batch_size: int = typer.Option(16, help="Blocks at a time, in each process."),
+    lr: float = typer.Option(5e-4, help="Learning rate."),
+    warmup: float = WARMUP,
+    weight_decay: float = WEIGHT_DECAY,
+    dropout: float | None = OWN_DROPOUT,
+    length: int = typer.Option(128, help="Tokens of a block."),
+    precision: str = PRECISION,
+    seed: int = SEED,
+    gradient_accumulation: int = ACCUMULATION,
+    eval_every: int = EVAL_EVERY,
+    early_stopping: int = typer.Option(2, help="Stop after so many evaluations that are no better; 0: never."),
+    report_to: str = REPORT_TO,
+    attention: str = ATTENTION,
+    resume: bool = RESUME,
+) -> None:
+    """Train a causal model on a text file, from scratch or from a pretrained one, or go on with a run.
+
+    The weights with the least loss on the validation file are kept. Ctrl-C saves; a run killed in any way goes on by
+    --resume, and ends with the same weights, bit for bit. For text that memory does not hold: fastgan prepare text, and
+    fastgan pretrain.
+
+    For example: fastgan finetune generate --model gpt2 --train a.txt --validation b.txt --out runs/mine
+
+    Then: fastgan generate runs/mine --prompt "Once upon a time"
+    """
+    result = _run(context, "generate", out, resume)
+    figures = result.figures
+    typer.echo(
+        f"  validation loss {figures['loss']:.4f} nats per token, {figures['loss_per_character']:.4f} per character, "
+        f"perplexity {figures['perplexity']:.2f}, at step {result.best_step}"
+    )
+
+
 def _task(name: str) -> Any:
     try:
         import accelerate  # noqa: F401
         import transformers  # noqa: F401
     except ImportError as error:
         raise ImportError(f"finetune needs transformers ({error}): pip install 'fastgan[text]'") from None
+    from fastgan.training.generate import GENERATE
     from fastgan.training.sentiment import SENTIMENT
+    from fastgan.training.translate import TRANSLATE
 
-    return {"sentiment": SENTIMENT}[name]
+    return {task.name: task for task in (SENTIMENT, TRANSLATE, GENERATE)}[name]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(os.fspath, value))
+    return os.fspath(value) if isinstance(value, Path) else value
 
 
 def _run(context: typer.Context, name: str, out: Path, resume: bool) -> Any:
@@ -100,7 +203,7 @@ def _run(context: typer.Context, name: str, out: Path, resume: bool) -> Any:
 
     fields = [each for each in context.params if each not in ("out", "resume")]
     given = {each: context.params[each] for each in fields if _source(context, each) not in ("DEFAULT", "DEFAULT_MAP")}
-    given = {each: os.fspath(value) if isinstance(value, Path) else value for each, value in given.items()}
+    given = {each: _plain(value) for each, value in given.items()}
     with in_one_line():
         task = _task(name)
         if not resume:

@@ -71,7 +71,7 @@ class FinetuneConfig:
     report_to: str = "none"  # transformers' integrations, parted by commas: tensorboard, wandb, ...
     attention: str = "fastgan"
 
-    #: fields that name a file, whose content a resumed run must find unchanged
+    #: fields that name a file, or several, whose content a resumed run must find unchanged
     FILES: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -80,7 +80,9 @@ class FinetuneConfig:
                 raise ValueError(f"{name} must name a file")
         for name in (*self.FILES, "model"):
             value = getattr(self, name)
-            if value is not None:
+            if isinstance(value, (tuple, list)):
+                object.__setattr__(self, name, tuple(map(os.fspath, value)))
+            elif value is not None:
                 object.__setattr__(self, name, os.fspath(value))
         check_integers(self, {"epochs": 1, "max_steps": 0, "batch_size": 1, "length": 4, "seed": 0,
                               "gradient_accumulation": 1, "eval_every": 0, "early_stopping": 0})  # fmt: skip
@@ -91,6 +93,10 @@ class FinetuneConfig:
             raise ValueError("model: either a model to begin with, or from_scratch with a size, is needed")
         if self.from_scratch is not None and self.from_scratch not in SIZES:
             raise ValueError(f"from_scratch must be one of {', '.join(SIZES)}, got {self.from_scratch!r}")
+
+    def paths(self) -> list[str]:
+        values = [getattr(self, name) for name in self.FILES]
+        return [path for value in values for path in ([value] if isinstance(value, str) else value)]
 
 
 @dataclass(frozen=True)
@@ -113,7 +119,7 @@ class Prepared:
     """What a task makes of a configuration: a model at step 0, and examples for transformers' collator.
 
     ``rows`` and ``held_out`` are examples, ``lengths`` the tokens of each of ``rows``. ``finish`` is called with the
-    kept model, and gives figures to add to the result.
+    kept model and its figures, and gives more for the result.
     """
 
     model: Any
@@ -129,7 +135,7 @@ class Prepared:
     label_smoothing: float = 0.0
     counts: dict[str, int] = field(default_factory=dict)
     levels: dict[str, float] = field(default_factory=dict)
-    finish: Callable[[Any], dict[str, float]] | None = None
+    finish: Callable[[Any, dict[str, float]], dict[str, float]] | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     trainer: type[LanguageTrainer] | None = None
 
@@ -195,10 +201,10 @@ def _run(
     document: dict[str, Any] | None,
     reporter: Reporter,
 ) -> Finetuned:
-    digests = {name: _digest(getattr(config, name)) for name in config.FILES}
-    for name, digest in digests.items():
-        if document is not None and document.get("files", {}).get(name) != digest:
-            raise RunError(f"{getattr(config, name)}: is not what the run in {folder} was begun with")
+    digests = {path: _digest(path) for path in config.paths()}
+    for path, digest in digests.items():
+        if document is not None and document.get("files", {}).get(path) != digest:
+            raise RunError(f"{path}: is not what the run in {folder} was begun with")
     _register(config.attention)
     asked = {"format": FORMAT, "version": VERSION, "task": task.name, "config": dataclasses.asdict(config),
              "files": digests}  # fmt: skip
@@ -278,7 +284,8 @@ def _train(
         if not ended.interrupted:
             write_model(job, ended, prepared.tokenizer, prepared.length)
             if prepared.finish is not None:
-                result = dataclasses.replace(result, figures=result.figures | prepared.finish(ended.trainer.model))
+                more = prepared.finish(ended.trainer.model, result.figures)
+                result = dataclasses.replace(result, figures=result.figures | more)
             write_result(folder, result)
     ended.trainer._wait()
     return result

@@ -7,6 +7,10 @@ from pathlib import Path
 from typing import Any
 
 _PATIENCE = 5.0  # seconds that the hub has to answer
+_DROPOUTS = (
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout", "dropout_rate",
+    "embd_pdrop", "resid_pdrop", "attn_pdrop", "hidden_dropout", "embedding_dropout",
+)  # fmt: skip
 
 
 def locate(name: str) -> tuple[str, bool]:
@@ -47,13 +51,24 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_model(
-    kind: Any, name: str, tokenizer: Any, attention: str, what: str, *, whole: bool = False, **options: Any
+    kind: Any,
+    name: str,
+    tokenizer: Any,
+    attention: str,
+    what: str,
+    *,
+    whole: bool = False,
+    dropout: float | None = None,
+    settings: dict[str, Any] | None = None,
+    **options: Any,
 ) -> Any:
     """``kind.from_pretrained(name)`` in float32, checked against its tokenizer, modules replaced.
 
-    ``whole`` refuses a model that lacks weights, such as an encoder without the head of the task.
+    ``whole`` refuses a model that lacks weights, such as an encoder without the head of the task. ``dropout`` takes the
+    place of all that the configuration has, ``settings`` are the configuration's, ``options`` ``from_pretrained``'s.
     """
     import torch
+    from transformers import AutoConfig
 
     from fastgan.replace import replace_modules
 
@@ -61,8 +76,13 @@ def load_model(
     if attention == "fastgan":
         import fastgan.hf  # noqa: F401  registers the implementation
     try:
+        config = AutoConfig.from_pretrained(place, local_files_only=local, **(settings or {}))
+        for each in _DROPOUTS if dropout is not None else ():
+            if hasattr(config, each):
+                setattr(config, each, dropout)
         model, found = kind.from_pretrained(
             place,
+            config=config,
             attn_implementation=attention,
             local_files_only=local,
             dtype=torch.float32,

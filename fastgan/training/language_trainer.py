@@ -141,7 +141,13 @@ class LanguageTrainer(Trainer):
         labels = inputs["labels"]
         if self.label_smoothing and model.training:
             inputs = {**inputs, "label_smoothing": self.label_smoothing}
-        loss, outputs = super().compute_loss(model, inputs, True)
+        smoother = self.label_smoother
+        if not model.training:
+            self.label_smoother = None  # a validation loss is the plain one
+        try:
+            loss, outputs = super().compute_loss(model, inputs, True)
+        finally:
+            self.label_smoother = smoother
         if num_items_in_batch is not None:
             share = labels.ne(-100).sum() / num_items_in_batch
             loss = loss * (share * self.accelerator.num_processes)  # gradients are averaged over processes
@@ -479,7 +485,7 @@ def write_result(folder: Path, result: Any) -> None:
 def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
     """metrics.jsonl, of what the last checkpoint knows: never ahead of it, never behind."""
     names = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm", "eval_loss": "validation_loss",
-             "eval_accuracy": "validation_accuracy"}  # fmt: skip
+             "eval_accuracy": "validation_accuracy", "eval_bleu": "validation_bleu"}  # fmt: skip
     rows = []
     for entry in history:
         row = {ours: entry[theirs] for theirs, ours in names.items() if theirs in entry}

@@ -68,16 +68,14 @@ def _prepare(config: SentimentConfig, folder: Path, say: Callable[[str], None]) 
 
     labels: dict[str, Any] = {"num_labels": len(names), "id2label": dict(enumerate(names)),
               "label2id": {name: number for number, name in enumerate(names)}}  # fmt: skip
-    dropout: dict[str, Any] = {} if config.dropout is None else {"hidden_dropout_prob": config.dropout,
-                                                 "attention_probs_dropout_prob": config.dropout}  # fmt: skip
     if config.model is not None:
         tokenizer = load_tokenizer(config.model)
         model = load_model(
             AutoModelForSequenceClassification, config.model, tokenizer, config.attention, "classes",
-            ignore_mismatched_sizes=True, **labels, **dropout,
+            dropout=config.dropout, settings=labels, ignore_mismatched_sizes=True,
         )  # fmt: skip
     else:
-        tokenizer, model = _small(config, train.texts, labels | dropout)
+        tokenizer, model = _small(config, train.texts, labels)
     length = most_tokens(model, tokenizer, config.length)
 
     numbers = labels["label2id"]
@@ -131,6 +129,8 @@ def _small(config: SentimentConfig, texts: list[str], settings: dict[str, Any]) 
         **_SMALL,
         **settings,
     )
+    if config.dropout is not None:
+        shape.hidden_dropout_prob = shape.attention_probs_dropout_prob = config.dropout
     model = BertForSequenceClassification._from_config(shape, attn_implementation=config.attention)
     return tokenizer, replace_modules(model) if config.attention == "fastgan" else model
 
