@@ -80,7 +80,7 @@ def test_translate_and_generate(tmp_path):
 def test_failures_are_one_line(files, tmp_path):  # noqa: F811
     (tmp_path / "bad.tsv").write_text("good\t1\nbad\n")
     data = ["--train", files / "train.tsv", "--validation", files / "dev.tsv"]
-    out = ["--out", tmp_path / "o"]
+    out, uneven = ["--out", tmp_path / "o"], [files / "dev.tsv", tmp_path / "bad.tsv"]
     for arguments, status, words in [
         (("finetune", "sentiment", *data, *out), 2, "--model"),
         (("finetune", "sentiment", *data, *out, "--model", "x", "--from-scratch", "small"), 2, "--model"),
@@ -89,8 +89,8 @@ def test_failures_are_one_line(files, tmp_path):  # noqa: F811
         (("finetune", "sentiment", *data, *out, "--model", tmp_path / "no"), 1, "no such folder"),
         (("finetune", "sentiment", *data[2:], *out, "--model", files / "encoder", "--train", tmp_path / "bad.tsv"), 1,
          "line 2: has 1 columns"),
-        (("finetune", "translate", *out, "--from-scratch", "small", "--train", files / "dev.tsv",
-          tmp_path / "bad.tsv", "--validation", files / "dev.tsv", tmp_path / "bad.tsv"), 1, "dev.tsv has 20 lines and"),
+        (("finetune", "translate", *out, "--from-scratch", "small", "--train", *uneven, "--validation", *uneven), 1,
+         "dev.tsv has 20 lines and"),
         (("finetune", "translate", *out, "--from-scratch", "small", "--train", "a", "b"), 2, "--validation"),
         (("generate", tmp_path), 2, "--prompt"),
         (("generate", tmp_path, "--prompt", "a"), 1, "no config.json"),

@@ -76,9 +76,11 @@ def test_prompts_that_are_long_or_empty_and_what_cannot_be(learnt):
         text = generate(pair, "the red cat " * 30, max_tokens=50, temperature=0)[0][0]
     assert len(pair[1](text)["input_ids"]) <= 33
     assert isinstance(generate(pair, "", max_tokens=3)[0][0], str)
-    for options, words in [({"n": 0}, "n must"), ({"max_tokens": 0}, "max_tokens"),
-                           ({"temperature": -1}, "temperature"), ({"top_k": -1}, "top_k"), ({"top_p": 0}, "top_p"),
-                           ({"n": 2, "temperature": 0}, "n must"), ({"beams": 2, "n": 3}, "n must be at most the 2 beams")]:  # fmt: skip
+    for options, words in [
+        ({"n": 0}, "n must"), ({"max_tokens": 0}, "max_tokens"), ({"temperature": -1}, "temperature"),
+        ({"top_k": -1}, "top_k"), ({"top_p": 0}, "top_p"), ({"n": 2, "temperature": 0}, "n must"),
+        ({"beams": 2, "n": 3}, "n must be at most the 2 beams"),
+    ]:  # fmt: skip
         with pytest.raises(ValueError, match=words):
             generate(pair, "the", **options)
 
