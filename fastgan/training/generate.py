@@ -29,12 +29,11 @@ from fastgan.data.corpus import _pieces, train_bpe
 from fastgan.data.labelled import read_text
 from fastgan.metrics.results import SAMPLES, SEED, Evaluation, Result, interval
 from fastgan.training.finetune import FinetuneConfig, Prepared, Task
-from fastgan.training.gan import mixed_seed
 from fastgan.training.hub import load_model, load_tokenizer, most_tokens
 from fastgan.training.language import _own_generators, _quiet
 from fastgan.training.language_run import check_integers
+from fastgan.training.streams import TEXTS, mixed_seed
 
-_SAMPLES = 6  # a stream of random numbers apart from those of training
 _PROMPT = 8  # tokens of the file that a measured sample goes on from
 
 
@@ -201,7 +200,7 @@ def generate(
     texts = []
     for number, prompt in enumerate(prompts, first):
         ids, room = _encoded(network, tokenizer, prompt, max_tokens)
-        with _own_generators(mixed_seed(seed, _SAMPLES, number) % 2**63), _quiet():
+        with _own_generators(mixed_seed(seed, TEXTS, number)), _quiet():
             found = network.generate(
                 input_ids=ids.to(device), attention_mask=torch.ones_like(ids, device=device), max_new_tokens=room,
                 **settings,
@@ -294,7 +293,7 @@ def evaluate_generate(
     starts = np.linspace(0, len(ids) - length, min(n, max(1, len(ids) // length))).astype(int)
     own = np.stack([ids[start : start + length] for start in starts])
     prompts = torch.from_numpy(own[:, : min(_PROMPT, length - 1)]).to(next(network.parameters()).device)
-    with _own_generators(mixed_seed(seed, _SAMPLES, 0)), _quiet():
+    with _own_generators(mixed_seed(seed, TEXTS, 0)), _quiet():
         drawn = network.generate(
             input_ids=prompts,
             attention_mask=torch.ones_like(prompts),

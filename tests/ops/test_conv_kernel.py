@@ -80,6 +80,7 @@ def test_any_size_padding_and_stride_of_memory(data, kind):
         torch.testing.assert_close(got.double(), exact, rtol=0, atol=1e-5 * max(1.0, exact.abs().max().item()))
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["conv2d", "conv_transpose2d"])
 def test_torchs_own_samples_on_the_kernel(name, kind, monkeypatch):
@@ -176,6 +177,7 @@ def _layer(transposed, channels=32, outputs=48):
     return x, w, b, conv_transpose2d if transposed else conv2d
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["NCHW", "channels_last"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["conv2d", "conv_transpose2d"])
 def test_R36_penalty_runs_on_the_kernel_and_equals_float64(transposed, layout):
@@ -209,6 +211,7 @@ class _Names(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("transposed", [False, True], ids=["conv2d", "conv_transpose2d"])
 def test_only_the_gradients_asked_for(transposed):
     x, w, b, function = _layer(transposed)
@@ -328,6 +331,7 @@ def test_half_precision_is_float32_inside(kind, dtype):
         assert _rms(got, exact) < 0.4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.kernel
 def test_the_algorithm_is_chosen():
     x, w, b, _ = _layer(False)
     fast, exact = conv2d(x, w, b, 2, 1), F.conv2d(x, w, b, 2, 1)

@@ -13,7 +13,10 @@ from fastgan.models import DCGAN
 from fastgan.training import GANTrainer, r1_penalty, wgan_gp_penalty
 from fastgan.training.joining import why_two_passes
 
-pytestmark = pytest.mark.filterwarnings("ignore:real and fake go through")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:real and fake go through"),
+    pytest.mark.filterwarnings("ignore:real runs from"),
+]
 
 
 def tutorial_loop(generator, discriminator, batches, noises, *, lr=2e-4, betas=(0.5, 0.999)):
