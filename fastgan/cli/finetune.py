@@ -25,6 +25,7 @@ SEED = typer.Option(0, help="Same seed, same weights.")
 ACCUMULATION = typer.Option(1, help="Batches to a step.")
 EVAL_EVERY = typer.Option(0, help="Steps between evaluations, each with a checkpoint; 0: an epoch.")
 EARLY_STOPPING = typer.Option(0, help="Stop after so many evaluations that are no better; 0: never.")
+AVERAGE = typer.Option(0, help="Try the mean of the weights of the last so many evaluations; 0: do not.")
 REPORT_TO = typer.Option("none", help="tensorboard, wandb, ..., parted by commas.")
 ATTENTION = typer.Option("fastgan", help="fastgan, or transformers' own: sdpa, eager.")
 RESUME = typer.Option(False, "--resume", help="Go on with the run in --out.")
@@ -61,6 +62,7 @@ def sentiment(
     gradient_accumulation: int = ACCUMULATION,
     eval_every: int = EVAL_EVERY,
     early_stopping: int = EARLY_STOPPING,
+    average: int = AVERAGE,
     report_to: str = REPORT_TO,
     attention: str = ATTENTION,
     resume: bool = RESUME,
@@ -110,6 +112,7 @@ def translate(
     gradient_accumulation: int = ACCUMULATION,
     eval_every: int = EVAL_EVERY,
     early_stopping: int = EARLY_STOPPING,
+    average: int = typer.Option(5, help="Try the mean of the weights of the last so many evaluations."),
     report_to: str = REPORT_TO,
     attention: str = ATTENTION,
     resume: bool = RESUME,
@@ -156,6 +159,7 @@ def generate(
     gradient_accumulation: int = ACCUMULATION,
     eval_every: int = EVAL_EVERY,
     early_stopping: int = typer.Option(2, help="Stop after so many evaluations that are no better; 0: never."),
+    average: int = AVERAGE,
     report_to: str = REPORT_TO,
     attention: str = ATTENTION,
     resume: bool = RESUME,

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from fastgan.data.corpus import vocabulary_digest
 from fastgan.training.checkpoint import RunError, replace_file
 from fastgan.training.language import _own_generators, _quiet, _register
 from fastgan.training.language_run import (
@@ -68,6 +69,7 @@ class FinetuneConfig:
     gradient_accumulation: int = 1
     eval_every: int = 0  # steps between evaluations, each with a checkpoint; 0: an epoch
     early_stopping: int = 0  # evaluations without a better figure before it stops; 0: never
+    average: int = 0  # the mean of the weights of the last so many evaluations is tried in the end
     report_to: str = "none"  # transformers' integrations, parted by commas: tensorboard, wandb, ...
     attention: str = "fastgan"
 
@@ -84,8 +86,9 @@ class FinetuneConfig:
                 object.__setattr__(self, name, tuple(map(os.fspath, value)))
             elif value is not None:
                 object.__setattr__(self, name, os.fspath(value))
-        check_integers(self, {"epochs": 1, "max_steps": 0, "batch_size": 1, "length": 4, "seed": 0,
-                              "gradient_accumulation": 1, "eval_every": 0, "early_stopping": 0})  # fmt: skip
+        least = {"epochs": 1, "max_steps": 0, "batch_size": 1, "length": 4, "seed": 0, "gradient_accumulation": 1,
+                 "eval_every": 0, "early_stopping": 0, "average": 0}  # fmt: skip
+        check_integers(self, least)
         check_settings(self)
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup must be at least 0 and less than 1 (a share of the steps), got {self.warmup}")
@@ -108,7 +111,8 @@ class Finetuned:
     total: int
     interrupted: bool = False
     stopped_early: bool = False
-    best_step: int | None = None
+    best_step: int | None = None  # whose weights are kept
+    averaged: bool = False  # they are the mean of several evaluations' weights instead
     parameters: int = 0
     figures: dict[str, float] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)  # examples, truncated ones, those in both files
@@ -142,14 +146,14 @@ class Prepared:
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of fine-tuning: its name, its configuration, and ``prepare(config, folder, say)``.
+    """A kind of fine-tuning: its name, its configuration, and ``prepare(config, say)``.
 
-    ``folder`` may keep a tokenizer that the task learns, which a resumed run reads there.
+    ``prepare`` is a pure function of the configuration and its files: a resumed run calls it again.
     """
 
     name: str
     config: type[FinetuneConfig]
-    prepare: Callable[[Any, Path, Callable[[str], None]], Prepared]
+    prepare: Callable[[Any, Callable[[str], None]], Prepared]
 
 
 def finetune(
@@ -206,19 +210,15 @@ def _run(
         if document is not None and document.get("files", {}).get(path) != digest:
             raise RunError(f"{path}: is not what the run in {folder} was begun with")
     _register(config.attention)
-    asked = {"format": FORMAT, "version": VERSION, "task": task.name, "config": dataclasses.asdict(config),
-             "files": digests}  # fmt: skip
-    existed = folder.exists()
+    asked: dict[str, Any] = {"format": FORMAT, "version": VERSION, "task": task.name,
+                             "config": dataclasses.asdict(config), "files": digests}  # fmt: skip
     with contextlib.ExitStack() as stack:
         stack.enter_context(_own_generators(config.seed))
         stack.enter_context(_quiet())
-        try:
-            prepared = task.prepare(config, folder, reporter.say)
-        except BaseException:
-            if not existed:
-                with contextlib.suppress(OSError):
-                    folder.rmdir()  # only if nothing was put there
-            raise
+        prepared = task.prepare(config, reporter.say)
+        asked["vocabulary_sha256"] = vocabulary_digest(prepared.tokenizer)
+        if document is not None and document.get("vocabulary_sha256") != asked["vocabulary_sha256"]:
+            raise RunError(f"{folder}: the tokenizer is another than when this run was begun")
         stack.enter_context(held(folder, asked))
         stopping = stack.enter_context(_stop_when_asked())
         return _train(config, folder, prepared, checkpoint, reporter, stopping)
@@ -233,7 +233,14 @@ def _train(
     stopping: Callable[[], bool],
 ) -> Finetuned:
     from fastgan.data.grouped import GroupedByLength, steps_per_epoch
-    from fastgan.training.language_trainer import Job, LanguageTrainer, make_arguments, run_job, write_metrics
+    from fastgan.training.language_trainer import (
+        Job,
+        LanguageTrainer,
+        make_arguments,
+        run_job,
+        try_average,
+        write_metrics,
+    )
 
     per_process = config.batch_size * config.gradient_accumulation
     step_size = per_process * processes()
@@ -262,9 +269,17 @@ def _train(
         collator=prepared.collator,
         measure=prepared.measure,
         label_smoothing=prepared.label_smoothing,
+        average=config.average,
         trainer=prepared.trainer or LanguageTrainer,
     )
     ended = run_job(job, checkpoint, reporter, stopping)
+    figures, averaged = _figures(ended), None
+    if not ended.interrupted and config.average > 1:
+        averaged = try_average(job, ended)
+        if averaged is not None:
+            figures = _named(averaged)
+            reporter.say(f"the mean of {config.average} weights: validation {job.goal.metric} "
+                         f"{figures[job.goal.metric]:.4f}, the best")  # fmt: skip
     result = Finetuned(
         folder,
         ended.step,
@@ -272,8 +287,9 @@ def _train(
         ended.interrupted,
         ended.early,
         ended.best[0] if ended.best else None,
+        averaged is not None,
         sum(parameter.numel() for parameter in prepared.model.parameters()),
-        _figures(ended) | prepared.levels,
+        figures | prepared.levels,
         prepared.counts,
     )
     if ended.first:
@@ -306,10 +322,13 @@ def _figures(ended: Ended) -> dict[str, float]:
     """What the evaluation of the kept weights said."""
     if ended.best is None:
         return {}
-    timing = ("runtime", "samples_per_second", "steps_per_second")
-    row = next(row for row in ended.history if row["step"] == ended.best[0] and "eval_loss" in row)
+    return _named(next(row for row in ended.history if row["step"] == ended.best[0] and "eval_loss" in row))
+
+
+def _named(row: dict[str, Any]) -> dict[str, float]:
+    timing = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     named = {name.removeprefix("eval_"): float(value) for name, value in row.items() if name.startswith("eval_")}
-    return {name: value for name, value in named.items() if name not in timing and not name.startswith("model_")}
+    return {name: value for name, value in named.items() if name not in timing}
 
 
 def _digest(path: str) -> str:

@@ -18,7 +18,6 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -60,7 +59,7 @@ class GenerateConfig(FinetuneConfig):
             raise ValueError(f"width must be a multiple of heads, got width = {self.width} and heads = {self.heads}")
 
 
-def _prepare(config: GenerateConfig, folder: Path, say: Callable[[str], None]) -> Prepared:
+def _prepare(config: GenerateConfig, say: Callable[[str], None]) -> Prepared:
     from transformers import AutoModelForCausalLM, default_data_collator
 
     from fastgan.training.language_trainer import LOSS

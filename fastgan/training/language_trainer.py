@@ -124,6 +124,7 @@ class LanguageTrainer(Trainer):
     folder: Path
     goal: Goal = LOSS
     label_smoothing: float = 0.0
+    average: int = 0
     _staging: Path | None = None
 
     def compute_loss(
@@ -175,18 +176,19 @@ class LanguageTrainer(Trainer):
         _move(staging / name, place / name)
         staging.rmdir()
         best = self.goal.best(self.state.log_history)
-        for path in [*place.glob("checkpoint-*"), *self.folder.glob("best-*")]:
-            if path.name not in (name, f"best-{best[0]}" if best else ""):
+        kept = {name, f"best-{best[0]}" if best else "", *recent(self.goal, self.state.log_history, self.average)}
+        for path in [*place.glob("checkpoint-*"), *self.folder.glob("best-*"), *self.folder.glob("recent-*")]:
+            if path.name not in kept:
                 shutil.rmtree(path, ignore_errors=True)
         write_metrics(self.folder, self.state.log_history)
 
-    def save_best(self) -> None:
-        """The weights of this step as the best so far. Older ones stay until the next checkpoint is there."""
-        staging = self.folder / ".best.partial"
+    def save_weights(self, name: str) -> None:
+        """The weights of this step as a folder of that name. Older ones stay until the next checkpoint is there."""
+        staging = self.folder / ".weights.partial"
         shutil.rmtree(staging, ignore_errors=True)
         self.save_model(str(staging), _internal_call=True)
         _seal(staging)
-        _move(staging, self.folder / f"best-{self.state.global_step}")
+        _move(staging, self.folder / name)
 
     def _wait(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -218,6 +220,7 @@ class Job:
         patience: evaluations without a better figure before it stops; 0: never.
         collator, measure: transformers' ``data_collator`` and ``compute_metrics``.
         label_smoothing: of a fused loss.
+        average: evaluations whose weights are kept for ``try_average``.
         trainer: the class that trains.
     """
 
@@ -234,6 +237,7 @@ class Job:
     collator: Any = None
     measure: Any = None
     label_smoothing: float = 0.0
+    average: int = 0
     trainer: type[LanguageTrainer] = LanguageTrainer
 
 
@@ -297,7 +301,9 @@ class _Watch(TrainerCallback):
                 said += f", loss {LOSS.evaluations(history)[-1][1]:.4f}"
             self.reporter.say(f"{said}{', the best so far' if is_best else ''}")
         if is_best and self.job.keep_best and args.should_save:
-            self.trainer.save_best()
+            self.trainer.save_weights(f"best-{step}")
+        if self.job.average > 1 and args.should_save:
+            self.trainer.save_weights(f"recent-{step}")
         if goal.exhausted(history, self.job.patience):
             control.should_training_stop = True
 
@@ -317,7 +323,8 @@ def run_job(job: Job, checkpoint: Path | None, reporter: Reporter, stopping: Cal
     for callback in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(callback)
     trainer.add_callback(watch)
-    trainer.folder, trainer.goal, trainer.label_smoothing = job.folder, job.goal, job.label_smoothing
+    trainer.folder, trainer.goal, trainer.average = job.folder, job.goal, job.average
+    trainer.label_smoothing = job.label_smoothing
     watch.trainer = trainer
     history, step = _history(checkpoint)
     total = arguments.max_steps
@@ -341,6 +348,38 @@ def run_job(job: Job, checkpoint: Path | None, reporter: Reporter, stopping: Cal
         best=job.goal.best(history),
         last=last[0] if last else None,
     )
+
+
+def recent(goal: Goal, history: list[dict[str, Any]], count: int) -> list[str]:
+    """The names of the folders of the last ``count`` evaluations' weights."""
+    return [f"recent-{step}" for step, _ in goal.evaluations(history)[-count:]] if count > 1 else []
+
+
+def try_average(job: Job, ended: Ended) -> dict[str, Any] | None:
+    """Where the mean of the last weights does better than the best: its figures, itself as ``best-average``."""
+    from safetensors.torch import load_file
+
+    trainer, model = ended.trainer, ended.trainer.accelerator.unwrap_model(ended.trainer.model)
+    trainer._wait()
+    folders = [job.folder / name for name in recent(job.goal, ended.history, job.average)]
+    folders = [folder for folder in folders if folder.is_dir()]
+    if len(folders) < 2 or ended.best is None:
+        return None
+    mean: dict[str, torch.Tensor] = {}
+    for folder in folders:
+        check_whole(folder)
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            mean[name] = mean[name] + tensor.double() if name in mean else tensor.double()
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    model.load_state_dict({name: (total / len(folders)).to(dtypes[name]) for name, total in mean.items()}, strict=False)
+    model.tie_weights()
+    figures = trainer.evaluation_loop(trainer.get_eval_dataloader(), "Evaluation", metric_key_prefix="eval").metrics
+    figure = float((figures or {})[f"eval_{job.goal.metric}"])
+    if not math.isfinite(figure) or (figure <= ended.best[1] if job.goal.greater else figure >= ended.best[1]):
+        return None
+    if ended.first:
+        trainer.save_weights("best-average")
+    return figures
 
 
 def train(
@@ -452,7 +491,9 @@ def write_model(job: Job, ended: Ended, tokenizer: Any, length: int) -> None:
     staging = folder / ".model.partial"
     shutil.rmtree(staging, ignore_errors=True)
     if job.keep_best and ended.best:
-        chosen = folder / f"best-{ended.best[0]}"
+        chosen = folder / "best-average"
+        if not chosen.is_dir():
+            chosen = folder / f"best-{ended.best[0]}"
         if chosen.is_dir():
             check_whole(chosen)
         else:  # a finished run that was lengthened, and did no better: the folder itself has the best
@@ -477,7 +518,7 @@ def write_result(folder: Path, result: Any) -> None:
     """``result.json``, the last file of a run; then the best weights, which the folder itself has, are deleted."""
     document = {**dataclasses.asdict(result), "folder": str(folder)}
     replace_file(folder / "result.json", (json.dumps(document, indent=1, ensure_ascii=False) + "\n").encode())
-    for path in folder.glob("best-*"):
+    for path in [*folder.glob("best-*"), *folder.glob("recent-*")]:
         shutil.rmtree(path, ignore_errors=True)
 
 

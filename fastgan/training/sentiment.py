@@ -18,7 +18,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -52,7 +51,7 @@ class SentimentConfig(FinetuneConfig):
     FILES: ClassVar[tuple[str, ...]] = ("train", "validation")
 
 
-def _prepare(config: SentimentConfig, folder: Path, say: Callable[[str], None]) -> Prepared:
+def _prepare(config: SentimentConfig, say: Callable[[str], None]) -> Prepared:
     from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
 
     from fastgan.data.grouped import sorted_by_length

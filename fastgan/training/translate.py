@@ -18,7 +18,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -50,6 +49,7 @@ class TranslateConfig(FinetuneConfig):
     lr: float = 1e-3
     dropout: float | None = 0.3
     length: int = 100
+    average: int = 5
 
     FILES: ClassVar[tuple[str, ...]] = ("train", "validation")
 
@@ -66,7 +66,7 @@ class TranslateConfig(FinetuneConfig):
             raise ValueError(f"label_smoothing must be at least 0 and less than 1, got {self.label_smoothing}")
 
 
-def _prepare(config: TranslateConfig, folder: Path, say: Callable[[str], None]) -> Prepared:
+def _prepare(config: TranslateConfig, say: Callable[[str], None]) -> Prepared:
     from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 
     from fastgan._lm_heads import is_fused

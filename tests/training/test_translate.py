@@ -111,6 +111,33 @@ def test_R40_accumulated_batches_are_weighted_by_their_tokens(files, tmp_path):
     assert losses["sdpa"] == pytest.approx(losses["one"], rel=1e-4)
 
 
+def test_the_mean_of_the_last_weights_is_kept_where_it_is_the_best(files, tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    from fastgan.training import language_trainer
+
+    seen = []
+
+    def watched(job, ended, real=language_trainer.try_average):
+        means = [load_file(path / "model.safetensors") for path in sorted(job.folder.glob("recent-*"))]
+        seen.append({name: sum(each[name].double() for each in means) / len(means) for name in means[0]})
+        assert len(means) == 3
+        ended.best = (ended.best[0], -1.0)  # BLEU is 0 or more: any mean is better
+        return real(job, ended)
+
+    config = tiny(files, epochs=1, eval_every=3, average=3, lr=1e-3)
+    assert not finetune(TRANSLATE, dataclasses.replace(config, average=0), tmp_path / "none").averaged
+    monkeypatch.setattr(language_trainer, "try_average", watched)
+    first = finetune(TRANSLATE, config, tmp_path / "run", reporter=StopsAt(7))
+    assert first.interrupted
+    result = resume_finetune(TRANSLATE, tmp_path / "run")
+    assert result.averaged
+    kept = load_file(tmp_path / "run" / "model.safetensors")
+    for name, tensor in kept.items():
+        torch.testing.assert_close(tensor.double(), seen[0][name], rtol=1e-6, atol=1e-7)
+    assert not list((tmp_path / "run").glob("recent-*"))
+
+
 def test_the_tokenizer_ends_every_text_and_reads_back():
     tokenizer = shared_bpe(["ein größerer Hund läuft", "a bigger dog runs"] * 3, 300)
     ids = tokenizer("größer 🐕")["input_ids"]
