@@ -95,6 +95,31 @@ def translate(
 
 
 @app.command()
+def qa(
+    model: Path = MODEL,
+    data: Path = typer.Option(..., "--data", help="Questions in SQuAD's JSON, 1.1 or 2.0; plain or .gz."),
+    out: Path = typer.Option(None, "--out", help="Write the answers here: SQuAD's prediction file, id to answer."),
+    samples: int = SAMPLES,
+    seed: int = SEED,
+    as_json: bool = JSON,
+) -> None:
+    """Exact match and F1 of answers, as SQuAD's official script defines them, with 95 % intervals.
+
+    For example: fastgan evaluate qa --model runs/mine --data test.json
+    """
+    with in_one_line():
+        if out is not None and not out.absolute().parent.is_dir():
+            raise typer.BadParameter(f"--out: there is no folder {out.parent}")
+        from fastgan.training.checkpoint import replace_file
+        from fastgan.training.qa import evaluate_qa
+
+        evaluation, answers = evaluate_qa(model, data, samples=samples, seed=seed)
+        if out is not None:
+            replace_file(out, (json.dumps(answers, indent=1, ensure_ascii=False) + "\n").encode())
+        _print(evaluation, as_json)
+
+
+@app.command()
 def generate(
     model: Path = MODEL,
     data: Path = typer.Option(..., "--data", help="Text, plain or .gz."),

@@ -135,6 +135,50 @@ def translate(
 
 
 @app.command()
+def qa(
+    context: typer.Context,
+    train: Path = typer.Option(None, help="Questions in SQuAD's JSON, 1.1 or 2.0; plain or .gz."),
+    validation: Path = typer.Option(None, help="The same, for choosing the best weights."),
+    out: Path = OUT,
+    model: str | None = MODEL,
+    from_scratch: str | None = FROM_SCRATCH,
+    epochs: int = typer.Option(4, help="Times that all questions are seen."),
+    max_steps: int = MAX_STEPS,
+    batch_size: int = BATCH_SIZE,
+    lr: float = typer.Option(5e-5, help="Learning rate."),
+    warmup: float = WARMUP,
+    weight_decay: float = WEIGHT_DECAY,
+    dropout: float | None = OWN_DROPOUT,
+    length: int = typer.Option(256, help="Tokens of question and text together; longer texts are read in windows."),
+    stride: int = typer.Option(96, help="Tokens that a window shares with the next."),
+    precision: str = PRECISION,
+    seed: int = SEED,
+    gradient_accumulation: int = ACCUMULATION,
+    eval_every: int = EVAL_EVERY,
+    early_stopping: int = EARLY_STOPPING,
+    average: int = AVERAGE,
+    report_to: str = REPORT_TO,
+    attention: str = ATTENTION,
+    resume: bool = RESUME,
+) -> None:
+    """Fine-tune an encoder to point at the answer to a question in a text, or go on with a run.
+
+    The weights with the best F1 on the validation file are kept. Where the training file has questions without an
+    answer, the model may say that there is none. Ctrl-C saves; a run killed in any way goes on by --resume, and ends
+    with the same weights, bit for bit.
+
+    For example: fastgan finetune qa --model bert-base-uncased --train train.json --validation dev.json --out runs/mine
+
+    Then: fastgan evaluate qa --model runs/mine --data test.json
+    """
+    result = _run(context, "qa", out, resume)
+    figures = result.figures
+    typer.echo(
+        f"  F1 on validation {figures['f1']:.2f}, exact match {figures['exact_match']:.2f}, at step {result.best_step}"
+    )
+
+
+@app.command()
 def generate(
     context: typer.Context,
     train: Path = typer.Option(None, help="Text, plain or .gz."),
@@ -189,10 +233,11 @@ def _task(name: str) -> Any:
     except ImportError as error:
         raise ImportError(f"finetune needs transformers ({error}): pip install 'fastgan[text]'") from None
     from fastgan.training.generate import GENERATE
+    from fastgan.training.qa import QA
     from fastgan.training.sentiment import SENTIMENT
     from fastgan.training.translate import TRANSLATE
 
-    return {task.name: task for task in (SENTIMENT, TRANSLATE, GENERATE)}[name]
+    return {task.name: task for task in (SENTIMENT, TRANSLATE, QA, GENERATE)}[name]
 
 
 def _plain(value: Any) -> Any:

@@ -236,6 +236,7 @@ def _train(
     from fastgan.training.language_trainer import (
         Job,
         LanguageTrainer,
+        figures_of,
         make_arguments,
         run_job,
         try_average,
@@ -277,7 +278,7 @@ def _train(
     if not ended.interrupted and config.average > 1:
         averaged = try_average(job, ended)
         if averaged is not None:
-            figures = _named(averaged)
+            figures = figures_of(averaged)
             reporter.say(f"the mean of {config.average} weights: validation {job.goal.metric} "
                          f"{figures[job.goal.metric]:.4f}, the best")  # fmt: skip
     result = Finetuned(
@@ -320,15 +321,11 @@ class _Rows(torch.utils.data.Dataset):
 
 def _figures(ended: Ended) -> dict[str, float]:
     """What the evaluation of the kept weights said."""
+    from fastgan.training.language_trainer import figures_of
+
     if ended.best is None:
         return {}
-    return _named(next(row for row in ended.history if row["step"] == ended.best[0] and "eval_loss" in row))
-
-
-def _named(row: dict[str, Any]) -> dict[str, float]:
-    timing = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
-    named = {name.removeprefix("eval_"): float(value) for name, value in row.items() if name.startswith("eval_")}
-    return {name: value for name, value in named.items() if name not in timing}
+    return figures_of(next(row for row in ended.history if row["step"] == ended.best[0] and "eval_loss" in row))
 
 
 def _digest(path: str) -> str:

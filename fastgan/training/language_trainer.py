@@ -136,7 +136,7 @@ class LanguageTrainer(Trainer):
         over the batch would be summed over the batches of a step as it is.
         """
         kind = type(self.accelerator.unwrap_model(self.model)).__name__
-        if self._loss_shifts_labels or kind.endswith(("ForCausalLM", "LMHeadModel")):
+        if self._loss_shifts_labels or kind.endswith(("ForCausalLM", "LMHeadModel")) or "labels" not in inputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs["labels"]
         if self.label_smoothing and model.training:
@@ -522,13 +522,20 @@ def write_result(folder: Path, result: Any) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
+def figures_of(entry: dict[str, Any]) -> dict[str, float]:
+    """What an evaluation measured, without how long it took."""
+    timing = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    named = {name.removeprefix("eval_"): float(value) for name, value in entry.items() if name.startswith("eval_")}
+    return {name: value for name, value in named.items() if name not in timing}
+
+
 def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
     """metrics.jsonl, of what the last checkpoint knows: never ahead of it, never behind."""
-    names = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm", "eval_loss": "validation_loss",
-             "eval_accuracy": "validation_accuracy", "eval_bleu": "validation_bleu"}  # fmt: skip
+    names = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm"}
     rows = []
     for entry in history:
         row = {ours: entry[theirs] for theirs, ours in names.items() if theirs in entry}
+        row |= {f"validation_{name}": value for name, value in figures_of(entry).items()}
         if row:
             rows.append(json.dumps({"step": entry["step"], **row}))
     replace_file(folder / "metrics.jsonl", "".join(row + "\n" for row in rows).encode())

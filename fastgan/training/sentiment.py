@@ -52,7 +52,7 @@ class SentimentConfig(FinetuneConfig):
 
 
 def _prepare(config: SentimentConfig, say: Callable[[str], None]) -> Prepared:
-    from transformers import AutoModelForSequenceClassification, DataCollatorWithPadding
+    from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, DataCollatorWithPadding
 
     from fastgan.data.grouped import sorted_by_length
     from fastgan.training.language_trainer import Goal
@@ -74,7 +74,7 @@ def _prepare(config: SentimentConfig, say: Callable[[str], None]) -> Prepared:
             dropout=config.dropout, settings=labels, ignore_mismatched_sizes=True,
         )  # fmt: skip
     else:
-        tokenizer, model = _small(config, train.texts, labels)
+        tokenizer, model = small_bert(BertForSequenceClassification, config, train.texts, labels)
     length = most_tokens(model, tokenizer, config.length)
 
     numbers = labels["label2id"]
@@ -112,9 +112,9 @@ def _prepare(config: SentimentConfig, say: Callable[[str], None]) -> Prepared:
 SENTIMENT = Task("sentiment", SentimentConfig, _prepare)
 
 
-def _small(config: SentimentConfig, texts: list[str], settings: dict[str, Any]) -> tuple[Any, Any]:
-    """A tokenizer learnt from the texts (the same texts, the same tokenizer), and a BERT at step 0."""
-    from transformers import BertConfig, BertForSequenceClassification
+def small_bert(kind: Any, config: FinetuneConfig, texts: list[str], settings: dict[str, Any]) -> tuple[Any, Any]:
+    """A tokenizer learnt from the texts (the same texts, the same tokenizer), and a BERT of this kind at step 0."""
+    from transformers import BertConfig
 
     from fastgan.data.text import train_tokenizer
     from fastgan.replace import replace_modules
@@ -130,7 +130,7 @@ def _small(config: SentimentConfig, texts: list[str], settings: dict[str, Any]) 
     )
     if config.dropout is not None:
         shape.hidden_dropout_prob = shape.attention_probs_dropout_prob = config.dropout
-    model = BertForSequenceClassification._from_config(shape, attn_implementation=config.attention)
+    model = kind._from_config(shape, attn_implementation=config.attention)
     return tokenizer, replace_modules(model) if config.attention == "fastgan" else model
 
 

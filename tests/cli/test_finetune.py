@@ -12,6 +12,7 @@ pytest.importorskip("accelerate")
 
 from fastgan.cli import finetune as commands
 from fastgan.training.generate import GENERATE
+from fastgan.training.qa import QA
 from fastgan.training.sentiment import SENTIMENT
 from fastgan.training.translate import TRANSLATE
 from tests.cli.test_language import fastgan
@@ -77,6 +78,27 @@ def test_translate_and_generate(tmp_path):
         assert words in result.output
 
 
+def test_qa(tmp_path, monkeypatch):
+    from fastgan.training import sentiment
+    from tests.training.test_qa import _document
+
+    shape = {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+    monkeypatch.setattr(sentiment, "_SMALL", shape)
+    run = tmp_path / "run"
+    (tmp_path / "a.json").write_text(json.dumps(_document(0, 12)))
+    result = fastgan("finetune", "qa", "--from-scratch", "small", "--train", tmp_path / "a.json", "--validation",
+                     tmp_path / "a.json", "--out", run, "--epochs", 1, "--length", 40, "--stride", 8)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert "12 texts of" in result.output
+    assert "F1 on validation" in result.output
+    result = fastgan("evaluate", "qa", "--model", run, "--data", tmp_path / "a.json", "--out",
+                     tmp_path / "answers.json", "--samples", 0)  # fmt: skip
+    assert result.exit_code == 0, result.output
+    again = fastgan("evaluate", "em-f1", "--hypotheses", tmp_path / "answers.json", "--references", tmp_path / "a.json",
+                    "--samples", 0)  # fmt: skip
+    assert result.output == again.output
+
+
 def test_failures_are_one_line(files, tmp_path):  # noqa: F811
     (tmp_path / "bad.tsv").write_text("good\t1\nbad\n")
     data = ["--train", files / "train.tsv", "--validation", files / "dev.tsv"]
@@ -104,7 +126,7 @@ def test_failures_are_one_line(files, tmp_path):  # noqa: F811
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("task", [SENTIMENT, TRANSLATE, GENERATE], ids=lambda task: task.name)
+@pytest.mark.parametrize("task", [SENTIMENT, TRANSLATE, QA, GENERATE], ids=lambda task: task.name)
 def test_the_defaults_shown_are_the_configurations(task):
     options = inspect.signature(getattr(commands, task.name)).parameters
     fields = dataclasses.fields(task.config)
