@@ -10,21 +10,20 @@ import torch
 
 from fastgan.data.batches import _raw
 
-_SHUFFLE, _BATCHES = 4, 5  # streams apart from those of fastgan.data.batches and blocks
-_POOL = 50  # batches that are sorted together: an epoch still mixes well, and lengths in a batch hardly differ
+_SHUFFLE, _STEPS = 4, 5  # streams apart from those of fastgan.data.batches and blocks
+_POOL = 50  # steps that are sorted together: an epoch still mixes well, and lengths in a step hardly differ
 
 
 class GroupedByLength(torch.utils.data.Dataset):
     """Example ``i`` of training, counted from its start: ``rows`` in an order in which like lengths stand together.
 
-    Every epoch is a new shuffle; pools of fifty batches are sorted by length and cut into batches, and the batches
-    shuffled. An epoch that does not fill its last step begins anew at its own first examples, so that every step has
+    Every epoch is a new shuffle; pools of fifty steps are sorted by length and cut into steps, and the steps shuffled.
+    What a step sees does not depend on how it is divided into batches and processes. An epoch that does not fill its last step begins anew at its own first examples, so that every step has
     the same number of examples: ``len(rows)`` rounded up to a multiple of ``step_size``.
 
     Args:
         rows: the examples, as the collator takes them.
         lengths: of each, in tokens.
-        batch_size: of one process.
         step_size: examples of a step: batch size times accumulation times processes.
         seed: of the order.
         steps: of the whole training.
@@ -34,14 +33,11 @@ class GroupedByLength(torch.utils.data.Dataset):
         self,
         rows: Sequence[dict[str, Any]],
         lengths: Sequence[int],
-        batch_size: int,
         step_size: int,
         seed: int,
         steps: int,
     ) -> None:
-        if step_size % batch_size:
-            raise ValueError(f"step_size must be a multiple of batch_size, got {step_size} and {batch_size}")
-        self.rows, self.lengths, self.batch_size = rows, np.asarray(lengths), batch_size
+        self.rows, self.lengths, self.step_size = rows, np.asarray(lengths), step_size
         self.seed, self.count = seed, steps * step_size
         self.epoch_size = steps_per_epoch(len(rows), step_size) * step_size
         self._latest: tuple[int, np.ndarray] | None = None
@@ -51,14 +47,14 @@ class GroupedByLength(torch.utils.data.Dataset):
         if self._latest is None or self._latest[0] != epoch:
             shuffled = np.argsort(_raw(len(self.rows), _SHUFFLE, self.seed, epoch), kind="stable")
             filled = np.resize(shuffled, self.epoch_size)
-            pool = _POOL * self.batch_size
-            batches = []
+            pool = _POOL * self.step_size
+            steps = []
             for start in range(0, self.epoch_size, pool):
                 part = filled[start : start + pool]
                 part = part[np.argsort(self.lengths[part], kind="stable")]
-                batches.append(part.reshape(-1, self.batch_size))
-            joined = np.concatenate(batches)
-            mixed = np.argsort(_raw(len(joined), _BATCHES, self.seed, epoch), kind="stable")
+                steps.append(part.reshape(-1, self.step_size))
+            joined = np.concatenate(steps)
+            mixed = np.argsort(_raw(len(joined), _STEPS, self.seed, epoch), kind="stable")
             self._latest = (epoch, joined[mixed].reshape(-1))
         return self._latest[1]
 

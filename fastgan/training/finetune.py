@@ -260,7 +260,7 @@ def _train(
         folder=folder,
         model=prepared.model,
         arguments=arguments,
-        train=GroupedByLength(prepared.rows, prepared.lengths, config.batch_size, step_size, config.seed, total),
+        train=GroupedByLength(prepared.rows, prepared.lengths, step_size, config.seed, total),
         held_out=_Rows(prepared.held_out),
         seed=config.seed,
         amount=per_process,

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -108,14 +111,30 @@ def test_R65_stopped_and_resumed_it_has_the_same_weights(files, tmp_path, stop):
 def test_accumulated_batches_are_one_batch(files, tmp_path):
     """Without the count of labels the gradients of batches would be added up, not averaged."""
     config = tiny(files, dropout=0.0, max_steps=2, eval_every=1, lr=1e-3, batch_size=8)
+    found = []
+    for name, options in (("one", {}), ("four", {"batch_size": 2, "gradient_accumulation": 4})):
+        finetune(SENTIMENT, dataclasses.replace(config, **options), tmp_path / name)
+        found.append([row[each] for row in rows(tmp_path / name) for each in ("loss", "grad_norm") if each in row])
+    assert len(found[0]) == 4
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_two_processes_do_as_one_with_the_double_batch(files, tmp_path):
+    config = tiny(files, dropout=0.0, max_steps=6, eval_every=3, lr=1e-3, batch_size=8)
     finetune(SENTIMENT, config, tmp_path / "one")
-    finetune(SENTIMENT, dataclasses.replace(config, batch_size=4, gradient_accumulation=2), tmp_path / "two")
-    norms = [[row["grad_norm"] for row in rows(tmp_path / name) if "grad_norm" in row] for name in ("one", "two")]
-    assert len(norms[0]) == 2
-    # Unlike batches: they are sorted by length in other pools. But a sum would be the double.
-    assert norms[1] == pytest.approx(norms[0], rel=0.5)
-    first, second = ([row["loss"] for row in rows(tmp_path / name) if "loss" in row] for name in ("one", "two"))
-    assert second == pytest.approx(first, rel=0.3)
+    options = ["--model", config.model, "--train", config.train, "--validation", config.validation, "--lr", "1e-3",
+               "--dropout", "0", "--max-steps", "6", "--eval-every", "3", "--batch-size", "4"]  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastgan",
+         "finetune", "sentiment", "--out", tmp_path / "two", *options],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    one, two = ([row[each] for row in rows(tmp_path / name) for each in ("loss", "grad_norm", "validation_loss")
+                 if each in row] for name in ("one", "two"))  # fmt: skip
+    assert len(one) == 6
+    assert two == pytest.approx(one, rel=1e-4)
 
 
 def test_the_best_weights_are_kept_and_a_run_can_be_lengthened(files, tmp_path):
