@@ -18,8 +18,9 @@ class GroupedByLength(torch.utils.data.Dataset):
     """Example ``i`` of training, counted from its start: ``rows`` in an order in which like lengths stand together.
 
     Every epoch is a new shuffle; pools of fifty steps are sorted by length and cut into steps, and the steps shuffled.
-    What a step sees does not depend on how it is divided into batches and processes. An epoch that does not fill its last step begins anew at its own first examples, so that every step has
-    the same number of examples: ``len(rows)`` rounded up to a multiple of ``step_size``.
+    What a step sees does not depend on how it is divided into batches and processes. An epoch that does not fill its
+    last step begins anew at its own first examples, so that every step has the same number of examples: ``len(rows)``
+    rounded up to a multiple of ``step_size``.
 
     Args:
         rows: the examples, as the collator takes them.
