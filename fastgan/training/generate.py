@@ -27,6 +27,7 @@ from fastgan import metrics
 from fastgan.data.corpus import _pieces, train_bpe
 from fastgan.data.labelled import read_text
 from fastgan.metrics.results import SAMPLES, SEED, Evaluation, Result, interval
+from fastgan.metrics.translation import _sacrebleu
 from fastgan.training.finetune import FinetuneConfig, Prepared, Task
 from fastgan.training.hub import load_model, load_tokenizer, most_tokens
 from fastgan.training.language import _own_generators, _quiet
@@ -185,6 +186,8 @@ def generate(
         raise ValueError(f"top_k must be at least 0, got {top_k}")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be more than 0 and at most 1, got {top_p}")
+    if beams > 1 and (temperature not in (0, 1) or top_k or top_p < 1):
+        raise ValueError(f"beams must be 1 where temperature, top_k or top_p are to draw at random, got {beams}")
     searches = beams > 1 or temperature == 0
     if searches and n > beams:
         raise ValueError(f"n must be at most the {beams} beams where nothing is drawn at random, got {n}")
@@ -269,6 +272,7 @@ def evaluate_generate(
 
     Raises ValueError (TextError for what the file holds) or FileNotFoundError, naming the file or folder.
     """
+    _sacrebleu()  # that it is missing is said before the work, not after it
     network, tokenizer = load(os.fspath(model))
     if network.config.is_encoder_decoder:
         raise ValueError(f"{model}: is an encoder and decoder; a causal model is measured here")

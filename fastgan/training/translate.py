@@ -26,6 +26,7 @@ from fastgan.data.corpus import train_bpe
 from fastgan.data.labelled import read_pairs
 from fastgan.metrics import bleu
 from fastgan.metrics.results import Evaluation
+from fastgan.metrics.translation import _sacrebleu
 from fastgan.training.finetune import FinetuneConfig, Prepared, Task
 from fastgan.training.hub import load_model, load_tokenizer, most_tokens
 from fastgan.training.language import _own_generators, _quiet
@@ -73,6 +74,7 @@ def _prepare(config: TranslateConfig, say: Callable[[str], None]) -> Prepared:
     from fastgan.data.grouped import sorted_by_length
     from fastgan.training.language_trainer import Goal, LanguageTrainer
 
+    _sacrebleu()  # that it is missing is said before the work, not after the first epoch
     train, validation = read_pairs(*config.train), read_pairs(*config.validation)
     both = len(set(zip(*validation, strict=True)) & set(zip(*train, strict=True)))
     if both:

@@ -79,7 +79,7 @@ def test_prompts_that_are_long_or_empty_and_what_cannot_be(learnt):
     for options, words in [
         ({"n": 0}, "n must"), ({"max_tokens": 0}, "max_tokens"), ({"temperature": -1}, "temperature"),
         ({"top_k": -1}, "top_k"), ({"top_p": 0}, "top_p"), ({"n": 2, "temperature": 0}, "n must"),
-        ({"beams": 2, "n": 3}, "n must be at most the 2 beams"),
+        ({"beams": 2, "top_k": 5}, "beams must be 1"), ({"beams": 2, "n": 3}, "n must be at most the 2 beams"),
     ]:  # fmt: skip
         with pytest.raises(ValueError, match=words):
             generate(pair, "the", **options)
