@@ -33,6 +33,7 @@ from fastgan.training.language_run import (
     changed,
     check_integers,
     check_settings,
+    first_process,
     held,
     processes,
     read_document,
@@ -220,6 +221,8 @@ def _run(
         if document is not None and document.get("vocabulary_sha256") != asked["vocabulary_sha256"]:
             raise RunError(f"{folder}: the tokenizer is another than when this run was begun")
         stack.enter_context(held(folder, asked))
+        if first_process():
+            (folder / "result.json").unlink(missing_ok=True)  # of a finished run that is lengthened: not finished now
         stopping = stack.enter_context(_stop_when_asked())
         return _train(config, folder, prepared, checkpoint, reporter, stopping)
 

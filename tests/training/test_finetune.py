@@ -147,7 +147,9 @@ def test_the_best_weights_are_kept_and_a_run_can_be_lengthened(files, tmp_path):
     assert result.figures["accuracy"] == max(accuracies.values())
     evaluation = evaluate_sentiment(tmp_path / "run", files / "dev.tsv", samples=0)
     assert evaluation["accuracy"] == pytest.approx(100 * result.figures["accuracy"])
-    longer = resume_finetune(SENTIMENT, tmp_path / "run", {"epochs": 4})
+    part = resume_finetune(SENTIMENT, tmp_path / "run", {"epochs": 4}, reporter=StopsAt(23))
+    assert (part.step, part.interrupted) == (23, True)
+    longer = resume_finetune(SENTIMENT, tmp_path / "run")
     assert (longer.step, longer.total) == (28, 28)
     assert longer.figures["accuracy"] >= result.figures["accuracy"]
     again = evaluate_sentiment(tmp_path / "run", files / "dev.tsv", samples=0)
