@@ -98,6 +98,10 @@ def load_model(
         raise ValueError(
             f"{name}: its tokenizer has {len(tokenizer):,} tokens, the model {words:,}: they do not belong together"
         )
+    if tokenizer.pad_token_id is None and tokenizer.eos_token is not None:  # GPT-2's kind, which needs one in a batch
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.get_text_config().pad_token_id is None:
+        model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return replace_modules(model) if attention == "fastgan" else model
 
 

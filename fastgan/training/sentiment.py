@@ -41,7 +41,7 @@ _SMALL: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class SentimentConfig(FinetuneConfig):
-    """What ``fastgan finetune sentiment`` is told. Defaults are in steps that suit a pretrained encoder."""
+    """What ``fastgan finetune sentiment`` is told. The defaults suit a pretrained encoder."""
 
     train: str = ""  # .tsv, .csv or .jsonl, with a text and a label a line
     validation: str = ""

@@ -171,6 +171,23 @@ def test_from_scratch_and_texts_that_are_too_long(files, tmp_path, monkeypatch):
     assert classify(tmp_path / "run", ["the dull " * 50])[0][0] in ("good", "bad")
 
 
+def test_a_causal_model_without_padding_tells_classes_apart(files, tmp_path):
+    from transformers import GPT2Config, GPT2Model
+
+    from fastgan.data.corpus import train_bpe
+
+    tokenizer = train_bpe(_sentences(0, 50).splitlines(), 300)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path / "gpt")
+    GPT2Model(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2, n_positions=64)).save_pretrained(
+        tmp_path / "gpt"
+    )
+    finetune(SENTIMENT, tiny(files, model=str(tmp_path / "gpt"), epochs=1), tmp_path / "run")
+    text = "the film warm 3 ."
+    together, alone = (classify(tmp_path / "run", texts)[1][0] for texts in ([text, text + " and so on"], [text]))
+    assert together == pytest.approx(alone, abs=1e-5)
+
+
 def test_what_cannot_be_is_refused_by_name(files, tmp_path):
     for options, words in [
         ({"model": None}, "model"), ({"from_scratch": "small"}, "model"), ({"epochs": 0}, "epochs"),
