@@ -95,6 +95,33 @@ def translate(
 
 
 @app.command()
+def summarize(
+    model: Path = MODEL,
+    data: Path = typer.Option(..., "--data", help="JSONL, a document and its summary or summaries a line."),
+    beams: int = typer.Option(5, "--beams", min=1, help="1 is greedy."),
+    max_tokens: int = typer.Option(64, "--max-tokens", min=1, help="Of a summary."),
+    out: Path = typer.Option(None, "--out", help="Write the summaries here, a line each."),
+    samples: int = SAMPLES,
+    as_json: bool = JSON,
+) -> None:
+    """ROUGE of a model's summaries, by rouge-score, and of the documents' first sentences; 95 % intervals.
+
+    For example: fastgan evaluate summarize --model runs/mine --data test.jsonl --out summaries.txt
+    """
+    with in_one_line():
+        if out is not None and not out.absolute().parent.is_dir():
+            raise typer.BadParameter(f"--out: there is no folder {out.parent}")
+        logging.getLogger("absl").setLevel(logging.WARNING)
+        from fastgan.training.checkpoint import replace_file
+        from fastgan.training.summarize import evaluate_summarize
+
+        evaluation, lines = evaluate_summarize(model, data, beams=beams, max_tokens=max_tokens, samples=samples)
+        if out is not None:
+            replace_file(out, "".join(" ".join(line.split()) + "\n" for line in lines).encode())
+        _print(evaluation, as_json)
+
+
+@app.command()
 def qa(
     model: Path = MODEL,
     data: Path = typer.Option(..., "--data", help="Questions in SQuAD's JSON, 1.1 or 2.0; plain or .gz."),

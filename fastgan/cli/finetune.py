@@ -135,6 +135,60 @@ def translate(
 
 
 @app.command()
+def summarize(
+    context: typer.Context,
+    train: Path = typer.Option(None, help="JSONL, a document and its summary or summaries a line; plain or .gz."),
+    validation: Path = typer.Option(None, help="The same, for choosing the best weights."),
+    out: Path = OUT,
+    model: str | None = MODEL,
+    from_scratch: str | None = FROM_SCRATCH,
+    layers: int = typer.Option(3, help="Of the encoder, and as many of the decoder (from scratch, as the next three)."),
+    width: int = typer.Option(256, help="Of the hidden states; an even multiple of heads."),
+    heads: int = typer.Option(4),
+    vocab_size: int = typer.Option(8000, help="Of the vocabulary, learnt on the training file."),
+    label_smoothing: float = typer.Option(0.1),
+    beams: int = typer.Option(5, help="Of the last evaluation; those on the way are greedy."),
+    epochs: int = typer.Option(3, help="Times that all summaries are seen."),
+    max_steps: int = MAX_STEPS,
+    batch_size: int = typer.Option(8, help="Documents at a time, in each process; those of like lengths together."),
+    lr: float = typer.Option(5e-5, help="Learning rate."),
+    warmup: float = WARMUP,
+    weight_decay: float = WEIGHT_DECAY,
+    dropout: float | None = OWN_DROPOUT,
+    length: int = typer.Option(512, help="Tokens of a document; longer ones are cut, and counted."),
+    target_length: int = typer.Option(64, help="Tokens of a summary."),
+    precision: str = PRECISION,
+    seed: int = SEED,
+    gradient_accumulation: int = ACCUMULATION,
+    eval_every: int = EVAL_EVERY,
+    early_stopping: int = EARLY_STOPPING,
+    average: int = AVERAGE,
+    report_to: str = REPORT_TO,
+    attention: str = ATTENTION,
+    resume: bool = RESUME,
+) -> None:
+    """Fine-tune an encoder and decoder to summarise documents, or go on with a run.
+
+    The weights whose greedy summaries of the validation file have the best ROUGE-1 are kept; that of the documents'
+    first sentences stands beside. Ctrl-C saves; a run killed in any way goes on by --resume, and ends with the same
+    weights, bit for bit.
+
+    For example: fastgan finetune summarize --model facebook/bart-base --train train.jsonl --validation dev.jsonl --out
+    runs/mine
+
+    Then: fastgan evaluate summarize --model runs/mine --data test.jsonl
+    """
+    result = _run(context, "summarize", out, resume)
+    figures = result.figures
+    searched = next((f", {value:.2f} with {name.rpartition('_')[2]} beams" for name, value in figures.items()
+                     if name.startswith("rouge1_beam")), "")  # fmt: skip
+    typer.echo(
+        f"  ROUGE-1 on validation {figures['rouge1']:.2f} greedily at step {result.best_step}{searched} (the first "
+        f"sentence: {figures['first_sentence_rouge1']:.2f})"
+    )
+
+
+@app.command()
 def qa(
     context: typer.Context,
     train: Path = typer.Option(None, help="Questions in SQuAD's JSON, 1.1 or 2.0; plain or .gz."),
@@ -235,9 +289,10 @@ def _task(name: str) -> Any:
     from fastgan.training.generate import GENERATE
     from fastgan.training.qa import QA
     from fastgan.training.sentiment import SENTIMENT
+    from fastgan.training.summarize import SUMMARIZE
     from fastgan.training.translate import TRANSLATE
 
-    return {task.name: task for task in (SENTIMENT, TRANSLATE, QA, GENERATE)}[name]
+    return {task.name: task for task in (SENTIMENT, TRANSLATE, SUMMARIZE, QA, GENERATE)}[name]
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ from fastgan.cli import finetune as commands
 from fastgan.training.generate import GENERATE
 from fastgan.training.qa import QA
 from fastgan.training.sentiment import SENTIMENT
+from fastgan.training.summarize import SUMMARIZE
 from fastgan.training.translate import TRANSLATE
 from tests.cli.test_language import fastgan
 from tests.training.test_finetune import files  # noqa: F401  a fixture
@@ -126,7 +127,7 @@ def test_failures_are_one_line(files, tmp_path):  # noqa: F811
     assert not (tmp_path / "o").exists()
 
 
-@pytest.mark.parametrize("task", [SENTIMENT, TRANSLATE, QA, GENERATE], ids=lambda task: task.name)
+@pytest.mark.parametrize("task", [SENTIMENT, TRANSLATE, SUMMARIZE, QA, GENERATE], ids=lambda task: task.name)
 def test_the_defaults_shown_are_the_configurations(task):
     options = inspect.signature(getattr(commands, task.name)).parameters
     fields = dataclasses.fields(task.config)
