@@ -16,7 +16,8 @@ pytest.importorskip("sacrebleu")
 
 from fastgan.data.units import TextError
 from fastgan.training.finetune import finetune, resume_finetune
-from fastgan.training.translate import TRANSLATE, TranslateConfig, evaluate_translate, shared_bpe, translate
+from fastgan.training.pairs import shared_bpe
+from fastgan.training.translate import TRANSLATE, TranslateConfig, evaluate_translate, translate
 from tests.training.test_pretrain import StopsAt
 
 WORDS = {"rot": "red", "blau": "blue", "hund": "dog", "katze": "cat", "haus": "house", "läuft": "runs"}
