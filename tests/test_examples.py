@@ -71,7 +71,7 @@ def test_finetuning_examples_run(tmp_path):
     (tmp_path / "a.txt").write_text("The cat is red, and the boat is blue.\n" * 50)
     out = run("generate.py", "a.txt", "a.txt", "words", "small", "2", cache=tmp_path)
     assert 0 < float(re.search(r"validation loss (\S+) per token", out)[1]) < 10
-    assert "1.0: 'The " in out
+    assert re.search(r"1\.0: ['\"]The ", out)
     assert "data distinct-1" in out
 
 

@@ -140,8 +140,10 @@ def _windows(
         # A question that leaves its text no room is cut; its beginning says most.
         asked = tokenizer(each.question.strip(), add_special_tokens=False, truncation=True, max_length=length // 2)
         question = tokenizer.decode(asked["input_ids"]) if len(asked["input_ids"]) == length // 2 else each.question
+        taken = len(asked["input_ids"]) + tokenizer.num_special_tokens_to_add(pair=True)
+        shared = max(0, min(stride, (length - taken) // 2))  # a window must come forward
         encoded = tokenizer(
-            question.strip(), each.context, truncation="only_second", max_length=length, stride=stride,
+            question.strip(), each.context, truncation="only_second", max_length=length, stride=shared,
             return_overflowing_tokens=True, return_offsets_mapping=True,
         )  # fmt: skip
         for index, ids in enumerate(encoded["input_ids"]):
