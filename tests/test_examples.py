@@ -54,6 +54,27 @@ def test_pretraining_example_runs(tmp_path):
     assert "\nThe " in out
 
 
+def test_finetuning_examples_run(tmp_path):
+    for module in ("transformers", "accelerate", "sacrebleu"):
+        pytest.importorskip(module)
+    kinds = [("warm", 1), ("dull", 0)]
+    (tmp_path / "a.tsv").write_text("".join(f"a {word} film number {n}\t{label}\n" for n in range(20)
+                                            for word, label in kinds))  # fmt: skip
+    out = run("sentiment.py", "a.tsv", "a.tsv", "classes", "small", "2", cache=tmp_path)
+    assert "2 steps: accuracy" in out
+    assert "macro F1" in out
+    for side in ("de", "en"):
+        (tmp_path / f"a.{side}").write_text("".join(f"{side} number {n}\n" for n in range(40)))
+    out = run("translate.py", "a.de", "a.en", "a.de", "a.en", "pair", "2", cache=tmp_path)
+    assert "BLEU" in out
+    assert "chrF2" in out
+    (tmp_path / "a.txt").write_text("The cat is red, and the boat is blue.\n" * 50)
+    out = run("generate.py", "a.txt", "a.txt", "words", "small", "2", cache=tmp_path)
+    assert 0 < float(re.search(r"validation loss (\S+) per token", out)[1]) < 10
+    assert re.search(r"1\.0: ['\"]The ", out)
+    assert "data distinct-1" in out
+
+
 def test_examples_are_short():
     for path in EXAMPLES.glob("*.py"):
         assert len(path.read_text().splitlines()) <= 60

@@ -9,7 +9,7 @@ import warnings
 
 import typer
 
-from fastgan.cli import demo, evaluate, prepare, pretrain, sample, train
+from fastgan.cli import demo, evaluate, finetune, generate, prepare, pretrain, sample, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -45,7 +45,9 @@ def info() -> None:
 app.add_typer(train.app, name="train")
 app.add_typer(prepare.app, name="prepare")
 app.command()(pretrain.pretrain)
+app.add_typer(finetune.app, name="finetune")
 app.add_typer(evaluate.app, name="evaluate")
+app.command()(generate.generate)
 app.command()(sample.sample)
 app.command()(demo.demo)
 

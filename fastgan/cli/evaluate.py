@@ -1,4 +1,4 @@
-"""``fastgan evaluate``: measures of text in files, one item a line."""
+"""``fastgan evaluate``: a fine-tuned model on a file, or measures of text in files, one item a line."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fastgan.cli.failures import in_one_line
 if TYPE_CHECKING:
     from fastgan.metrics import Evaluation
 
-app = typer.Typer(no_args_is_help=True, help="Measure generated text: BLEU, chrF, ROUGE, diversity, answers.")
+app = typer.Typer(no_args_is_help=True, help="Measure a model on a file, or text in files.")
 
 HYPOTHESES = typer.Option(..., "--hypotheses", help="The system's output, a line each (UTF-8, plain or .gz).")
 REFERENCES = typer.Option(..., "--references", help="One file of references or several, line by line.")
@@ -37,6 +37,137 @@ def _read(hypotheses: Path, references: list[Path], other: Path | None) -> tuple
 
 def _print(evaluation: Evaluation, as_json: bool) -> None:
     typer.echo(json.dumps(evaluation.as_dict(), indent=1, ensure_ascii=False) if as_json else str(evaluation))
+
+
+MODEL = typer.Option(..., "--model", help="The folder of a model that fastgan finetune or transformers wrote.")
+
+
+@app.command()
+def sentiment(
+    model: Path = MODEL,
+    data: Path = typer.Option(..., "--data", help="Texts with labels: .tsv, .csv or .jsonl, also with .gz."),
+    text_column: str = typer.Option(None, "--text-column", help="Name of the column or key."),
+    label_column: str = typer.Option(None, "--label-column"),
+    samples: int = SAMPLES,
+    seed: int = SEED,
+    as_json: bool = JSON,
+) -> None:
+    """Accuracy, macro F1 and confusion of a classifier, with 95 % intervals over the texts.
+
+    For example: fastgan evaluate sentiment --model runs/mine --data test.tsv
+    """
+    with in_one_line():
+        from fastgan.metrics.classes import confusion_table
+        from fastgan.training.sentiment import evaluate_sentiment
+
+        evaluation = evaluate_sentiment(
+            model, data, text_column=text_column, label_column=label_column, samples=samples, seed=seed
+        )
+        _print(evaluation, as_json)
+        if not as_json:
+            typer.echo(f"always the commonest label = {evaluation.results[0].details['majority']:.2f}")
+            typer.echo(confusion_table(evaluation))
+
+
+@app.command()
+def translate(
+    model: Path = MODEL,
+    data: tuple[Path, Path] = typer.Option(..., "--data", help="Two parallel files, source and target; plain or .gz."),
+    beams: int = typer.Option(5, "--beams", min=1, help="1 is greedy."),
+    out: Path = typer.Option(None, "--out", help="Write the translations here, a line each."),
+    samples: int = SAMPLES,
+    as_json: bool = JSON,
+) -> None:
+    """BLEU and chrF2 of a translator, by sacrebleu, cased, with signatures and 95 % intervals.
+
+    For example: fastgan evaluate translate --model runs/de-en --data test.de test.en --out test.out.en
+    """
+    with in_one_line():
+        if out is not None and not out.absolute().parent.is_dir():
+            raise typer.BadParameter(f"--out: there is no folder {out.parent}")
+        from fastgan.training.checkpoint import replace_file
+        from fastgan.training.translate import evaluate_translate
+
+        evaluation, lines = evaluate_translate(model, *data, beams=beams, samples=samples)
+        if out is not None:
+            replace_file(out, "".join(" ".join(line.split()) + "\n" for line in lines).encode())
+        _print(evaluation, as_json)
+
+
+@app.command()
+def summarize(
+    model: Path = MODEL,
+    data: Path = typer.Option(..., "--data", help="JSONL, a document and its summary or summaries a line."),
+    beams: int = typer.Option(5, "--beams", min=1, help="1 is greedy."),
+    max_tokens: int = typer.Option(64, "--max-tokens", min=1, help="Of a summary."),
+    out: Path = typer.Option(None, "--out", help="Write the summaries here, a line each."),
+    samples: int = SAMPLES,
+    as_json: bool = JSON,
+) -> None:
+    """ROUGE of a model's summaries, by rouge-score, and of the documents' first sentences; 95 % intervals.
+
+    For example: fastgan evaluate summarize --model runs/mine --data test.jsonl --out summaries.txt
+    """
+    with in_one_line():
+        if out is not None and not out.absolute().parent.is_dir():
+            raise typer.BadParameter(f"--out: there is no folder {out.parent}")
+        logging.getLogger("absl").setLevel(logging.WARNING)
+        from fastgan.training.checkpoint import replace_file
+        from fastgan.training.summarize import evaluate_summarize
+
+        evaluation, lines = evaluate_summarize(model, data, beams=beams, max_tokens=max_tokens, samples=samples)
+        if out is not None:
+            replace_file(out, "".join(" ".join(line.split()) + "\n" for line in lines).encode())
+        _print(evaluation, as_json)
+
+
+@app.command()
+def qa(
+    model: Path = MODEL,
+    data: Path = typer.Option(..., "--data", help="Questions in SQuAD's JSON, 1.1 or 2.0; plain or .gz."),
+    out: Path = typer.Option(None, "--out", help="Write the answers here: SQuAD's prediction file, id to answer."),
+    samples: int = SAMPLES,
+    seed: int = SEED,
+    as_json: bool = JSON,
+) -> None:
+    """Exact match and F1 of answers, as SQuAD's official script defines them, with 95 % intervals.
+
+    For example: fastgan evaluate qa --model runs/mine --data test.json
+    """
+    with in_one_line():
+        if out is not None and not out.absolute().parent.is_dir():
+            raise typer.BadParameter(f"--out: there is no folder {out.parent}")
+        from fastgan.training.checkpoint import replace_file
+        from fastgan.training.qa import evaluate_qa
+
+        evaluation, answers = evaluate_qa(model, data, samples=samples, seed=seed)
+        if out is not None:
+            replace_file(out, (json.dumps(answers, indent=1, ensure_ascii=False) + "\n").encode())
+        _print(evaluation, as_json)
+
+
+@app.command()
+def generate(
+    model: Path = MODEL,
+    data: Path = typer.Option(..., "--data", help="Text, plain or .gz."),
+    n: int = typer.Option(50, "--n", min=1, help="Texts that are drawn, and stretches of the file beside them."),
+    length: int = typer.Option(64, "--length", min=2, help="Tokens of each."),
+    temperature: float = typer.Option(1.0, "--temperature", min=0.0),
+    seed: int = typer.Option(0, "--seed", min=0, max=2**63 - 1, help="Of what is drawn."),
+    samples: int = SAMPLES,
+    as_json: bool = JSON,
+) -> None:
+    """Loss and perplexity of a causal model on a file, and how varied what it writes is, beside the file itself.
+
+    For example: fastgan evaluate generate --model runs/mine --data test.txt
+    """
+    with in_one_line():
+        from fastgan.training.generate import evaluate_generate
+
+        evaluation = evaluate_generate(
+            model, data, n=n, length=length, temperature=temperature, seed=seed, samples=samples
+        )
+        _print(evaluation, as_json)
 
 
 @app.command()

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,15 +25,14 @@ from typing import Any
 import torch
 
 from fastgan.data.corpus import Corpus, vocabulary_digest
-from fastgan.training.checkpoint import RunError, replace_file
+from fastgan.training.checkpoint import RunError
 from fastgan.training.language import _own_generators, _quiet, _register
+from fastgan.training.language_run import changed, check_integers, check_settings, held, read_document, refuse_used
 from fastgan.training.run import Reporter, Silent, _stop_when_asked
-from fastgan.training.run_folder import RunFolder
 
 FORMAT = "fastgan-pretraining"
 VERSION = 1
 OBJECTIVES = ("mlm", "clm")
-PRECISIONS = ("float32", "bfloat16", "float16")
 #: what a resumed run may change; ``data`` only in its place
 CHANGEABLE = ("data", "max_steps", "eval_every", "early_stopping", "report_to")
 
@@ -69,31 +67,16 @@ class PretrainConfig:
         object.__setattr__(self, "data", os.fspath(self.data))
         if self.model is not None:
             object.__setattr__(self, "model", os.fspath(self.model))
-        smallest = {"layers": 1, "width": 1, "heads": 1, "length": 4, "batch_size": 1, "max_steps": 1, "warmup": 0,
-                    "gradient_accumulation": 1, "eval_every": 1, "early_stopping": 0, "seed": 0}  # fmt: skip
-        for name, least in smallest.items():
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-            if value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
-        for name, allowed in (("objective", OBJECTIVES), ("precision", PRECISIONS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+        least = {"layers": 1, "width": 1, "heads": 1, "length": 4, "batch_size": 1, "max_steps": 1, "warmup": 0,
+                 "gradient_accumulation": 1, "eval_every": 1, "early_stopping": 0, "seed": 0}  # fmt: skip
+        check_integers(self, least)
+        if self.objective not in OBJECTIVES:
+            raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {self.objective!r}")
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, got width = {self.width} and heads = {self.heads}")
-        if not (self.lr > 0 and math.isfinite(self.lr)):
-            raise ValueError(f"lr must be positive and finite, got {self.lr}")
-        if not (self.weight_decay >= 0 and math.isfinite(self.weight_decay)):
-            raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and less than 1, got {self.dropout}")
+        check_settings(self)
         if not 0 < self.mlm_probability < 1:
             raise ValueError(f"mlm_probability must be between 0 and 1, got {self.mlm_probability}")
-        if self.seed >= 1 << 32:
-            raise ValueError(f"seed must be less than 2^32, got {self.seed}")
-        if self.precision == "float16" and not torch.cuda.is_available():
-            raise ValueError("precision float16 needs a GPU; bfloat16 works without one")
 
 
 @dataclass(frozen=True)
@@ -117,11 +100,7 @@ def pretrain(config: PretrainConfig, out: str | os.PathLike[str], *, reporter: R
     OSError, each naming the file or the argument.
     """
     folder = Path(out)
-    if _first_process():
-        if (folder / "run.json").exists():
-            raise RunError(f"{folder}: holds a run already; resume it, or name another folder")
-        if os.path.lexists(folder) and not (folder.is_dir() and not any(folder.iterdir())):
-            raise RunError(f"{folder}: is there already, and a run would write to it; name another folder")
+    refuse_used(folder)
     return _run(config, folder, None, None, reporter or Silent())
 
 
@@ -134,50 +113,21 @@ def resume_pretrain(
     since it falls to 0 at the end); others must be as they were. A finished run is left as it is.
     """
     folder = Path(out)
-    document = _read_run(folder)
-    fields = {field.name for field in dataclasses.fields(PretrainConfig)}
+    document = read_document(folder, FORMAT, VERSION, "pretraining")
     try:
-        before = config = PretrainConfig(**document["config"])
+        before = PretrainConfig(**document["config"])
     except (TypeError, ValueError, KeyError) as error:
         raise RunError(f"{folder / 'run.json'}: damaged ({error})") from error
-    for name, value in (changes or {}).items():
-        if name not in fields:
-            raise TypeError(f"changes: there is no {name!r} in a run's configuration")
-        if name in CHANGEABLE:
-            config = dataclasses.replace(config, **{name: value})
-        elif getattr(before, name) != value:
-            raise RunError(
-                f"{folder}: this run has {name} = {getattr(before, name)!r}, not {value!r}; a resumed run may change "
-                f"only {', '.join(CHANGEABLE)}"
-            )
-    from fastgan.training.language_trainer import exhausted, find_checkpoint
+    config = changed(before, changes, CHANGEABLE, folder)
+    from fastgan.training.language_trainer import LOSS, find_checkpoint
 
     checkpoint, history = find_checkpoint(folder)
     step = int(checkpoint.name.rpartition("-")[2]) if checkpoint is not None else 0
-    done = step >= config.max_steps or exhausted(history, config.early_stopping)
+    done = step >= config.max_steps or LOSS.exhausted(history, config.early_stopping)
     if done and (folder / "result.json").exists():
         saved = json.loads((folder / "result.json").read_text())
         return Pretrained(**{**saved, "folder": folder, "total": config.max_steps})
     return _run(config, folder, checkpoint, document, reporter or Silent())
-
-
-def _first_process() -> bool:
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def _read_run(folder: Path) -> dict[str, Any]:
-    path = folder / "run.json"
-    if not folder.is_dir():
-        raise RunError(f"{folder}: there is no such folder")
-    try:
-        document = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise RunError(f"{folder}: holds no pretraining of fastgan (no run.json)") from error
-    except ValueError as error:
-        raise RunError(f"{path}: damaged, not JSON ({error})") from error
-    if not isinstance(document, dict) or document.get("format") != FORMAT or document.get("version") != VERSION:
-        raise RunError(f"{path}: not a pretraining that this fastgan reads")
-    return document
 
 
 def _run(
@@ -191,21 +141,13 @@ def _run(
         tokenizer = corpus.tokenizer()
         _check(config, corpus, tokenizer)
         model = make_model(config, corpus, tokenizer)
-        lock = RunFolder(folder)
-        if _first_process():
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.lock()
-        try:
-            if _first_process():
-                asked = {"format": FORMAT, "version": VERSION, "config": dataclasses.asdict(config),
-                         "data_sha256": corpus.digest()}  # fmt: skip
-                replace_file(folder / "run.json", (json.dumps(asked, indent=1) + "\n").encode())
+        asked = {"format": FORMAT, "version": VERSION, "config": dataclasses.asdict(config),
+                 "data_sha256": corpus.digest()}  # fmt: skip
+        with held(folder, asked):
             from fastgan.training.language_trainer import train
 
             with _stop_when_asked() as stopping:
                 return train(config, folder, corpus, tokenizer, model, checkpoint, reporter, stopping)
-        finally:
-            lock.close()
 
 
 def _check(config: PretrainConfig, corpus: Corpus, tokenizer: Any) -> None:
