@@ -341,7 +341,11 @@ def test_the_algorithm_is_chosen():
         fastgan.set_conv_algorithm("auto")
     assert fastgan.explain(torch.nn.Conv2d(32, 32, 4, 2))[0].reason == "winograd F(4,2)"
     assert fastgan.explain(fastgan.nn.ConvTranspose2d(32, 32, 3, 1))[0].reason == "winograd F(4,3)"
-    assert fastgan.explain(torch.nn.Conv2d(3, 32, 4, 2))[0].reason == "torch"
+    assert fastgan.explain(torch.nn.Conv2d(3, 32, 4, 2))[0].reason == "direct"
+    assert fastgan.explain(fastgan.nn.ConvTranspose2d(32, 3, 4, 2))[0].reason == "direct"
+    assert fastgan.explain(torch.nn.Conv2d(32, 3, 3))[0].reason == "direct"
+    assert fastgan.explain(torch.nn.Conv2d(32, 3, 4, 2))[0].reason == "torch"
+    assert fastgan.explain(torch.nn.Conv2d(12, 32, 4, 2))[0].reason == "torch"
     with pytest.raises(ValueError, match="algorithm must be 'auto' or 'exact', got 'fast'"):
         fastgan.set_conv_algorithm("fast")
     with fastgan.use("reference"):
