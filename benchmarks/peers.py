@@ -16,6 +16,7 @@ import pytest
 import torch
 
 ROWS: list[dict] = []
+NOTES: list[str] = []  # printed under the table
 
 
 def compare(
@@ -26,6 +27,9 @@ def compare(
     gflop: float | None = None,
     rounds: int = 15,
     seconds: float = 2.5,
+    must: float | None = None,
+    goal: float | None = None,
+    yardstick: tuple[str, float, float] | None = None,
 ) -> dict[str, float]:
     """Times ``peers`` interleaved; the first is ours, the rest are what it is measured against.
 
@@ -37,6 +41,9 @@ def compare(
         gflop: the work that has to be done, in 10⁹ operations; the table then tells GFLOP/s.
         rounds: at most so many rounds; at least five, however long they take.
         seconds: stop after this time.
+        must, goal: what the ratio to the first peer has to reach, and what it should.
+        yardstick: (peer, its 10⁹ operations, share): that peer is a rate to compare ours with, no competitor; the
+            row is met as well where our share of its rate is at least that.
     Returns:
         Peer → median of its time over ours, taken round by round (above 1: we are faster).
     """
@@ -66,8 +73,29 @@ def compare(
     }
     medians = {ours: statistics.median(mine)} | {name: statistics.median(values) for name, values in times.items()}
     benchmark.extra_info.update(case=case, medians_ms={n: m * 1e3 for n, m in medians.items()}, ratios=ratios)
-    ROWS.append({"case": case, "medians": medians, "ratios": ratios, "gflop": gflop})
+    share = None
+    if yardstick and gflop:
+        name, work, _ = yardstick
+        share = ratios.pop(name) * gflop / work
+        del medians[name]
+    met = must is not None and (ratios[others[0]] >= must or (share is not None and share >= yardstick[2]))
+    ROWS.append(
+        {
+            "case": case,
+            "medians": medians,
+            "ratios": ratios,
+            "gflop": gflop,
+            "share": share,
+            "bound": "" if must is None else f"must {must:.2f}, goal {goal:.2f}: {'met' if met else 'NOT met'}",
+        }
+    )
     return ratios
+
+
+def fastest(calls: list[Callable[[], object]]) -> Callable[[], object]:
+    """Of several ways to do the same, the one that a few calls of each, in turn, find fastest."""
+    times = [[_timed(call) for call in calls] for _ in range(4)][1:]
+    return min(zip(calls, map(min, zip(*times, strict=True)), strict=True), key=lambda pair: pair[1])[0]
 
 
 def sgemm_gflops(size: int = 1024) -> float:
@@ -92,8 +120,10 @@ def table() -> str:
         ours, *others = row["medians"]
         rate = f"  {row['gflop'] / row['medians'][ours]:.0f} GFLOP/s" if row["gflop"] else ""
         cells = "   ".join(f"{n} {row['medians'][n] * 1e3:.2f} ms ({row['ratios'][n]:.2f}x)" for n in others)
-        lines.append(f"{row['case']:<{width}}  {row['medians'][ours] * 1e3:>7.2f} ms  {cells}{rate}")
-    return "\n".join(lines)
+        share = f", share {row['share']:.0%}" if row["share"] else ""
+        bound = f"   {row['bound']}" if row["bound"] else ""
+        lines.append(f"{row['case']:<{width}}  {row['medians'][ours] * 1e3:>7.2f} ms  {cells}{rate}{share}{bound}")
+    return "\n".join([*lines, *NOTES])
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
