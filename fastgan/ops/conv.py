@@ -409,6 +409,29 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
+def _rows(tensor: Tensor, channels_last: bool) -> Tensor:
+    """(N, C, H, W) -> (N, C * H * W), the numbers of a row in the order of (H, W, C) if ``channels_last``."""
+    return (tensor.permute(0, 2, 3, 1) if channels_last else tensor).flatten(1)
+
+
+def _whole_convolution(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution whose kernel covers the image: (N, C, R, S) and (K, C, R, S) -> (N, K, 1, 1), one product."""
+    last = is_channels_last(input) or is_channels_last(weight)
+    return F.linear(_rows(input, last), _rows(weight, last), bias)[:, :, None, None]
+
+
+def _whole_transposed_convolution(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A transposed convolution of single pixels: (N, K, 1, 1) and (K, C, R, S) -> (N, C, R, S), one product."""
+    channels, high, wide = weight.shape[1:]
+    last = is_channels_last(input) or is_channels_last(weight)
+    out = input.flatten(1) @ _rows(weight, last)
+    if last:
+        out = out.unflatten(1, (high, wide, channels)).permute(0, 3, 1, 2)
+    else:
+        out = out.unflatten(1, (channels, high, wide))
+    return out if bias is None else out + bias[:, None, None]
+
+
 def convolution(
     input: Tensor,
     weight: Tensor,
@@ -421,6 +444,14 @@ def convolution(
     """A convolution by the algorithm for its shapes; arguments as ``convolution_reference``'s."""
     if input.dim() == 4 and not isinstance(padding, str) and _takes(input, weight, bias):
         strides, pads, dilations = _pair(stride), _pair(padding), _pair(dilation)
+        if (
+            pads == (0, 0)
+            and dilations == (1, 1)
+            and groups == 1
+            and input.shape[2:] == weight.shape[2:]
+            and input.numel() > 0
+        ):
+            return _whole_convolution(input, weight, bias)
         name = algorithm_name(weight.shape[2:], strides, dilations, groups, weight.shape[1], weight.shape[0])
         if name != "torch":
             size = output_size(input.shape[2:], weight.shape[2:], strides, pads, dilations)
@@ -443,6 +474,9 @@ def transposed_convolution(
     """A transposed convolution by the algorithm for its shapes; arguments as ``transposed_convolution_reference``'s."""
     if input.dim() == 4 and _takes(input, weight, bias):
         strides, pads, extra, dilations = _pair(stride), _pair(padding), _pair(output_padding), _pair(dilation)
+        single = pads == extra == (0, 0) and dilations == (1, 1) and groups == 1 and input.shape[2:] == (1, 1)
+        if single and weight.numel() > 0:
+            return _whole_transposed_convolution(input, weight, bias)
         name = algorithm_name(weight.shape[2:], strides, dilations, groups, weight.shape[1], weight.shape[0])
         if name != "torch":
             size = transposed_output_size(input.shape[2:], weight.shape[2:], strides, pads, extra, dilations)
