@@ -3,19 +3,22 @@
 // Winograd's algorithm transforms 16 channels at a time, so on three of them it would work for thirteen that
 // are not there. Here x is the side with few channels C, y the side with many, K. A band of rows of x lies in
 // scratch as (row, column, channel), padded. What an output sees of one row of it, kernel * C numbers, is
-// then contiguous (a "segment"), and the next output's begins stride * C further on. So no patches are copied:
+// then contiguous (a "segment"), and the next output's begins stride * C further on. So no patches are
+// copied:
 //
 //   forward           y (pixels × K) = patches (pixels × depth) w (depth × K), depth = kernel segments, each
 //                     patch read in place
 //   input gradient    products (pixels × depth) = y (pixels × K) wᵀ (K × depth), added where patches overlap
-//   weight gradient   w (segment × K) += patchesᵀ (segment × pixels) y (pixels × K), a row of outputs at a time
+//   weight gradient   w (segment × K) += patchesᵀ (segment × pixels) y (pixels × K), a row of outputs at a
+//   time
 //
 // all on the register tiles of products.h (6 rows × 2 vectors). A segment of 3 channels and kernel 4 has 12
 // numbers, two whole tiles.
 //
 // Tasks are bands of rows of an image, cut by shape; the weight gradient adds up to kParts partial sums in
-// their order. So the bits are the same for any number of threads. Sums are chains over depth, K or the pixels
-// of a row. An infinity in a weight times padding is NaN where torch has none: what is not finite is told.
+// their order. So the bits are the same for any number of threads. Sums are chains over depth, K or the
+// pixels of a row. An infinity in a weight times padding is NaN where torch has none: what is not finite is
+// told.
 #include "conv/conv.h"
 #include "conv/layout.h"
 #include "conv/products.h"
@@ -24,9 +27,10 @@
 namespace fastgan {
 namespace {
 
-constexpr int64_t kParts = 32;                                           // partial sums of the weight gradient
-constexpr int64_t kTasks = 32;                                           // wanted at least
-constexpr int64_t kBandSize = 12288;                                     // numbers of x in a band, about
+constexpr int64_t kParts = 32;          // partial sums of the weight gradient
+constexpr int64_t kWeightsInL1 = 4096;  // numbers
+constexpr int64_t kTasks = 32;          // wanted at least
+constexpr int64_t kBandSize = 12288;    // numbers of x in a band, about
 constexpr int64_t kWide = 2 * lanes<float> > kSlice ? 2 * lanes<float> : kSlice;  // columns of a panel
 
 typedef float Quad __attribute__((vector_size(16), aligned(4), may_alias));
@@ -111,9 +115,9 @@ void pack_weights_backward(const ConvArgs& a, const Shape& shape, float* to) {
       for (int64_t k = 0; k < a.outputs; ++k, to += kWide)
         for (int64_t d = 0; d < kWide; ++d) {
           const int64_t r = (panel + d) / shape.segment, t = (panel + d) % shape.segment / a.channels;
-          to[d] = panel + d < shape.depth ? load1<float>(w + k * s[0] + (panel + d) % a.channels * s[1] +
-                                                         r * s[2] + t * s[3])
-                                          : 0.0f;
+          to[d] = panel + d < shape.depth
+                      ? load1<float>(w + k * s[0] + (panel + d) % a.channels * s[1] + r * s[2] + t * s[3])
+                      : 0.0f;
         }
   });
 }
@@ -121,9 +125,9 @@ void pack_weights_backward(const ConvArgs& a, const Shape& shape, float* to) {
 // ---- forward ----
 
 template <int kCount>
-__attribute__((noinline)) void patch_kernel(int64_t segments, int64_t segment, const float* a,
-                                            int64_t pitch, int64_t step, const float* b, const float* bias,
-                                            float* c, Vec<float>& check) {
+__attribute__((noinline)) void patch_kernel(int64_t segments, int64_t segment, const float* a, int64_t pitch,
+                                            int64_t step, const float* b, const float* bias, float* c,
+                                            int64_t ldc, Vec<float>& check) {
   constexpr int W = lanes<float>;
   Vec<float> sums[kCount][2];
 #pragma GCC unroll 8
@@ -143,27 +147,27 @@ __attribute__((noinline)) void patch_kernel(int64_t segments, int64_t segment, c
   for (int i = 0; i < kCount; ++i) {
     sums[i][0] += bias0, sums[i][1] += bias1;
     check += (sums[i][0] - sums[i][0]) + (sums[i][1] - sums[i][1]);
-    store(c + i * kWide, sums[i][0]);
-    store(c + i * kWide + W, sums[i][1]);
+    store(c + i * ldc, sums[i][0]);
+    store(c + i * ldc + W, sums[i][1]);
   }
 }
 
 FASTGAN_INLINE void patch_kernel_of(int count, int64_t segments, int64_t segment, const float* a,
                                     int64_t pitch, int64_t step, const float* b, const float* bias, float* c,
-                                    Vec<float>& check) {
+                                    int64_t ldc, Vec<float>& check) {
   switch (count) {
     case 6:
-      return patch_kernel<6>(segments, segment, a, pitch, step, b, bias, c, check);
+      return patch_kernel<6>(segments, segment, a, pitch, step, b, bias, c, ldc, check);
     case 5:
-      return patch_kernel<5>(segments, segment, a, pitch, step, b, bias, c, check);
+      return patch_kernel<5>(segments, segment, a, pitch, step, b, bias, c, ldc, check);
     case 4:
-      return patch_kernel<4>(segments, segment, a, pitch, step, b, bias, c, check);
+      return patch_kernel<4>(segments, segment, a, pitch, step, b, bias, c, ldc, check);
     case 3:
-      return patch_kernel<3>(segments, segment, a, pitch, step, b, bias, c, check);
+      return patch_kernel<3>(segments, segment, a, pitch, step, b, bias, c, ldc, check);
     case 2:
-      return patch_kernel<2>(segments, segment, a, pitch, step, b, bias, c, check);
+      return patch_kernel<2>(segments, segment, a, pitch, step, b, bias, c, ldc, check);
     default:
-      return patch_kernel<1>(segments, segment, a, pitch, step, b, bias, c, check);
+      return patch_kernel<1>(segments, segment, a, pitch, step, b, bias, c, ldc, check);
   }
 }
 
@@ -190,20 +194,31 @@ void forward(const ConvArgs& a, const Threads& threads) {
     read_band(image_of(a.x, a.dtype, n, a.channels, a.height, a.width), first * a.stride,
               (rows - 1) * a.stride + a.kernel, a.pad_height, a.pad_width, shape, scratch);
     const Image image = image_of(a.y, a.dtype, n, a.outputs, a.out_height, a.out_width);
-    for (int64_t i = 0; i < rows; ++i)
-      for (int64_t k = 0; k < shape.columns; k += kWide) {
+    // Where y has its channels side by side, sums go where they belong, all channels of six pixels at a time
+    // if the weights stay in L1; else a panel of a row is laid out by write_window.
+    const bool in_place =
+        image.channel_stride == 1 && a.dtype == Dtype::float32 && shape.columns == a.outputs;
+    const int64_t panels = in_place && shape.depth * shape.columns <= kWeightsInL1 ? shape.columns : kWide;
+    for (int64_t i = 0; i < rows; ++i) {
+      float* row = in_place
+                       ? static_cast<float*>(a.y.data) + n * a.y.strides[0] + (first + i) * image.row_stride
+                       : nullptr;
+      for (int64_t group = 0; group < shape.columns; group += panels) {
         int count;
         for (int64_t j = 0; j < a.out_width; j += count) {
           const int64_t left = a.out_width - j;
           count = int(left <= kMicroRows ? left : left < 2 * kMicroRows ? (left + 1) / 2 : kMicroRows);
-          for (int64_t v = 0; v < kWide; v += 2 * lanes<float>)
+          for (int64_t k = group; k < group + panels; k += 2 * lanes<float>)
             patch_kernel_of(count, a.kernel, shape.segment, scratch + i * a.stride * shape.pitch + j * step,
-                            shape.pitch, step, weights + k * shape.depth + v, bias + k + v,
-                            pixels + j * kWide + v, check);
+                            shape.pitch, step, weights + k / kWide * kWide * shape.depth + k % kWide,
+                            bias + k,
+                            in_place ? row + j * image.column_stride + k : pixels + j * kWide + k - group,
+                            in_place ? image.column_stride : kWide, check);
         }
-        for (int64_t slice = 0; slice < kWide; slice += kSlice)
-          write_window(pixels + slice, {first + i, 1, 1, 0, a.out_width, kWide}, image, k + slice);
+        for (int64_t slice = 0; !in_place && slice < kWide; slice += kSlice)
+          write_window(pixels + slice, {first + i, 1, 1, 0, a.out_width, kWide}, image, group + slice);
       }
+    }
     look_for_nonfinite(check, a.nonfinite);
   });
 }

@@ -138,9 +138,10 @@ OPERATORS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("channels", [3, 9], ids=["direct", "winograd"])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_operator_contract(name, kind):
-    operator, arguments = OPERATORS[name](*_operands(kind, 2, 3, 2, (6, 5)))
+def test_operator_contract(name, channels, kind):
+    operator, arguments = OPERATORS[name](*_operands(kind, 2, channels, channels + 1, (6, 5)))
     float32 = tuple(a.clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments)
     torch.library.opcheck(operator, float32)
     exact = tuple(a.double().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments)

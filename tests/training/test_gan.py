@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastgan.models import DCGAN
+from fastgan.replace import replace_modules
 from fastgan.training import GANTrainer, r1_penalty, wgan_gp_penalty
 from fastgan.training.joining import why_two_passes
 
@@ -191,6 +192,21 @@ def test_R52_batches_of_four_one_and_three(replace):
     with pytest.raises(ValueError, match="real must not be empty"):
         trainer.train_step(torch.rand(0, 3, 16, 16))
     assert trainer.step == 3
+
+
+def test_the_tutorials_loop_with_one_line_more_has_the_same_losses():
+    from tests import networks
+
+    torch.manual_seed(3)
+    plain = networks.Generator(ngf=32).apply(networks.weights_init), networks.Discriminator(ndf=32)
+    plain[1].apply(networks.weights_init)
+    ours = [replace_modules(copy.deepcopy(module)) for module in plain]
+    real = [torch.rand(16, 3, 64, 64) * 2 - 1 for _ in range(20)]
+    noises = [torch.randn(16, 100, 1, 1) for _ in range(20)]
+    expected, got = tutorial_loop(*plain, real, noises), tutorial_loop(*ours, real, noises)
+    assert got != expected  # other sums of the same
+    for ours_step, step in zip(got, expected, strict=True):
+        assert ours_step == pytest.approx(step, rel=1e-3, abs=1e-3)
 
 
 def test_the_tutorials_networks_alone_are_enough():
