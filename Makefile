@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 REQUIREMENTS := $(VENV)/.requirements
 INSTALLED := $(VENV)/.installed
+# Two at a time: most tests keep one core busy. `make test WORKERS=0` runs them in one process.
+WORKERS ?= 2
 SOURCES := CMakeLists.txt pyproject.toml constraints.txt $(shell find csrc -type f -name '*.*')
 
 .PHONY: install demo test test-slow lint format bench sanitize wheel clean
@@ -29,7 +31,7 @@ demo: $(INSTALLED)
 	$(BIN)/fastgan demo
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
 test-slow: $(INSTALLED)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -7,6 +7,9 @@ from pathlib import Path
 os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("MPLBACKEND", "Agg")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Thread pools that spin while they wait would take the other worker's cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
@@ -16,6 +19,12 @@ from hypothesis import settings
 settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("explore", derandomize=False)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
+
+
+def pytest_runtest_setup(item):
+    if os.environ.get("FASTGAN_IMPL") == "reference" and item.get_closest_marker("kernel"):
+        pytest.skip("FASTGAN_IMPL=reference: this is about the compiled kernel")
+
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

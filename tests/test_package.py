@@ -52,7 +52,7 @@ begin = time.perf_counter(); import fastgan; print(time.perf_counter() - begin)
     assert min(float(run(code).stdout) for _ in range(3)) < 0.5
 
 
-def test_info_names_versions_capability_and_the_path_of_each_operator():
+def test_R73_info_names_versions_capability_and_the_path_of_each_operator():
     info = fastgan.info()
     assert info["torch"] == torch.__version__
     assert set(info["operators"].values()) <= {"kernel", "reference", "reference (selected)"}

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgan.training.gan import GANTrainer, _match_layouts
+from fastgan.training._optimizers import match_layouts
+from fastgan.training.gan import GANTrainer
 
 FORMAT = "fastgan-checkpoint"
 VERSION = 1
@@ -322,4 +323,4 @@ def _same_settings(own: dict[str, Any], other: Any) -> bool:
 
 def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     optimizer.load_state_dict(state)
-    _match_layouts(optimizer, states=True)  # files hold contiguous tensors
+    match_layouts(optimizer, states=True)  # files hold contiguous tensors

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 from fastgan.nn import functional
 from fastgan.ops.gan_loss import LOSSES
 from fastgan.replace import replace_modules
+from fastgan.training._gan_inputs import latent_shape_of, one_argument, refuse_meta, warn_of_range, wrong_shape
+from fastgan.training._optimizers import adams, match_layouts, own_optimizers
 from fastgan.training.joining import DROPOUTS, has_gradient_hook, statistics_per_half, why_two_passes
 from fastgan.training.outputs import Outputs
 from fastgan.training.penalties import PENALTIES, r1_penalty, wgan_gp_penalty
+from fastgan.training.streams import NOISE, PENALTY, SAMPLES, mixed_seed
 
 PRECISIONS = ("float32", "float64", "bfloat16")
 _PARTS = ("generator", "discriminator", "optimizer_g", "optimizer_d")
@@ -97,7 +100,7 @@ class GANTrainer:
         self.loss, self.real_label, self.seed, self.precision = loss, float(real_label), seed, precision
         self.penalty = penalty
         self.penalty_weight = PENALTIES.get(penalty or "", 0.0) if penalty_weight is None else float(penalty_weight)
-        self.latent_shape = _latent_shape(generator, latent_shape)
+        self.latent_shape = latent_shape_of(generator, latent_shape)
         layers = (*generator.modules(), *discriminator.modules())
         # DDP writes gradients into buckets laid out as the weights were when it was made, and mixes them up afterwards.
         wrapped = any(isinstance(layer, nn.parallel.DistributedDataParallel) for layer in layers)
@@ -110,7 +113,7 @@ class GANTrainer:
         parameter = next(generator.parameters(), None)
         self.device = torch.device(device) if device is not None else parameter.device if parameter is not None else (
             torch.device("cpu"))  # fmt: skip
-        _refuse_meta(self.device, generator=generator, discriminator=discriminator)
+        refuse_meta(self.device, generator=generator, discriminator=discriminator)
         for module in (generator, discriminator):
             module.to(device=self.device, dtype=_converted(precision))
             if channels_last:
@@ -119,8 +122,8 @@ class GANTrainer:
                 replace_modules(module)
         self.dtype = parameter.dtype if parameter is not None else torch.float32
         if optimizers is None:
-            optimizers = _adams(generator, discriminator, lr, betas)
-        self.optimizer_g, self.optimizer_d = _own_optimizers(optimizers, generator, discriminator)
+            optimizers = adams(generator, discriminator, lr, betas)
+        self.optimizer_g, self.optimizer_d = own_optimizers(optimizers, generator, discriminator)
         #: steps made so far
         self.step = 0
         self._joined: tuple[Any, bool] | None = None
@@ -148,12 +151,12 @@ class GANTrainer:
         real = self._check_real(real)
         if not self._range_checked:
             self._range_checked = True
-            _warn_of_range(self.generator, real)
+            warn_of_range(self.generator, real)
         noise = self._noise(len(real)) if noise is None and self.seed is not None else noise
         self.optimizer_d.zero_grad(set_to_none=True)
         fake, loss_d, logits_real, logits_fake = self._discriminator_gradients(real, noise)
         self._refuse_not_finite("loss_d", loss_d, real)
-        _match_layouts(self.optimizer_d)
+        match_layouts(self.optimizer_d)
         self.optimizer_d.step()
         self.optimizer_g.zero_grad(set_to_none=True)
         with self._discriminator_frozen():
@@ -161,7 +164,7 @@ class GANTrainer:
                 loss_g = self._generator_loss(self._outputs(fake))
             self._refuse_not_finite("loss_g", loss_g)
             loss_g.backward()
-        _match_layouts(self.optimizer_g)
+        match_layouts(self.optimizer_g)
         self.optimizer_g.step()
         self.step += 1
         with torch.no_grad():
@@ -205,7 +208,7 @@ class GANTrainer:
                 if self.penalty == "r1":
                     penalty = r1_penalty(self._outputs, real, self.penalty_weight)
                 else:
-                    draws = self._generator_of(_PENALTY) if self.seed is not None else None
+                    draws = self._generator_of(PENALTY) if self.seed is not None else None
                     penalty = wgan_gp_penalty(self._outputs, real, fake.detach(), self.penalty_weight, draws)
             penalty.backward()
             loss = loss + penalty.detach()
@@ -219,7 +222,7 @@ class GANTrainer:
             # The layer that failed says nothing about `real`; the generator knows what it should have been.
             expected = self.sample(1).shape[1:]
             if real.shape[1:] != expected:
-                raise _wrong_shape(real, expected) from error
+                raise wrong_shape(real, expected) from error
             raise
 
     def _loss(self, logits: Tensor, target: float) -> Tensor:
@@ -277,7 +280,7 @@ class GANTrainer:
 
     def _noise(self, count: int, generator: torch.Generator | None = None) -> Tensor:
         if generator is None and self.seed is not None:
-            generator = self._generator_of(_NOISE)
+            generator = self._generator_of(NOISE)
         return torch.randn(count, *self.latent_shape, generator=generator, device=self.device, dtype=self.dtype)
 
     def _generate(self, noise: Tensor | None, real: Tensor) -> Tensor:
@@ -287,7 +290,7 @@ class GANTrainer:
         try:
             fake = self.generator(noise)
         except TypeError as error:
-            raise _one_argument("generator", "noise", error) from error
+            raise one_argument("generator", "noise", error) from error
         except RuntimeError as error:
             if tuple(noise.shape[1:]) == self.latent_shape and self.step == 0:
                 raise RuntimeError(
@@ -299,7 +302,7 @@ class GANTrainer:
             what = str(fake.dtype) if isinstance(fake, Tensor) else type(fake).__name__
             raise TypeError(f"generator must return one floating tensor (N, ...), got {what}")
         if fake.shape != real.shape:
-            raise _wrong_shape(real, fake.shape[1:])
+            raise wrong_shape(real, fake.shape[1:])
         return fake
 
     @torch.no_grad()
@@ -322,7 +325,7 @@ class GANTrainer:
         parameter = next(generator.parameters())
         draws = None
         if seed is not None:
-            draws = torch.Generator(parameter.device).manual_seed(mixed_seed(seed, _SAMPLES, 0))
+            draws = torch.Generator(parameter.device).manual_seed(mixed_seed(seed, SAMPLES, 0))
         noise = torch.randn(count, *latent_shape, generator=draws, device=parameter.device, dtype=parameter.dtype)
         flags = [(module, module.training) for module in generator.modules()]
         generator.eval()
@@ -380,7 +383,7 @@ class GANTrainer:
         for name in _PARTS:
             getattr(self, name).load_state_dict(state[name])
         for optimizer in (self.optimizer_g, self.optimizer_d):
-            _match_layouts(optimizer, states=True)
+            match_layouts(optimizer, states=True)
         self.step = int(state["step"])
 
     # ---- many steps ----
@@ -428,114 +431,8 @@ class GANTrainer:
         return history
 
 
-# What noise is drawn for: each use has its own stream.
-_NOISE, _PENALTY, _SAMPLES, _INIT, _DROPOUT = range(5)
-
-
-def mixed_seed(seed: int, use: int, number: int) -> int:
-    """63 bits that depend on all bits of the arguments (splitmix64's finaliser, once an argument)."""
-    state = 0
-    for value in (seed, use, number):
-        state = (state + (value & _MASK) + 0x9E3779B97F4A7C15) & _MASK
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
-        state ^= state >> 31
-    return state >> 1
-
-
-_MASK = (1 << 64) - 1
-
-
-def _wrong_shape(real: Tensor, expected: torch.Size) -> ValueError:
-    sizes = ", ".join(map(str, expected))
-    return ValueError(f"real must be shaped as the generator's pictures, (N, {sizes}); got {tuple(real.shape)}")
-
-
-def _latent_shape(generator: nn.Module, latent_shape: Sequence[int] | None) -> tuple[int, ...]:
-    if isinstance(latent_shape, str):
-        raise TypeError(f"latent_shape must be integers, got {latent_shape!r}")
-    if latent_shape is not None:
-        shape = (latent_shape,) if isinstance(latent_shape, int) else tuple(int(size) for size in latent_shape)
-        if not shape or min(shape) < 1:
-            raise ValueError(f"latent_shape must have positive sizes, got {shape}")
-        return shape
-    first = next((module for module in generator.modules() if not list(module.children())), None)
-    if isinstance(first, nn.ConvTranspose2d):
-        return (first.in_channels, 1, 1)
-    if isinstance(first, nn.Linear):
-        return (first.in_features,)
-    return (100, 1, 1)
-
-
 def _converted(precision: str | None) -> torch.dtype | None:
     return {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.float32}.get(precision or "")
-
-
-def _refuse_meta(device: torch.device, **modules: nn.Module) -> None:
-    for name, module in modules.items():
-        if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
-            raise ValueError(f"{name} is on the meta device and has no values yet: to_empty, then initialise it")
-    if device.type == "meta":
-        raise ValueError("device must be one that computes, not meta")
-
-
-def _warn_of_range(generator: nn.Module, real: Tensor) -> None:
-    """Says once that pictures are not scaled as a generator that ends in Tanh makes them."""
-    last = [module for module in generator.modules() if not list(module.children())][-1]
-    if not isinstance(last, nn.Tanh):
-        return
-    low, high = (float(value) for value in real.detach().aminmax())
-    if high > 1.5 or low < -1.5 or (low >= 0 and high > low):
-        warnings.warn(
-            f"real runs from {low:.3g} to {high:.3g}, but the generator ends in Tanh, whose pictures run from -1 to 1: "
-            f"{'scale it to that range' if high > 1.5 or low < -1.5 else '2 * real - 1 is what it can learn to make'}",
-            stacklevel=3,
-        )
-
-
-def _one_argument(name: str, argument: str, error: TypeError) -> TypeError:
-    if "argument" not in str(error):
-        return error
-    return TypeError(
-        f"{name} must take {argument} alone ({error}); a conditional one can be wrapped in a module that holds the rest"
-    )
-
-
-def _match_layouts(optimizer: torch.optim.Optimizer, states: bool = False) -> None:
-    """Gives gradients (and moments) the strides of their parameters.
-
-    A fused step walks parameter, gradient and moments as one row of memory each: with other strides it would pair each
-    weight with another one's gradient, silently. Autograd itself keeps to the parameter's strides; hooks that set
-    ``.grad``, and optimizers older than a change of the memory format, do not.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            gradient = parameter.grad
-            if gradient is not None and gradient.stride() != parameter.stride() and gradient.layout == torch.strided:
-                parameter.grad = torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
-            entries = optimizer.state.get(parameter, {}) if states else {}
-            for key, value in entries.items():
-                if (
-                    isinstance(value, Tensor)
-                    and value.shape == parameter.shape
-                    and value.stride() != parameter.stride()
-                ):
-                    entries[key] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-
-
-def _own_optimizers(
-    optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer], generator: nn.Module, discriminator: nn.Module
-) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    if not isinstance(optimizers, (tuple, list)) or len(optimizers) != 2:
-        raise TypeError("optimizers must be a pair, the generator's and the discriminator's")
-    for optimizer, module, name in zip(optimizers, (generator, discriminator), _PARTS[:2], strict=True):
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizers must be torch.optim.Optimizer, got {type(optimizer).__name__}")
-        own = {id(parameter) for parameter in module.parameters()}
-        if own.isdisjoint(id(parameter) for group in optimizer.param_groups for parameter in group["params"]):
-            raise ValueError(f"optimizers: the {name}'s has none of its parameters (generator's first)")
-        _match_layouts(optimizer, states=True)
-    return optimizers[0], optimizers[1]
 
 
 def _to_channels_last(module: nn.Module) -> None:
@@ -545,28 +442,3 @@ def _to_channels_last(module: nn.Module) -> None:
             for parameter in layer.parameters(recurse=False):
                 if parameter.dim() == 4:
                     parameter.data = parameter.data.to(memory_format=torch.channels_last)
-
-
-def _adams(
-    generator: nn.Module, discriminator: nn.Module, lr: float | tuple[float, float], betas: tuple[float, float]
-) -> tuple[torch.optim.Optimizer, torch.optim.Optimizer]:
-    rates = lr if isinstance(lr, (tuple, list)) else (lr, lr)
-    if len(rates) != 2:
-        raise ValueError(f"lr must be one number, or the generator's and the discriminator's, got {lr}")
-    for rate in rates:
-        if isinstance(rate, bool) or not isinstance(rate, (int, float)):
-            raise TypeError(f"lr must be a number, got {rate!r}")
-        if not rate > 0 or not math.isfinite(rate):
-            raise ValueError(f"lr must be positive and finite, got {lr}")
-    if not isinstance(betas, (tuple, list)):
-        raise TypeError(f"betas must be two numbers, got {betas!r}")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
-    optimizers = []
-    for name, module, rate in zip(("generator", "discriminator"), (generator, discriminator), rates, strict=True):
-        parameters = list(module.parameters())
-        if not any(parameter.requires_grad for parameter in parameters):
-            raise ValueError(f"{name} has no parameter that requires a gradient")
-        fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for p in parameters)
-        optimizers.append(torch.optim.Adam(parameters, lr=rate, betas=betas, fused=fused))
-    return optimizers[0], optimizers[1]

@@ -25,11 +25,10 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from fastgan.data.blocks import Blocks, make_blocks
 from fastgan.data.corpus import Corpus
 from fastgan.training.checkpoint import RunError, fsync_folder, replace_file
-from fastgan.training.gan import mixed_seed
 from fastgan.training.pretrain import PretrainConfig, Pretrained
 from fastgan.training.run import Reporter
+from fastgan.training.streams import DROPOUT, mixed_seed
 
-_DROPOUT = 3  # a stream apart from the GAN trainer's
 _EVALUATED = 1024  # blocks at most: an evaluation must not take longer than the training between two
 MANIFEST = "fastgan.json"
 
@@ -172,7 +171,9 @@ class _Watch(TrainerCallback):
         self.tokens = config.batch_size * config.gradient_accumulation * config.length
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        torch.manual_seed(mixed_seed(self.config.seed, _DROPOUT + args.process_index, state.global_step))
+        torch.manual_seed(
+            mixed_seed(self.config.seed, DROPOUT, state.global_step * args.world_size + args.process_index)
+        )
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         step = state.global_step

@@ -33,9 +33,10 @@ from fastgan.training.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from fastgan.training.gan import _INIT, PRECISIONS, GANTrainer, mixed_seed
+from fastgan.training.gan import PRECISIONS, GANTrainer
 from fastgan.training.pictures import grid_png
 from fastgan.training.run_folder import RunFolder, config_digest
+from fastgan.training.streams import INIT, mixed_seed
 
 
 @dataclass(frozen=True)
@@ -324,7 +325,7 @@ def make_trainer(config: DCGANConfig, device: str | None = None) -> GANTrainer:
     """The networks and their trainer at step 0, a pure function of the configuration."""
     device = device or _default_device()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(mixed_seed(config.seed, _INIT, 0))
+        torch.manual_seed(mixed_seed(config.seed, INIT, 0))
         gan = DCGAN(config.image_size, config.channels, config.latent, config.ngf, config.ndf)
     return GANTrainer(
         gan.generator,

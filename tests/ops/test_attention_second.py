@@ -175,6 +175,7 @@ def test_a_weight_of_one_has_a_tangent_of_zero():
     assert tangent[:, :, 1:].all()
 
 
+@pytest.mark.kernel
 def test_float32_arguments_never_reach_the_reference(monkeypatch):
     """Forward mode and double backward of a call are kernels: the stored formula is for third derivatives."""
     from fastgan.ops import attention
@@ -220,6 +221,7 @@ print(run(*map(int, sys.argv[1:])))
 """
 
 
+@pytest.mark.kernel
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the peak is read from /proc")
 @pytest.mark.parametrize(
     ("heads", "length", "width", "megabytes"),

@@ -12,6 +12,8 @@ from fastgan.nn.functional import conv2d, conv_transpose2d
 from fastgan.ops import conv as ops
 from tests.derivatives import check_derivatives
 
+pytestmark = pytest.mark.kernel
+
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 #: name -> kernel, stride, channels, outputs. The last is computed as the transpose of one from few to many.
 KINDS = {"strided": (4, 2, 3, 40), "grey": (4, 2, 1, 64), "plain": (3, 1, 3, 32), "to few": (3, 1, 24, 3)}

@@ -85,6 +85,7 @@ def _take_any_channels(monkeypatch):
     monkeypatch.setattr(ops, "algorithm_name", lambda *args: name(*args[:4], 16, 16))
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["conv2d", "conv_transpose2d"])
 def test_torchs_own_samples_on_the_kernel(name, kind, monkeypatch):
@@ -183,6 +184,7 @@ def _layer(transposed, channels=32, outputs=48):
     return x, w, b, conv_transpose2d if transposed else conv2d
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["NCHW", "channels_last"])
 @pytest.mark.parametrize("transposed", [False, True], ids=["conv2d", "conv_transpose2d"])
 def test_R36_penalty_runs_on_the_kernel_and_equals_float64(transposed, layout):
@@ -216,6 +218,7 @@ class _Names(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("transposed", [False, True], ids=["conv2d", "conv_transpose2d"])
 def test_only_the_gradients_asked_for(transposed):
     x, w, b, function = _layer(transposed)
@@ -335,6 +338,7 @@ def test_half_precision_is_float32_inside(kind, dtype):
         assert _rms(got, exact) < 0.4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.kernel
 def test_the_algorithm_is_chosen():
     x, w, b, _ = _layer(False)
     fast, exact = conv2d(x, w, b, 2, 1), F.conv2d(x, w, b, 2, 1)

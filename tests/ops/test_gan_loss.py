@@ -199,6 +199,7 @@ def test_empty_batch():
     assert not arguments[1].grad.any()
 
 
+@pytest.mark.kernel
 def test_same_bits_for_every_thread_count():
     for shape in [(9, 72, 9, 9, 2, (4, 4), 1, 1), (13, 128, 4, 4, 1, (4, 4), 1, 0), (1, 64, 40, 40, 1, (4, 4), 2, 1)]:
         for memory_format in (torch.contiguous_format, torch.channels_last):
@@ -315,6 +316,7 @@ def test_meta_and_reference():
 # ---- torch's own samples, and what people met ----
 
 
+@pytest.mark.kernel
 def test_torchs_own_samples():
     """nn.functional.binary_cross_entropy_with_logits through a convolution that changes nothing."""
     (operator,) = [op for op in op_db if op.name == "nn.functional.binary_cross_entropy_with_logits"]
@@ -406,6 +408,7 @@ def test_R45_a_penalty_leaves_nothing_behind():
         gc.enable()
 
 
+@pytest.mark.kernel
 def test_a_penalty_skips_the_weight_gradient(monkeypatch):
     from fastgan.ops import gan_loss
 

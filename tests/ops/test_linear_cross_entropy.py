@@ -211,6 +211,7 @@ def test_float16_gradients_survive_under_a_loss_scale():
     torch.testing.assert_close(input.grad.double(), exact.grad, rtol=2e-2, atol=1e-4)
 
 
+@pytest.mark.kernel
 def test_autocast_computes_in_float32():
     input, weight, target, bias = inputs(dtype=torch.float32)
     expected = gradients(linear_cross_entropy, input, weight, target, bias)
@@ -244,6 +245,7 @@ def test_one_call_is_like_the_next():
 # ---- extremes ----
 
 
+@pytest.mark.kernel
 def test_confident_and_masked_logits():
     """A large margin loses no digits, a vocabulary masked by -inf has no NaN."""
     weight = torch.eye(4, dtype=torch.float32)
@@ -354,6 +356,7 @@ def test_backward_again_and_gradients_of_our_own():
     torch.testing.assert_close(args[1].grad, 5.0 * kept[1])
 
 
+@pytest.mark.kernel
 def test_frozen_weight_has_no_gradient_computed(monkeypatch):
     input, weight, target, _ = inputs()
     asked = []
@@ -392,6 +395,7 @@ def test_refused(case):
         linear_cross_entropy(**{**given, **changed})
 
 
+@pytest.mark.kernel
 def test_the_logits_are_never_whole():
     """4,096 tokens times 20,000 classes are 328 MB; the gradients that come out, 3 MB."""
     code = """

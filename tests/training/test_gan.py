@@ -14,7 +14,10 @@ from fastgan.replace import replace_modules
 from fastgan.training import GANTrainer, r1_penalty, wgan_gp_penalty
 from fastgan.training.joining import why_two_passes
 
-pytestmark = pytest.mark.filterwarnings("ignore:real and fake go through")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:real and fake go through"),
+    pytest.mark.filterwarnings("ignore:real runs from"),
+]
 
 
 def tutorial_loop(generator, discriminator, batches, noises, *, lr=2e-4, betas=(0.5, 0.999)):
@@ -194,6 +197,7 @@ def test_R52_batches_of_four_one_and_three(replace):
     assert trainer.step == 3
 
 
+@pytest.mark.kernel
 def test_the_tutorials_loop_with_one_line_more_has_the_same_losses():
     from tests import networks
 
