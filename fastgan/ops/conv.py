@@ -37,6 +37,7 @@ Algorithm = Literal["auto", "exact"]
 ERRORS = {
     "winograd F(4,2)": (0.9e-6, 0.9e-6, 1.2e-6),
     "winograd F(4,3)": (1.5e-6, 1.5e-6, 1.5e-6),
+    "direct": (4e-7, 4e-7, 4e-7),
 }
 
 #: Winograd's algorithm computes sixteen channels at a time; it takes no layer with fewer on either side
