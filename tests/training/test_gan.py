@@ -204,13 +204,19 @@ def test_the_tutorials_loop_with_one_line_more_has_the_same_losses():
     torch.manual_seed(3)
     plain = networks.Generator(ngf=32).apply(networks.weights_init), networks.Discriminator(ndf=32)
     plain[1].apply(networks.weights_init)
-    ours = [replace_modules(copy.deepcopy(module)) for module in plain]
     real = [torch.rand(16, 3, 64, 64) * 2 - 1 for _ in range(20)]
     noises = [torch.randn(16, 100, 1, 1) for _ in range(20)]
-    expected, got = tutorial_loop(*plain, real, noises), tutorial_loop(*ours, real, noises)
-    assert got != expected  # other sums of the same
-    for ours_step, step in zip(got, expected, strict=True):
-        assert ours_step == pytest.approx(step, rel=1e-3, abs=1e-3)
+
+    def losses(change):
+        return torch.tensor(tutorial_loop(*(change(copy.deepcopy(module)) for module in plain), real, noises))
+
+    expected, got = losses(nn.Module.train), losses(replace_modules)
+    # Adam's first steps have the size of lr whatever the gradient's, so that rounding grows from step to step; torch's
+    # own other order of summing, in the other memory format, shows by how much.
+    other = losses(lambda module: module.to(memory_format=torch.channels_last))
+    assert not torch.equal(got, expected)
+    assert (got[:10] - expected[:10]).abs().max() < 1e-3
+    assert (got - expected).abs().max() < max(1e-3, 3 * (other - expected).abs().max().item())
 
 
 def test_the_tutorials_networks_alone_are_enough():
