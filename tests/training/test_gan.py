@@ -212,10 +212,10 @@ def test_the_tutorials_loop_with_one_line_more_has_the_same_losses():
 
     expected, got = losses(nn.Module.train), losses(replace_modules)
     # Adam's first steps have the size of lr whatever the gradient's, so that rounding grows from step to step; torch's
-    # own other order of summing, in the other memory format, shows by how much.
+    # own other order of summing, in the other memory format, shows by how much: 1e-3 in the fourth step, 5e-2 in 20.
     other = losses(lambda module: module.to(memory_format=torch.channels_last))
     assert not torch.equal(got, expected)
-    assert (got[:10] - expected[:10]).abs().max() < 1e-3
+    assert (got[:2] - expected[:2]).abs().max() < 1e-3
     assert (got - expected).abs().max() < max(1e-3, 3 * (other - expected).abs().max().item())
 
 
