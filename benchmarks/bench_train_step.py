@@ -1,83 +1,70 @@
-"""A DCGAN training step: fastgan's beside the tutorial's loop, and beside the best that plain PyTorch does.
+"""DCGAN training steps beside the tutorial's loop and beside the best that plain PyTorch does: time and peak memory.
 
-The best plain PyTorch: channels_last, logits instead of BCELoss, no gradients of the discriminator in the generator's
-step, fused Adam, no ``.item()``.
+    make bench PYTEST_ARGS="benchmarks/bench_train_step.py"                a sample of the sizes, three minutes
+    make bench PYTEST_ARGS="benchmarks/bench_train_step.py --all-sizes"    every size
+
+What is compared is in ``gan_steps``. Machines that have more than AVX2 compare like with like under
+
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 FASTGAN_CPU_CAPABILITY=avx2
 """
 
-import copy
+import functools
+import itertools
 
 import pytest
-import torch
-import torch.nn.functional as F
-from torch import nn
 
-from benchmarks.peers import compare
-from fastgan.models import DCGAN
-from fastgan.training import GANTrainer
+from benchmarks import gan_steps
+from benchmarks.peers import NOTES, compare
 
-BATCH = 64
-
-
-def tutorial(gan, real):
-    generator, discriminator = gan.generator, gan.discriminator
-    discriminator.main.append(nn.Sigmoid())
-    criterion = nn.BCELoss()
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999))
-    optimizer_g = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.999))
-
-    def step():
-        discriminator.zero_grad()
-        label = torch.full((len(real),), 1.0)
-        criterion(discriminator(real).view(-1), label).backward()
-        fake = generator(torch.randn(len(real), 100, 1, 1))
-        label.fill_(0.0)
-        criterion(discriminator(fake.detach()).view(-1), label).backward()
-        optimizer_d.step()
-        generator.zero_grad()
-        label.fill_(1.0)
-        criterion(discriminator(fake).view(-1), label).backward()
-        optimizer_g.step()
-
-    return step
+ARTICLE = (64, 3, 64, 64)  # pixels, channels, width, batch
+SAMPLE = [(32, 1, 32, 64), (32, 3, 64, 16), (64, 3, 32, 128), (64, 3, 96, 16), (128, 3, 32, 16)]
+SIZES = SAMPLE + [
+    pytest.param(size, marks=pytest.mark.all_sizes)
+    for size in ((p, 3, w, b) for p, w, b in itertools.product((32, 64, 128), (32, 64, 96), (16, 64, 128)))
+    if size not in SAMPLE and size != ARTICLE
+]
 
 
-def best(gan, real):
-    generator = gan.generator.to(memory_format=torch.channels_last)
-    discriminator = gan.discriminator.to(memory_format=torch.channels_last)
-    real = real.to(memory_format=torch.channels_last)
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)
-    optimizer_g = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)
-    one, zero = torch.ones(len(real), 1, 1, 1), torch.zeros(len(real), 1, 1, 1)
-
-    def step():
-        optimizer_d.zero_grad(set_to_none=True)
-        F.binary_cross_entropy_with_logits(discriminator(real), one).backward()
-        fake = generator(torch.randn(len(real), 100, 1, 1))
-        F.binary_cross_entropy_with_logits(discriminator(fake.detach()), zero).backward()
-        optimizer_d.step()
-        optimizer_g.zero_grad(set_to_none=True)
-        discriminator.requires_grad_(False)
-        F.binary_cross_entropy_with_logits(discriminator(fake), one).backward()
-        discriminator.requires_grad_(True)
-        optimizer_g.step()
-
-    return step
+def _row(benchmark, names, size, must, goal, case=None, seconds=10.0):
+    pixels, _, width, batch = size
+    case = f"{case or 'step'} {pixels}x{pixels}, width {width}, batch {batch}"
+    compare(benchmark, gan_steps.make(names, size), case=case, seconds=seconds, must=must, goal=goal)
 
 
-@pytest.mark.parametrize(("image_size", "channels", "width"), [(32, 1, 32), (64, 3, 32), (64, 3, 64)])
-def test_train_step(benchmark, image_size, channels, width):
-    torch.manual_seed(0)
-    gan = DCGAN(image_size, channels, ngf=width, ndf=width)
-    real = torch.rand(BATCH, channels, image_size, image_size) * 2 - 1
-    ours = copy.deepcopy(gan)
-    trainer = GANTrainer(ours.generator, ours.discriminator)
-    compare(
-        benchmark,
-        {
-            "fastgan": lambda: trainer.train_step(real),
-            "tutorial": tutorial(copy.deepcopy(gan), real),
-            "best PyTorch": best(copy.deepcopy(gan), real),
-        },
-        case=f"step {image_size}x{image_size}, width {width}, batch {BATCH}",
-        seconds=12.0,
+def _named(ours, theirs):
+    return {ours: gan_steps.STEPS[ours], theirs: gan_steps.STEPS[theirs]}
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "must", "goal"),
+    [
+        ("fastgan", "tutorial", 2.0, 3.0),
+        ("fastgan", "best PyTorch", 1.7, 2.5),
+        ("tutorial + replace_modules", "tutorial", 1.6, 2.2),
+        ("best PyTorch + replace_modules", "best PyTorch", 1.3, 1.8),
+    ],
+)
+def test_article(benchmark, ours, theirs, must, goal):
+    case = "step" if ours == "fastgan" else f"{theirs}, one line changed,"
+    _row(benchmark, _named(ours, theirs), ARTICLE, must, goal, case, seconds=16.0)
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: "-".join(map(str, size)))
+def test_size(benchmark, size):
+    _row(benchmark, _named("fastgan", "best PyTorch"), size, 1.5, 2.0)
+
+
+@pytest.mark.parametrize("penalty", ["wgan-gp", "r1"])
+def test_penalty(benchmark, penalty):
+    steps = _named("fastgan", "best PyTorch")
+    names = {name: functools.partial(build, penalty=penalty) for name, build in steps.items()}
+    _row(benchmark, names, ARTICLE, 1.5, 2.0, f"{penalty} step", seconds=16.0)
+
+
+def test_peak_memory():
+    ours, theirs = gan_steps.peak_memory("fastgan"), gan_steps.peak_memory("best PyTorch")
+    met = "met" if ours <= theirs else "NOT met"
+    NOTES.append(
+        f"peak memory of a step: {ours:.0f} MB, best PyTorch {theirs:.0f} MB ({ours / theirs:.2f}), "
+        f"must 1.00, goal 0.80: {met}"
     )

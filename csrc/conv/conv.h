@@ -41,3 +41,8 @@ struct ConvArgs {
 FASTGAN_DECLARE_KERNEL(conv_forward, fastgan::ConvArgs)
 FASTGAN_DECLARE_KERNEL(conv_input_gradient, fastgan::ConvArgs)
 FASTGAN_DECLARE_KERNEL(conv_weight_gradient, fastgan::ConvArgs)
+
+// The same three, multiplied directly, made for few channels; any kernel and stride with kernel >= stride.
+FASTGAN_DECLARE_KERNEL(conv_direct_forward, fastgan::ConvArgs)
+FASTGAN_DECLARE_KERNEL(conv_direct_input_gradient, fastgan::ConvArgs)
+FASTGAN_DECLARE_KERNEL(conv_direct_weight_gradient, fastgan::ConvArgs)

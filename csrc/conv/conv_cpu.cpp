@@ -27,10 +27,9 @@
 // where results are written, and the caller is told to compute directly.
 #include "conv/conv.h"
 
-#include <cstdlib>
-
 #include "conv/layout.h"
 #include "conv/products.h"
+#include "conv/scratch.h"
 #include "conv/transforms.h"
 
 namespace fastgan {
@@ -52,9 +51,6 @@ struct Algorithm : Toom<kOutputs, kTaps> {
   static constexpr auto B = Base::b();
   static constexpr auto G = Base::g();
 };
-
-FASTGAN_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-FASTGAN_INLINE int64_t whole_slices(int64_t n) { return divide_up(n, kSlice) * kSlice; }
 
 // How tiles are counted: `images` at a time, in runs of `run` images that make `blocks` blocks of `tiles`
 // tiles.
@@ -95,56 +91,6 @@ struct Side {
   float* at(int64_t block, int64_t chunk) const { return data + (block * chunks + chunk) * chunk_size; }
   int64_t run_size(const Tiling& tiling) const { return tiling.blocks * chunks * chunk_size; }
 };
-
-// Scratch of the threads: as many pieces as threads were announced; whoever comes after them allocates.
-struct Slots {
-  char* data = nullptr;
-  int64_t size = 0, count = 0;
-  int64_t taken = 0, next = 0;
-};
-
-struct Slot {
-  float* data;
-  bool own;
-  explicit Slot(Slots& slots) {
-    const int64_t i = __atomic_fetch_add(&slots.taken, 1, __ATOMIC_RELAXED);
-    own = i >= slots.count;
-    data = static_cast<float*>(static_cast<void*>(
-        own ? static_cast<char*>(std::aligned_alloc(64, size_t(slots.size))) : slots.data + i * slots.size));
-    if (!data) std::abort();
-  }
-  void release() {
-    if (own) std::free(data);
-  }
-};
-
-// Cuts the workspace into its parts; with no workspace, only counts.
-struct Cutter {
-  char* data;
-  int64_t used = 0;
-  char* take(int64_t bytes) {
-    char* out = data ? data + used : nullptr;
-    used += divide_up(bytes, 64) * 64;
-    return out;
-  }
-};
-
-// Each thread takes the next item that nobody has: a thread that the machine holds up delays one item and not
-// its share. The items write to different places, so who takes which changes nothing.
-template <class Body>
-void over_slots(const Threads& threads, Slots& slots, int64_t count, const Body& body) {
-  slots.taken = slots.next = 0;
-  parallel_for(threads, count, 1, [&](int64_t, int64_t) {
-    Slot slot(slots);
-    for (int64_t i; (i = __atomic_fetch_add(&slots.next, 1, __ATOMIC_RELAXED)) < count;) body(i, slot.data);
-    slot.release();
-  });
-}
-
-FASTGAN_INLINE void look_for_nonfinite(Vec<float> check, int32_t* nonfinite) {
-  for (int i = 0; i < lanes<float>; ++i)
-    if (check[i] != check[i]) __atomic_store_n(nonfinite, 1, __ATOMIC_RELAXED);
-}
 
 // ---- step 1 ----
 

@@ -4,6 +4,7 @@
 
 #include <cstdlib>
 #include <memory>
+#include <utility>
 
 #include "common/tensor.h"
 
@@ -45,6 +46,39 @@ ConvTensor view(const Tensor& tensor) {
   return out;
 }
 
+// A plain convolution from many channels to few is the transpose of one from few to many, its weights read
+// from the end: so it becomes one that the direct kernels take. Returns the pass that it then is.
+int64_t turn(ConvArgs& a, int64_t which) {
+  const int64_t size = a.dtype == Dtype::float32 ? 4 : 2;
+  std::swap(a.x, a.y), std::swap(a.channels, a.outputs);
+  std::swap(a.height, a.out_height), std::swap(a.width, a.out_width);
+  std::swap(a.w.strides[0], a.w.strides[1]);
+  for (int i = 2; i < 4; ++i) {
+    a.w.data = static_cast<char*>(a.w.data) + (a.kernel - 1) * a.w.strides[i] * size;
+    a.w.strides[i] = -a.w.strides[i];
+  }
+  a.pad_height = a.kernel - 1 - a.pad_height, a.pad_width = a.kernel - 1 - a.pad_width;
+  return which == 2 ? 2 : 1 - which;
+}
+
+// Sixteen channels are transformed at a time: of few, most of that would be for none.
+constexpr int64_t kFew = 8;
+
+decltype(FASTGAN_SELECT(conv_forward)) kernel_for(ConvArgs& a, int64_t which) {
+  const bool whole = a.out_height == a.height + 2 * a.pad_height - a.kernel + 1 &&
+                     a.out_width == a.width + 2 * a.pad_width - a.kernel + 1;
+  if (a.stride == 1 && a.outputs <= kFew && a.outputs < a.channels && whole && a.pad_height < a.kernel &&
+      a.pad_width < a.kernel)
+    which = turn(a, which);
+  if (a.channels <= kFew)
+    return which == 0   ? FASTGAN_SELECT(conv_direct_forward)
+           : which == 1 ? FASTGAN_SELECT(conv_direct_input_gradient)
+                        : FASTGAN_SELECT(conv_direct_weight_gradient);
+  return which == 0   ? FASTGAN_SELECT(conv_forward)
+         : which == 1 ? FASTGAN_SELECT(conv_input_gradient)
+                      : FASTGAN_SELECT(conv_weight_gradient);
+}
+
 // which: 0, from x and w to y; 1, from y and w to x; 2, from x and y to w. True if all that was computed is
 // finite.
 bool conv_pass(int64_t which, Tensor first, Tensor second, Tensor out, std::optional<Tensor> bias,
@@ -83,9 +117,7 @@ bool conv_pass(int64_t which, Tensor first, Tensor second, Tensor out, std::opti
   int64_t size = 0;
   a.nonfinite = &nonfinite, a.workspace_size = &size;
   a.threads = int32_t(torch::stable::get_num_threads());
-  const auto kernel = which == 0   ? FASTGAN_SELECT(conv_forward)
-                      : which == 1 ? FASTGAN_SELECT(conv_input_gradient)
-                                   : FASTGAN_SELECT(conv_weight_gradient);
+  const auto kernel = kernel_for(a, which);
   kernel(a, torch_threads());
   thread_local Workspace workspace;
   a.workspace = workspace.reserve(size);

@@ -35,8 +35,9 @@ struct GanLossArgs {
   const void* bias;
   int64_t bias_stride;
   Strided target, sample_weight, pos_weight;
-  void* logits;     // (N, K, out_height, out_width), contiguous: written by forward, read by backward
-  void* workspace;  // gan_loss_workspace() elements of the accumulate type
+  void* logits;         // (N, K, out_height, out_width), contiguous: written by forward, read by backward
+  void* workspace;      // gan_loss_workspace() elements of the accumulate type
+  bool* out_of_memory;  // set if a thread found none for its scratch: the results are then worth nothing
 
   // forward
   void* loss_value;       // a scalar, or of the logits' shape for Reduction::none, contiguous

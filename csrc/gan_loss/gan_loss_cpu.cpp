@@ -62,8 +62,9 @@ void forward_tiles(const Args& a, const Threads& threads) {
   Tile t = tile_for<T>(a, out_rows, groups);
   parallel_for(threads, a.batch * blocks, 1, [&](int64_t begin, int64_t end) {
     int64_t per_output = out_rows * a.out_width;
-    Scratch<T> tile(t.groups * t.pitch);
-    Scratch<Vec<T>> sums(a.outputs * per_output);
+    Scratch<T> tile(a, t.groups * t.pitch);
+    Scratch<Vec<T>> sums(a, a.outputs * per_output);
+    if (!tile.data || !sums.data) return;
     for (int64_t unit = begin; unit < end; ++unit) {
       int64_t n = unit / blocks, y0 = unit % blocks * out_rows, rows = smaller(out_rows, a.out_height - y0);
       __builtin_memset(sums.data, 0, size_t(a.outputs * per_output) * sizeof(Vec<T>));
@@ -198,7 +199,8 @@ void input_gradient(const Args& a, const Threads& threads, const T* weight, cons
   int64_t blocks = up(a.height, larger(rows, 1));
   const int64_t* s = a.grad_input_stride;
   parallel_for(threads, a.batch * blocks, 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> gradients(a.outputs * a.out_height * width), tile(rows * a.width * G);
+    Scratch<T> gradients(a, a.outputs * a.out_height * width), tile(a, rows * a.width * G);
+    if (!gradients.data || !tile.data) return;
     int64_t held = -1;
     for (int64_t unit = begin; unit < end; ++unit) {
       int64_t n = unit / blocks, y0 = unit % blocks * rows, count = smaller(rows, a.height - y0);
@@ -266,8 +268,9 @@ void weight_gradient(const Args& a, const Threads& threads, const T* logit_gradi
   Tile t = tile_for<T>(a, out_rows, larger(1, groups / 8));
   const int64_t* s = a.grad_weight_stride;
   parallel_for(threads, up(groups, t.groups), 1, [&](int64_t begin, int64_t end) {
-    Scratch<T> tile(t.groups * t.pitch), sums(t.groups * a.outputs * taps * G);
-    Scratch<int64_t> offsets(taps);
+    Scratch<T> tile(a, t.groups * t.pitch), sums(a, t.groups * a.outputs * taps * G);
+    Scratch<int64_t> offsets(a, taps);
+    if (!tile.data || !sums.data || !offsets.data) return;
     for (int64_t tap = 0; tap < taps; ++tap)
       offsets.data[tap] = (tap / a.kernel_width * t.width + tap % a.kernel_width) * G;
     for (int64_t unit = begin; unit < end; ++unit) {

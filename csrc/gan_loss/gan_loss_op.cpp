@@ -94,8 +94,10 @@ std::tuple<Tensor, Tensor> conv_gan_loss(Tensor input, Tensor weight, std::optio
   int32_t bad_target = 0;
   a.logits = logits.data_ptr(), a.loss_value = value.data_ptr(), a.loss_accumulates = float32_loss;
   a.workspace = workspace.data_ptr(), a.partial_sums = static_cast<double*>(partial.data_ptr());
-  a.bad_target = &bad_target;
+  bool out_of_memory = false;
+  a.bad_target = &bad_target, a.out_of_memory = &out_of_memory;
   FASTGAN_SELECT(gan_loss_forward)(a, fastgan::torch_threads());
+  FASTGAN_CHECK(!out_of_memory, "conv_gan_loss: no memory left for scratch");
   FASTGAN_CHECK(!bad_target, "target must be in [0, 1] for this loss, got values outside");
   return {value, logits};
 }
@@ -159,7 +161,10 @@ std::tuple<Tensor, Tensor, Tensor> conv_gan_loss_backward(
   }
   Tensor workspace = fastgan::empty({fastgan::gan_loss_workspace(a)}, accumulate);
   a.logits = dense_logits.data_ptr(), a.workspace = workspace.data_ptr();
+  bool out_of_memory = false;
+  a.out_of_memory = &out_of_memory;
   FASTGAN_SELECT(gan_loss_backward)(a, fastgan::torch_threads());
+  FASTGAN_CHECK(!out_of_memory, "conv_gan_loss_backward: no memory left for scratch");
   return {grad_input, grad_weight, grad_bias};
 }
 

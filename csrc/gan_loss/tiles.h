@@ -15,14 +15,19 @@ constexpr int kOutputs = 6;  // outputs in registers: 6 x 2 accumulators, 2 weig
 template <class T>
 constexpr int kGroup = 2 * lanes<T>;
 
-// A thread's memory for the length of one range of work.
+// A thread's memory for the length of one range of work. Null, and the caller told of it, where there is
+// none: the range is then left undone.
 template <class T>
 struct Scratch {
   T* data;
   void* block;
-  explicit Scratch(int64_t count) {
+  Scratch(const Args& a, int64_t count) {
     block = __builtin_malloc(size_t(count) * sizeof(T) + 64);
-    if (!block) __builtin_trap();
+    data = nullptr;
+    if (!block) {
+      if (a.out_of_memory) __atomic_store_n(a.out_of_memory, true, __ATOMIC_RELAXED);
+      return;
+    }
     data = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(block) + 63) & ~uintptr_t(63));
   }
   ~Scratch() { __builtin_free(block); }

@@ -10,13 +10,16 @@ from fastgan.ops import conv as _conv
 
 
 def algorithm_of(module: nn.Conv2d | nn.ConvTranspose2d) -> str:
-    """How ``module`` computes on the CPU in float32: "winograd F(4,2)", "winograd F(4,3)" or "torch".
+    """How ``module`` computes on the CPU in float32: "winograd F(4,2)", "winograd F(4,3)", "direct" or "torch".
 
-    Winograd is taken where the sizes of the input make it faster (``fastgan.ops.conv.pays``).
+    Ours is taken where the sizes of the input make it faster (``fastgan.ops.conv.pays``).
     """
-    if _conv.get_conv_algorithm() == "exact" or min(module.in_channels, module.out_channels) < _conv.LEAST_CHANNELS:
+    if _conv.get_conv_algorithm() == "exact":
         return "torch"
-    return _conv.algorithm_name(module.kernel_size, module.stride, module.dilation, module.groups)
+    outputs, channels = module.out_channels, module.in_channels
+    if isinstance(module, nn.ConvTranspose2d):
+        outputs, channels = channels, outputs
+    return _conv.algorithm_name(module.kernel_size, module.stride, module.dilation, module.groups, channels, outputs)
 
 
 class Conv2d(nn.Conv2d):

@@ -138,7 +138,7 @@ def conv2d(
     dilation: _Pair = 1,
     groups: int = 1,
 ) -> Tensor:
-    """As ``torch.nn.functional.conv2d``: kernel 4 with stride 2 and kernel 3 with stride 1 by a fast algorithm.
+    """As ``torch.nn.functional.conv2d``: kernel 4 with stride 2 and kernel 3 with stride 1 by kernels of ours.
 
     On the CPU in float32, where the sizes make it pay; everything else is torch's own. ``fastgan/ops/conv.py`` says
     how exact it is, and ``fastgan.set_conv_algorithm("exact")`` turns it off.
@@ -182,7 +182,7 @@ def conv_transpose2d(
     groups: int = 1,
     dilation: _Pair = 1,
 ) -> Tensor:
-    """As ``torch.nn.functional.conv_transpose2d``, by the fast algorithm where ``conv2d`` would take it.
+    """As ``torch.nn.functional.conv_transpose2d``, by our kernels where ``conv2d`` would take them.
 
     Args:
         input: (N, C, H, W) or (C, H, W); weight: (C, K / groups, R, S); bias: (K,) or None.

@@ -1,4 +1,7 @@
-"""Convolutions of kernel 4, stride 2 and of kernel 3, stride 1 by Winograd's algorithm; all else is torch's own.
+"""Convolutions of kernel 4, stride 2 and of kernel 3, stride 1 by kernels of ours; all else is torch's own.
+
+Between layers of 16 channels and more by Winograd's algorithm; from or to the few channels of a picture directly; and
+where the kernel covers the whole image, by one matrix product.
 
 Three operators, each linear in two tensors:
 
@@ -34,10 +37,15 @@ Algorithm = Literal["auto", "exact"]
 ERRORS = {
     "winograd F(4,2)": (0.9e-6, 0.9e-6, 1.2e-6),
     "winograd F(4,3)": (1.5e-6, 1.5e-6, 1.5e-6),
+    "direct": (4e-7, 4e-7, 4e-7),
 }
 
-#: layers with fewer channels on either side are left to torch: sixteen are computed at a time
+#: Winograd's algorithm computes sixteen channels at a time; it takes no layer with fewer on either side
 LEAST_CHANNELS = 16
+#: the direct kernels take layers with so many at most on one side (csrc/conv/conv_op.cpp has the same number)
+FEW_CHANNELS = 8
+#: and only where so many multiplications make up for the call
+LEAST_PRODUCTS = 4_000_000
 
 _algorithm: Algorithm = "auto"
 
@@ -122,32 +130,40 @@ def transposed_output_size(
 # ---- which algorithm ----
 
 
-def algorithm_name(kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int) -> str:
-    """ "winograd F(4,2)", "winograd F(4,3)", or "torch" where there is no kernel for such a layer."""
-    if tuple(dilation) != (1, 1) or groups != 1:
+def algorithm_name(
+    kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int], groups: int, channels: int, outputs: int
+) -> str:
+    """ "winograd F(4,2)", "winograd F(4,3)", "direct", or "torch" where there is no kernel for such a layer.
+
+    ``channels`` and ``outputs`` are those of the convolution; a transposed one goes from ``outputs`` to ``channels``.
+    """
+    strided = tuple(kernel) == (4, 4) and tuple(stride) == (2, 2)
+    plain = tuple(kernel) == (3, 3) and tuple(stride) == (1, 1)
+    if tuple(dilation) != (1, 1) or groups != 1 or not (strided or plain):
         return "torch"
-    if tuple(kernel) == (4, 4) and tuple(stride) == (2, 2):
-        return "winograd F(4,2)"
-    if tuple(kernel) == (3, 3) and tuple(stride) == (1, 1):
-        return "winograd F(4,3)"
-    return "torch"
+    if min(channels, outputs) >= LEAST_CHANNELS:
+        return "winograd F(4,2)" if strided else "winograd F(4,3)"
+    if channels <= FEW_CHANNELS and outputs >= LEAST_CHANNELS:
+        return "direct"
+    return "direct" if plain and outputs <= FEW_CHANNELS and channels >= LEAST_CHANNELS else "torch"
 
 
-def pays(
-    large: Sequence[int], weight: Sequence[int], small: Sequence[int], name: str, transposed: bool = False
-) -> bool:
-    """Whether the kernel is faster than a direct convolution, by counting products.
+def pays(large: Sequence[int], weight: Sequence[int], small: Sequence[int], name: str) -> bool:
+    """Whether the kernel is faster than torch's convolution, by counting products.
 
     Args:
         large: (N, C, H, W), the side of the input of a convolution.
         weight: (K, C, R, S).
         small: (H', W'), height and width of the other side.
         name: from ``algorithm_name``.
-        transposed: the call goes from the small side to the large one.
     """
     batch, outputs, channels = large[0], weight[0], weight[1]
     high, wide = small
-    if batch == 0 or min(channels, outputs) < LEAST_CHANNELS or high < 1 or wide < 1:
+    if batch == 0 or min(channels, outputs, high, wide) < 1:
+        return False
+    if name == "direct":
+        return batch * high * wide * channels * outputs * weight[2] * weight[3] >= LEAST_PRODUCTS
+    if min(channels, outputs) < LEAST_CHANNELS:
         return False
     phases, products, direct = (4, 25, 16) if name == "winograd F(4,2)" else (1, 36, 9)
     tiles = batch * ((high + 3) // 4) * ((wide + 3) // 4)
@@ -176,8 +192,7 @@ def _has_kernel(first: Tensor, second: Tensor, kernel: Sequence[int], stride: Se
         numbers > 0
         and first.dtype == second.dtype
         and first.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and algorithm_name(kernel, stride, (1, 1), 1) != "torch"
-        and tuple(stride) == (stride[0],) * 2
+        and (tuple(kernel), tuple(stride)) in (((4, 4), (2, 2)), ((3, 3), (1, 1)))
     )
 
 
@@ -395,6 +410,29 @@ def _pair(value: int | Sequence[int]) -> tuple[int, int]:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
+def _rows(tensor: Tensor, channels_last: bool) -> Tensor:
+    """(N, C, H, W) -> (N, C * H * W), the numbers of a row in the order of (H, W, C) if ``channels_last``."""
+    return (tensor.permute(0, 2, 3, 1) if channels_last else tensor).flatten(1)
+
+
+def _whole_convolution(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A convolution whose kernel covers the image: (N, C, R, S) and (K, C, R, S) -> (N, K, 1, 1), one product."""
+    last = is_channels_last(input) or is_channels_last(weight)
+    return F.linear(_rows(input, last), _rows(weight, last), bias)[:, :, None, None]
+
+
+def _whole_transposed_convolution(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A transposed convolution of single pixels: (N, K, 1, 1) and (K, C, R, S) -> (N, C, R, S), one product."""
+    channels, high, wide = weight.shape[1:]
+    last = is_channels_last(input) or is_channels_last(weight)
+    out = input.flatten(1) @ _rows(weight, last)
+    if last:
+        out = out.unflatten(1, (high, wide, channels)).permute(0, 3, 1, 2)
+    else:
+        out = out.unflatten(1, (channels, high, wide))
+    return out if bias is None else out + bias[:, None, None]
+
+
 def convolution(
     input: Tensor,
     weight: Tensor,
@@ -407,7 +445,15 @@ def convolution(
     """A convolution by the algorithm for its shapes; arguments as ``convolution_reference``'s."""
     if input.dim() == 4 and not isinstance(padding, str) and _takes(input, weight, bias):
         strides, pads, dilations = _pair(stride), _pair(padding), _pair(dilation)
-        name = algorithm_name(weight.shape[2:], strides, dilations, groups)
+        if (
+            pads == (0, 0)
+            and dilations == (1, 1)
+            and groups == 1
+            and input.shape[2:] == weight.shape[2:]
+            and input.numel() > 0
+        ):
+            return _whole_convolution(input, weight, bias)
+        name = algorithm_name(weight.shape[2:], strides, dilations, groups, weight.shape[1], weight.shape[0])
         if name != "torch":
             size = output_size(input.shape[2:], weight.shape[2:], strides, pads, dilations)
             if pays(input.shape, weight.shape, size, name):
@@ -429,7 +475,10 @@ def transposed_convolution(
     """A transposed convolution by the algorithm for its shapes; arguments as ``transposed_convolution_reference``'s."""
     if input.dim() == 4 and _takes(input, weight, bias):
         strides, pads, extra, dilations = _pair(stride), _pair(padding), _pair(output_padding), _pair(dilation)
-        name = algorithm_name(weight.shape[2:], strides, dilations, groups)
+        single = pads == extra == (0, 0) and dilations == (1, 1) and groups == 1 and input.shape[2:] == (1, 1)
+        if single and weight.numel() > 0:
+            return _whole_transposed_convolution(input, weight, bias)
+        name = algorithm_name(weight.shape[2:], strides, dilations, groups, weight.shape[1], weight.shape[0])
         if name != "torch":
             size = transposed_output_size(input.shape[2:], weight.shape[2:], strides, pads, extra, dilations)
             large = (input.shape[0], weight.shape[1], *size)

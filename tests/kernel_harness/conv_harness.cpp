@@ -20,10 +20,14 @@ fastgan::ConvTensor tensor(Buffer<float>& data, int64_t channels, int64_t height
   return {data.get(), {channels * height * width, height * width, width, 1}};
 }
 
-void call(int pass, fastgan::ConvArgs& a, int threads) {
-  auto kernel = pass == 0   ? FASTGAN_KERNEL(conv_forward)
-                : pass == 1 ? FASTGAN_KERNEL(conv_input_gradient)
-                            : FASTGAN_KERNEL(conv_weight_gradient);
+using Kernel = void (*)(const fastgan::ConvArgs&, const fastgan::Threads&);
+constexpr Kernel kKernels[2][3] = {
+    {FASTGAN_KERNEL(conv_forward), FASTGAN_KERNEL(conv_input_gradient), FASTGAN_KERNEL(conv_weight_gradient)},
+    {FASTGAN_KERNEL(conv_direct_forward), FASTGAN_KERNEL(conv_direct_input_gradient),
+     FASTGAN_KERNEL(conv_direct_weight_gradient)}};
+
+void call(bool direct, int pass, fastgan::ConvArgs& a, int threads) {
+  const Kernel kernel = kKernels[direct][pass];
   int64_t size = 0;
   a.workspace = nullptr, a.workspace_size = &size,
   a.threads = threads > 1 ? threads - 1 : 1;  // one has to allocate
@@ -33,7 +37,7 @@ void call(int pass, fastgan::ConvArgs& a, int threads) {
   kernel(a, harness::threads(threads));
 }
 
-void check(const Case& c) {
+void check(const Case& c, bool direct = false) {
   const int64_t out_h = (c.height + 2 * c.pad_height - c.kernel) / c.stride + 1;
   const int64_t out_w = (c.width + 2 * c.pad_width - c.kernel) / c.stride + 1;
   const int64_t x_size = c.batch * c.channels * c.height * c.width,
@@ -94,7 +98,7 @@ void check(const Case& c) {
       a.bias = bias_used ? bias.get() : nullptr;
       int32_t nonfinite = 0;
       a.nonfinite = &nonfinite;
-      call(pass, a, threads);
+      call(direct, pass, a, threads);
       harness::expect(nonfinite == 0, "finite");
       for (int64_t i = 0; i < size; ++i) {
         const double error = std::fabs(double(out[i]) - exact[size_t(i)]) / largest;
@@ -112,7 +116,7 @@ void check(const Case& c) {
       const int64_t where = spoiled.size / 2;
       const float before = spoiled[where];
       spoiled[where] = c.bias ? INFINITY : NAN;
-      call(pass, a, threads);
+      call(direct, pass, a, threads);
       spoiled[where] = before;
       // (an element of x that no output sees, or whose output is padding, need not be)
       if (pass == 1 && c.pad_height < c.kernel && c.pad_width < c.kernel && c.height > 3 && c.width > 3)
@@ -137,6 +141,16 @@ int main() {
         check({3, 1, 3, 7, size, size + 1, 19, pad, (pad + 1) % 3, last, pad == 1});
     check({3, 1, 5, 80, 9, 9, 48, 1, 1, last, true});
     check({3, 1, 1, 16, 33, 37, 65, 1, 1, last, false});
+  }
+  for (bool last : {false, true}) {
+    for (int64_t pad : {0, 1, 2, 3, 5})
+      for (int64_t size : {4, 5, 8, 11}) {
+        check({4, 2, 3, 3, size, size + 1, 19, pad, (pad + 1) % 4, last, pad == 1}, true);
+        check({3, 1, 3, 1 + pad, size, size + 1, 16, pad, (pad + 1) % 3, last, pad == 1}, true);
+      }
+    check({4, 2, 35, 3, 8, 8, 64, 1, 1, last, true}, true);
+    check({4, 2, 1, 3, 70, 66, 35, 1, 1, last, true}, true);
+    check({3, 1, 2, 4, 19, 150, 5, 1, 1, last, false}, true);
   }
   return harness::result();
 }

@@ -80,6 +80,11 @@ def test_any_size_padding_and_stride_of_memory(data, kind):
         torch.testing.assert_close(got.double(), exact, rtol=0, atol=1e-5 * max(1.0, exact.abs().max().item()))
 
 
+def _take_any_channels(monkeypatch):
+    name = ops.algorithm_name
+    monkeypatch.setattr(ops, "algorithm_name", lambda *args: name(*args[:4], 16, 16))
+
+
 @pytest.mark.kernel
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ["conv2d", "conv_transpose2d"])
@@ -87,7 +92,8 @@ def test_torchs_own_samples_on_the_kernel(name, kind, monkeypatch):
     from torch.testing._internal.common_methods_invocations import op_db
 
     calls = []
-    monkeypatch.setattr(ops, "pays", lambda *args, **kwargs: calls.append(args) or True)
+    monkeypatch.setattr(ops, "pays", lambda *args: calls.append(args) or True)
+    _take_any_channels(monkeypatch)
     ours, theirs = {"conv2d": (conv2d, F.conv2d), "conv_transpose2d": (conv_transpose2d, F.conv_transpose2d)}[name]
     kernel, stride = KINDS[kind]
     info = next(op for op in op_db if op.name == f"nn.functional.{name}")
@@ -139,9 +145,10 @@ OPERATORS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("channels", [3, 9], ids=["direct", "winograd"])
 @pytest.mark.parametrize("name", OPERATORS)
-def test_operator_contract(name, kind):
-    operator, arguments = OPERATORS[name](*_operands(kind, 2, 3, 2, (6, 5)))
+def test_operator_contract(name, channels, kind):
+    operator, arguments = OPERATORS[name](*_operands(kind, 2, channels, channels + 1, (6, 5)))
     float32 = tuple(a.clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments)
     torch.library.opcheck(operator, float32)
     exact = tuple(a.double().requires_grad_() if isinstance(a, torch.Tensor) else a for a in arguments)
@@ -345,7 +352,11 @@ def test_the_algorithm_is_chosen():
         fastgan.set_conv_algorithm("auto")
     assert fastgan.explain(torch.nn.Conv2d(32, 32, 4, 2))[0].reason == "winograd F(4,2)"
     assert fastgan.explain(fastgan.nn.ConvTranspose2d(32, 32, 3, 1))[0].reason == "winograd F(4,3)"
-    assert fastgan.explain(torch.nn.Conv2d(3, 32, 4, 2))[0].reason == "torch"
+    assert fastgan.explain(torch.nn.Conv2d(3, 32, 4, 2))[0].reason == "direct"
+    assert fastgan.explain(fastgan.nn.ConvTranspose2d(32, 3, 4, 2))[0].reason == "direct"
+    assert fastgan.explain(torch.nn.Conv2d(32, 3, 3))[0].reason == "direct"
+    assert fastgan.explain(torch.nn.Conv2d(32, 3, 4, 2))[0].reason == "torch"
+    assert fastgan.explain(torch.nn.Conv2d(12, 32, 4, 2))[0].reason == "torch"
     with pytest.raises(ValueError, match="algorithm must be 'auto' or 'exact', got 'fast'"):
         fastgan.set_conv_algorithm("fast")
     with fastgan.use("reference"):
@@ -372,9 +383,11 @@ def test_R45_nothing_is_kept_after_a_penalty():
         gc.enable()
 
 
-def test_R34_every_output_padding_on_the_kernel(monkeypatch):
-    monkeypatch.setattr(ops, "pays", lambda *args, **kwargs: True)
-    x, w = torch.randn(2, 5, 4, 7), torch.randn(5, 6, 4, 4)
+@pytest.mark.parametrize("channels", [6, 9], ids=["direct", "winograd"])
+def test_R34_every_output_padding_on_the_kernel(channels, monkeypatch):
+    monkeypatch.setattr(ops, "pays", lambda *args: True)
+    _take_any_channels(monkeypatch)
+    x, w = torch.randn(2, 5, 4, 7), torch.randn(5, channels, 4, 4)
     for padding in range(6):
         for extra in ((0, 0), (1, 0), (1, 1)):
             options = {"stride": 2, "padding": padding, "output_padding": extra}
