@@ -322,21 +322,12 @@ def batch_norm_act(
     output, mean, var = train(input, weight, bias, eps, act, negative_slope, groups)
     if running_mean is not None and running_var is not None and input.numel() > 0:
         count = input.numel() // (input.shape[1] * groups)
-        with torch.no_grad():
-            for group in range(groups):
-                _move(running_mean, mean[group], 1.0, momentum)
-                _move(running_var, var[group], count / (count - 1), momentum)
+        move = _norm_act.move_reference if reference else _norm_act.move_running_statistics
+        move(running_mean, running_var, mean, var, momentum, count / (count - 1))
     return output
 
 
 _NORM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def _move(running: Tensor, statistic: Tensor, factor: float, momentum: float) -> None:
-    if running.dtype in (torch.bfloat16, torch.float16):  # rounded once
-        running.copy_(running.double() * (1 - momentum) + statistic * (factor * momentum))
-    else:
-        running.mul_(1 - momentum).add_(statistic, alpha=factor * momentum)
 
 
 def _composed_batch_norm_act(

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgan.ops._autograd import define
+from fastgan.ops._autograd import LIBRARY, define, in_functorch
 
 ACTIVATIONS = ("none", "relu", "leaky_relu")
 
@@ -126,6 +126,40 @@ def norm_act_backward_reference(
         assert bias is not None
         grad_bias = dz.sum(channels).to(bias.dtype)
     return grad_input, grad_weight, grad_bias
+
+
+@torch.no_grad()
+def move_reference(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, factor: float
+) -> None:
+    """Moves the running statistics in place, by each group of (groups, C) in turn; ``factor`` is for the variance."""
+    for group in range(mean.shape[0]):
+        for running, statistic, scale in ((running_mean, mean[group], 1.0), (running_var, var[group], factor)):
+            if running.dtype in (torch.bfloat16, torch.float16):  # rounded once
+                running.copy_(running.double() * (1 - momentum) + statistic * (scale * momentum))
+            else:
+                running.mul_(1 - momentum).add_(statistic, alpha=scale * momentum)
+
+
+def move_running_statistics(
+    running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float, factor: float
+) -> None:
+    """``move_reference``, in one call where it can be: four calls and their conversions are 70 microseconds."""
+    dtypes = (torch.float32, torch.float64)
+    if (
+        torch.compiler.is_compiling()
+        or in_functorch()
+        or running_mean.device.type != "cpu"
+        or running_mean.is_inference()
+        or running_var.is_inference()
+        or running_mean.dtype not in dtypes
+        or running_var.dtype not in dtypes
+        or not type(running_mean) is type(running_var) is type(mean) is Tensor
+    ):
+        move_reference(running_mean, running_var, mean, var, momentum, factor)
+        return
+    torch.ops.fastgan.norm_act_move.default(running_mean.detach(), running_var.detach(), mean, var, momentum, factor)
+    torch.autograd.graph.increment_version([running_mean, running_var])
 
 
 def _standardised_by(input: Tensor, running_mean: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -246,6 +280,12 @@ norm_act = define(
     save_outputs=(1, 2),
     nondifferentiable_outputs=(1, 2),
 )
+LIBRARY.define(
+    "norm_act_move(Tensor(a!) running_mean, Tensor(b!) running_var, Tensor mean, Tensor var, float momentum,"
+    " float factor) -> ()"
+)
+LIBRARY.impl("norm_act_move", move_reference, "CompositeExplicitAutograd")
+torch.library.register_fake("fastgan::norm_act_move", lambda *args: None)
 norm_act_backward = define(
     "norm_act_backward(Tensor grad_output, Tensor input, Tensor? weight, Tensor? bias, Tensor mean, Tensor var,"
     " float eps, str act, float negative_slope, int groups, bool[] needs)"

@@ -298,6 +298,40 @@ def test_compiled_training_moves_running_statistics():
         torch.testing.assert_close(a, b)
 
 
+def moving(dtype=torch.float32, step=1):
+    running = [torch.randn(3 * step, dtype=dtype)[::step], torch.rand(3 * step, dtype=dtype)[::step]]
+    return *running, torch.randn(2, 3, dtype=torch.float64), torch.rand(2, 3, dtype=torch.float64), 0.3, 1.25
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("step", [1, 2])
+def test_running_statistics_move_as_the_reference_says(dtype, step):
+    arguments = moving(dtype, step)
+    other = [tensor.clone() for tensor in arguments[:2]]
+    versions = [tensor._version for tensor in arguments[:2]]
+    ops.move_running_statistics(*arguments)
+    ops.move_reference(*other, *arguments[2:])
+    torch.testing.assert_close(arguments[:2], tuple(other), rtol=4 * torch.finfo(dtype).eps, atol=1e-7)
+    assert all(tensor._version > before for tensor, before in zip(arguments[:2], versions, strict=True))
+
+
+def test_moving_is_an_operator_and_what_was_saved_before_is_refused():
+    torch.library.opcheck(torch.ops.fastgan.norm_act_move, moving(), test_utils=("test_schema", "test_faketensor"))
+    x, running_mean, running_var, weight, bias = make((4, 3, 4, 4), torch.float32)
+    evaluated = ours(x.requires_grad_(), running_mean, running_var, weight, bias, False)
+    ours(x.detach(), running_mean, running_var, weight, bias, True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        evaluated.sum().backward()
+
+
+def test_inference_mode_trains_too():
+    with torch.inference_mode():
+        x, running_mean, running_var, weight, bias = make((4, 3, 4, 4), torch.float32)
+        before = running_mean.clone()
+        ours(x, running_mean, running_var, weight, bias, True)
+        assert not torch.equal(running_mean, before)
+
+
 def test_autocast_leaves_dtypes_alone():
     x, *rest = make((4, 3, 4, 4), torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
