@@ -1,8 +1,6 @@
 """Sentiment, or any other classes of texts: fine-tuning an encoder on labelled lines, and telling how well it does.
 
-    from fastgan.metrics.classes import classification
-from fastgan.metrics.results import SAMPLES, SEED, Evaluation
-from fastgan.training.finetune import finetune
+    from fastgan.training.finetune import finetune
     from fastgan.training.sentiment import SENTIMENT, SentimentConfig, classify
 
     config = SentimentConfig(train="train.tsv", validation="dev.tsv", model="bert-base-uncased")
