@@ -199,16 +199,13 @@ void forward_piece(const AttentionArgs& a, ForwardScratch<T>& s, int64_t batch, 
       if (t.columns > 0 && (a.mask.data || a.bias.data))
         t.columns = smaller(t.columns, visible<Storage>(a, t).end);
       if (t.columns <= 0) continue;
-      if (in_place)
+      if (in_place) {
         scores_in_place(at<Storage>(a.key, batch, kv_head, first), a.key.stride[2], a.width, t.columns,
                         s.query, T(a.scale), s.scores);
-      else
-        multiply<false, Update::scale>(Product<T>{t.rows, whole_panels<T>(t.columns), a.width,
-                                                  s.query + block * a.width, a.width, s.key, a.width * panel,
-                                                  s.scores, s.keys, T(a.scale)});
-      bool crosses = a.is_causal && t.column + t.columns > t.row + 1;
-      if (a.bias.data || a.mask.data || crosses || t.columns % panel)
-        apply_bias_and_masks<Storage>(a, t, s.scores, s.keys);
+        finish_scores<Storage>(a, t, s.scores, s.keys);
+      } else {
+        scores_of<Storage>(a, t, s.query + block * a.width, s.key, s.scores, s.keys);
+      }
       softmax_tile<T>(a, t, s.scores, s.keys, s.maximum + block, s.total + block, s.rescale, s.words);
       if (in_place)
         add_values_in_place(at<Storage>(a.value, batch, kv_head, first), a.value.stride[2], a.value_width,
@@ -306,13 +303,9 @@ void backward_tile(const AttentionArgs& a, BackwardScratch<T>& s, const Tile& t)
     s.delta[r] = dot<T>(s.grad + r * a.value_width, at<Storage>(a.saved_output, t.batch, t.head, t.row + r),
                         a.saved_output.stride[3], a.value_width);
 
-  multiply<false, Update::scale>(Product<T>{t.rows, padded, a.width, s.query, a.width, s.key, a.width * panel,
-                                            s.scores, s.stride, T(a.scale)});
+  scores_of<Storage>(a, t, s.query, s.key, s.scores, s.stride);
   multiply<false, Update::set>(Product<T>{t.rows, padded, a.value_width, s.grad, a.value_width, s.value,
                                           a.value_width * panel, s.grad_scores, s.stride});
-  bool crosses = a.is_causal && t.column + t.columns > t.row + 1;
-  if (a.bias.data || a.mask.data || crosses || t.columns % panel)
-    apply_bias_and_masks<Storage>(a, t, s.scores, s.stride);
 
   const T kept_scale = T(a.kept_scale);
   for (int64_t r = 0; r < t.rows; ++r) {

@@ -70,17 +70,6 @@ T tangent_scores(const AttentionArgs& a, const Tile& t, const T* query, const T*
 }
 
 template <class Storage, class T>
-void scores_of(const AttentionArgs& a, const Tile& t, const T* query, const T* key, T* scores,
-               int64_t stride) {
-  const int64_t panel = kPanel<T>;
-  multiply<false, Update::scale>(Product<T>{t.rows, whole_panels<T>(t.columns), a.width, query, a.width, key,
-                                            a.width * panel, scores, stride, T(a.scale)});
-  bool crosses = a.is_causal && t.column + t.columns > t.row + 1;
-  if (a.bias.data || a.mask.data || crosses || t.columns % panel)
-    apply_bias_and_masks<Storage>(a, t, scores, stride);
-}
-
-template <class Storage, class T>
 void pack_rows_of(const AttentionInput& x, int64_t batch, int64_t head, int64_t row, int64_t rows,
                   int64_t width, T* to) {
   if (x.data) pack_rows<T>(at<Storage>(x, batch, head, row), x.stride[2], x.stride[3], rows, width, to);

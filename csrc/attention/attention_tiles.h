@@ -152,6 +152,23 @@ void apply_bias_and_masks(const AttentionArgs& a, const Tile& t, T* scores, int6
   }
 }
 
+// The bias and the masks on a tile of scores, where there are any or the tile ends within a panel.
+template <class Storage, class T>
+void finish_scores(const AttentionArgs& a, const Tile& t, T* scores, int64_t stride) {
+  const bool crosses = a.is_causal && t.column + t.columns > t.row + 1;
+  if (a.bias.data || a.mask.data || crosses || t.columns % kPanel<T>)
+    apply_bias_and_masks<Storage>(a, t, scores, stride);
+}
+
+// The scores of a tile, of packed rows and transposed keys.
+template <class Storage, class T>
+void scores_of(const AttentionArgs& a, const Tile& t, const T* query, const T* key, T* scores,
+               int64_t stride) {
+  multiply<false, Update::scale>(Product<T>{t.rows, whole_panels<T>(t.columns), a.width, query, a.width, key,
+                                            a.width * kPanel<T>, scores, stride, T(a.scale)});
+  finish_scores<Storage>(a, t, scores, stride);
+}
+
 template <class T>
 FASTGAN_INLINE Mask<T> kept(const uint32_t* words, uint32_t threshold) {
   typedef uint32_t Words __attribute__((vector_size(lanes<T> * 4)));

@@ -35,7 +35,7 @@ struct WeightScratch {
 template <class Storage, class T>
 void add_weights(const AttentionArgs& a, WeightScratch<T>& s, Tile t, int64_t key0) {
   constexpr int W = lanes<T>;
-  const int64_t kv_head = t.head / (a.heads / a.kv_heads), panel = kPanel<T>;
+  const int64_t kv_head = t.head / (a.heads / a.kv_heads);
   if (a.is_causal) t.columns = smaller(t.columns, t.row + t.rows - t.column);
   if (t.columns <= 0) return;
   const Range seen = visible<Storage>(a, t);
@@ -47,11 +47,7 @@ void add_weights(const AttentionArgs& a, WeightScratch<T>& s, Tile t, int64_t ke
   pack_transposed<T>(at<Storage>(a.key, t.batch, kv_head, t.column), a.key.stride[2], a.key.stride[3],
                      t.columns, a.width, s.key);
   const int64_t padded = whole_panels<T>(t.columns);
-  multiply<false, Update::scale>(Product<T>{t.rows, padded, a.width, s.query, a.width, s.key, a.width * panel,
-                                            s.scores, s.keys, T(a.scale)});
-  const bool crosses = a.is_causal && t.column + t.columns > t.row + 1;
-  if (a.bias.data || a.mask.data || crosses || t.columns % panel)
-    apply_bias_and_masks<Storage>(a, t, s.scores, s.keys);
+  scores_of<Storage>(a, t, s.query, s.key, s.scores, s.keys);
   for (int64_t r = 0; r < t.rows; ++r) {
     const LogSumExp<T> logsumexp = logsumexp_of<T>(a, t, r);
     const T* scores = s.scores + r * s.keys;

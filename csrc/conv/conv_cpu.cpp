@@ -342,10 +342,7 @@ void convolve(const ConvArgs& a, const Threads& threads) {
       kForward ? Algorithm::outputs * tiling.wide * Algorithm::outputs * kColumns
                : (n + 1) * (tiling.wide * Algorithm::outputs + n - Algorithm::outputs + 1) * kColumns;
   Cutter cutter{static_cast<char*>(a.workspace)};
-  Slots slots;
-  slots.size = divide_up(most(sums + weights + rows, gather_size(n, S, Algorithm::outputs)) * 4, 64) * 64;
-  slots.count = a.threads;
-  slots.data = cutter.take(slots.size * slots.count);
+  Slots slots(cutter, most(sums + weights + rows, gather_size(n, S, Algorithm::outputs)), a.threads);
   side.data = reinterpret_cast<float*>(cutter.take(side.run_size(tiling) * runs * 4));
   if (!a.workspace) {
     *a.workspace_size = cutter.used;
@@ -412,10 +409,7 @@ void weight_gradient(const ConvArgs& a, const Threads& threads) {
   tiling.images = runs * tiling.run;
   const bool once = tiling.images >= a.batch;
   Cutter cutter{static_cast<char*>(a.workspace)};
-  Slots slots;
-  slots.size = divide_up(most(once ? kSums : 0, gather_size(n, Algorithm::stride, m)) * 4, 64) * 64;
-  slots.count = a.threads;
-  slots.data = cutter.take(slots.size * slots.count);
+  Slots slots(cutter, most(once ? kSums : 0, gather_size(n, Algorithm::stride, m)), a.threads);
   x.data = reinterpret_cast<float*>(cutter.take(x.run_size(tiling) * runs * 4));
   y.data = reinterpret_cast<float*>(cutter.take(y.run_size(tiling) * runs * 4));
   float* waiting = once ? nullptr : reinterpret_cast<float*>(cutter.take(tasks * kSums * 4));

@@ -175,9 +175,7 @@ void forward(const ConvArgs& a, const Threads& threads) {
   const Shape shape(a);
   const int64_t band = shape.x_rows(a) * shape.pitch, out = a.out_width * kWide;
   Cutter cutter{static_cast<char*>(a.workspace)};
-  Slots slots;
-  slots.size = divide_up((band + out) * 4, 64) * 64, slots.count = a.threads;
-  slots.data = cutter.take(slots.size * slots.count);
+  Slots slots(cutter, band + out, a.threads);
   float* weights = reinterpret_cast<float*>(cutter.take(shape.depth * shape.columns * 4));
   float* bias = reinterpret_cast<float*>(cutter.take(shape.columns * 4));
   if (!a.workspace) {
@@ -264,9 +262,7 @@ void input_gradient(const ConvArgs& a, const Threads& threads) {
   const int64_t bands = least(shape.bands, a.height), rows = divide_up(a.height, bands);
   const int64_t band = rows * shape.pitch, sums = a.out_width * width;
   Cutter cutter{static_cast<char*>(a.workspace)};
-  Slots slots;
-  slots.size = divide_up((band + sums + a.out_width * columns) * 4, 64) * 64, slots.count = a.threads;
-  slots.data = cutter.take(slots.size * slots.count);
+  Slots slots(cutter, band + sums + a.out_width * columns, a.threads);
   float* weights = reinterpret_cast<float*>(cutter.take(a.outputs * width * 4));
   if (!a.workspace) {
     *a.workspace_size = cutter.used;
@@ -312,9 +308,7 @@ void weight_gradient(const ConvArgs& a, const Threads& threads) {
   const int64_t band = shape.x_rows(a) * shape.pitch, units = a.batch * shape.bands;
   const int64_t parts = least(units, kParts);
   Cutter cutter{static_cast<char*>(a.workspace)};
-  Slots slots;
-  slots.size = divide_up((band + a.out_width * columns) * 4, 64) * 64, slots.count = a.threads;
-  slots.data = cutter.take(slots.size * slots.count);
+  Slots slots(cutter, band + a.out_width * columns, a.threads);
   float* partial = reinterpret_cast<float*>(cutter.take(parts * sums_size * 4));
   if (!a.workspace) {
     *a.workspace_size = cutter.used;

@@ -10,12 +10,28 @@ namespace {
 FASTGAN_INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FASTGAN_INLINE int64_t whole_slices(int64_t n) { return divide_up(n, kSlice) * kSlice; }
 
+// Cuts the workspace into its parts; with no workspace, only counts.
+struct Cutter {
+  char* data;
+  int64_t used = 0;
+  char* take(int64_t bytes) {
+    char* out = data ? data + used : nullptr;
+    used += divide_up(bytes, 64) * 64;
+    return out;
+  }
+};
+
 // Scratch of the threads: as many pieces as threads were announced; whoever comes after them allocates, and
 // where there is no memory left leaves the work to those who came before.
 struct Slots {
-  char* data = nullptr;
-  int64_t size = 0, count = 0;
+  char* data;
+  int64_t size, count;
   int64_t taken = 0, next = 0;
+
+  Slots(Cutter& cutter, int64_t floats, int64_t threads)
+      : size(divide_up(floats * 4, 64) * 64), count(threads) {
+    data = cutter.take(size * count);
+  }
 };
 
 struct Slot {
@@ -29,17 +45,6 @@ struct Slot {
   }
   void release() {
     if (own) std::free(data);
-  }
-};
-
-// Cuts the workspace into its parts; with no workspace, only counts.
-struct Cutter {
-  char* data;
-  int64_t used = 0;
-  char* take(int64_t bytes) {
-    char* out = data ? data + used : nullptr;
-    used += divide_up(bytes, 64) * 64;
-    return out;
   }
 };
 
