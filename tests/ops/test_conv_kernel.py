@@ -7,77 +7,50 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgan
 from fastgan.nn.functional import conv2d, conv_transpose2d
 from fastgan.ops import conv as ops
+from tests.convolutions import (
+    LAYOUTS,
+    Names,
+    check_bounds,
+    check_half,
+    check_magnitudes,
+    check_nonfinite,
+    check_penalty,
+    check_threads,
+    draw_padding_and_size,
+    draw_strides,
+    exact,
+    operands,
+    three,
+)
 from tests.derivatives import check_derivatives
 
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
 KINDS = {"winograd F(4,2)": (4, 2), "winograd F(4,3)": (3, 1)}
 
 
-def _operands(kind, batch, channels, outputs, size, padding=(1, 1), layout=torch.contiguous_format):
-    """x, w, y of a convolution, and the lists that the operators take."""
-    kernel, stride = KINDS[kind]
-    small = ops.output_size(size, (kernel, kernel), (stride, stride), padding, (1, 1))
-    shapes = ((batch, channels, *size), (outputs, channels, kernel, kernel), (batch, outputs, *small))
-    x, w, y = (torch.randn(shape).contiguous(memory_format=layout) for shape in shapes)
-    return x, w, y, [stride, stride], list(padding)
-
-
-def _three(x, w, y, stride, padding, channels_last=False):
-    """The three passes by the operators."""
-    kernel = list(w.shape[2:])
-    return (
-        ops.conv(x, w, None, stride, padding, channels_last),
-        ops.conv_input_gradient(y, w, None, list(x.shape[2:]), stride, padding, channels_last),
-        ops.conv_weight_gradient(y, x, kernel, stride, padding, channels_last),
-    )
-
-
-def _exact(x, w, y, stride, padding):
-    """The same by torch in float64."""
-    x, w, y = x.double(), w.double(), y.double()
-    backward = torch.ops.aten.convolution_backward(
-        y, x, w, None, stride, padding, [1, 1], False, [0, 0], 1, [True, True, False]
-    )
-    return F.conv2d(x, w, None, stride, padding), backward[0], backward[1]
-
-
-def _rms(got, exact):
-    return ((got.double() - exact).square().mean() / exact.square().mean()).sqrt().item()
+def _operands(kind, *sizes, **options):
+    return operands(*KINDS[kind], *sizes, **options)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=["NCHW", "channels_last"])
 @pytest.mark.parametrize("sizes", [(3, 64, 48, (24, 20)), (66, 256, 32, (8, 8)), (2, 16, 40, (70, 9))], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_errors_are_those_documented(kind, sizes, layout, capability):
-    operands = _operands(kind, *sizes, layout=layout)
-    last = layout == torch.channels_last
-    for got, exact, bound in zip(
-        _three(*operands, channels_last=last), _exact(*operands), ops.ERRORS[kind], strict=True
-    ):
-        assert _rms(got, exact) < bound
-        assert got.is_contiguous(memory_format=layout)
+    check_bounds(_operands(kind, *sizes, layout=layout), ops.ERRORS[kind], layout)
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data(), kind=st.sampled_from(sorted(KINDS)))
 def test_any_size_padding_and_stride_of_memory(data, kind):
-    kernel = KINDS[kind][0]
-    draw = data.draw
-    padding = draw(st.tuples(st.integers(0, 5), st.integers(0, 5)))
-    size = [draw(st.integers(max(1, kernel - 2 * p), 19)) for p in padding]
-    numbers = draw(st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40)))
-    x, w, y, s, p = _operands(kind, *numbers, size, padding)
-    if draw(st.booleans()):  # gaps between all elements
-        x, w, y = (F.pad(t, (0, 1, 0, 1))[..., :-1, :-1] for t in (x, w, y))
-    if draw(st.booleans()):
-        x, w, y = (t.transpose(2, 3).contiguous().transpose(2, 3) for t in (x, w, y))
-    for got, exact in zip(_three(x, w, y, s, p), _exact(x, w, y, s, p), strict=True):
-        torch.testing.assert_close(got.double(), exact, rtol=0, atol=1e-5 * max(1.0, exact.abs().max().item()))
+    padding, size = draw_padding_and_size(data, KINDS[kind][0], 19)
+    numbers = data.draw(st.tuples(st.integers(1, 3), st.integers(1, 40), st.integers(1, 40)))
+    *tensors, s, p = _operands(kind, *numbers, size, padding=padding)
+    arguments = (*draw_strides(data, *tensors), s, p)
+    for got, right in zip(three(*arguments), exact(*arguments), strict=True):
+        torch.testing.assert_close(got.double(), right, rtol=0, atol=1e-5 * max(1.0, right.abs().max().item()))
 
 
 def _take_any_channels(monkeypatch):
@@ -125,13 +98,7 @@ def test_torchs_own_samples_on_the_kernel(name, kind, monkeypatch):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_same_bits_for_every_number_of_threads(kind):
-    x, w, y, stride, padding = _operands(kind, 40, 40, 48, (14, 11))
-    results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        results.append(_three(x, w, y, stride, padding))
-    for result in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    check_threads(_operands(kind, 40, 40, 48, (14, 11)))
 
 
 OPERATORS = {
@@ -192,30 +159,7 @@ def test_R36_penalty_runs_on_the_kernel_and_equals_float64(transposed, layout):
     ours, theirs = (conv_transpose2d, F.conv_transpose2d) if transposed else (conv2d, F.conv2d)
     assert ops.pays((24, 32, 16, 16), (48, 32, 4, 4), (8, 8), "winograd F(4,2)")
 
-    def penalty(function, x, w, b):
-        x, w, b = (t.detach().clone().requires_grad_() for t in (x, w, b))
-        out = F.leaky_relu(function(x, w, b, 2, 1), 0.2).square()
-        (grad,) = torch.autograd.grad(out.sum(), x, create_graph=True)
-        return torch.autograd.grad(grad.square().mean() + out.mean(), (x, w, b))
-
-    with _Names() as names:
-        got = penalty(ours, *tensors)
-    assert {"fastgan.conv", "fastgan.conv_input_gradient", "fastgan.conv_weight_gradient"} <= set(names.seen)
-    assert not any(name.startswith("aten.convolution") for name in names.seen)
-    for a, exact in zip(got, penalty(theirs, *(t.double() for t in tensors)), strict=True):
-        assert _rms(a, exact) < 3e-6
-
-
-class _Names(TorchDispatchMode):
-    """Collects the names of operators."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen.append(str(func).removesuffix(".default"))
-        return func(*args, **(kwargs or {}))
+    check_penalty(ours, theirs, tensors, 2, 1)
 
 
 @pytest.mark.kernel
@@ -230,7 +174,7 @@ def test_only_the_gradients_asked_for(transposed):
         ((b,), "aten.sum.dim_IntList", other),
     ):
         out = function(x, w, b, 2, 1)
-        with _Names() as names:
+        with Names() as names:
             torch.autograd.grad(out.sum(), wanted, create_graph=True)
         assert expected in names.seen
         assert absent not in names.seen
@@ -239,22 +183,7 @@ def test_only_the_gradients_asked_for(transposed):
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_nonfinite_stays_where_it_belongs(kind, value):
-    for operand in range(3):
-        tensors = _operands(kind, 2, 20, 24, (13, 10))
-        where = -tensors[operand].numel() // 3
-        exact = _exact(*tensors)
-        tensors[operand].view(-1)[where] = value
-        # what depends on it: a sum of ones, where that is not zero
-        ones = [torch.ones_like(t) if isinstance(t, torch.Tensor) else t for t in tensors]
-        ones[operand].zero_().view(-1)[where] = 1
-        blind = {0: 1, 1: 2, 2: 0}[operand]  # the pass that does not read it
-        for p, (got, right, depends) in enumerate(zip(_three(*tensors), exact, _exact(*ones), strict=True)):
-            if p == blind:
-                assert got.isfinite().all()
-                continue
-            assert torch.equal(~got.isfinite(), depends > 0.5)
-            kept = got.isfinite()
-            torch.testing.assert_close(got[kept].double(), right[kept], rtol=1e-4, atol=1e-3)
+    check_nonfinite(lambda: _operands(kind, 2, 20, 24, (13, 10)), value, 1e-3)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -269,26 +198,7 @@ def test_large_numbers_do_not_overflow_inside(kind):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_offsets_and_mixed_magnitudes(kind):
-    x, w, y, stride, padding = _operands(kind, 3, 64, 64, (16, 16))
-    for case in (
-        x + 1000.0,
-        x * 10.0 ** torch.randint(-6, 7, (1, 64, 1, 1)),
-        x * 10.0 ** torch.randint(-6, 7, (3, 1, 1, 1)),
-    ):
-        for got, exact, direct in zip(
-            _three(case, w, y, stride, padding),
-            _exact(case, w, y, stride, padding),
-            (
-                F.conv2d(case, w, None, stride, padding),
-                *torch.ops.aten.convolution_backward(
-                    y, case, w, None, stride, padding, [1, 1], False, [0, 0], 1, [True, True, False]
-                ),
-            ),
-            strict=False,
-        ):
-            # a few times a direct sum's own error, image by image
-            for g, e, d in zip(got, exact, direct, strict=True):
-                assert (g - e).abs().max() <= 8 * (d - e).abs().max() + 1e-6 * e.abs().max()
+    check_magnitudes(_operands(kind, 3, 64, 64, (16, 16)), 8, 1e-6)
 
 
 def test_compiles_whole_and_keeps_the_layout():
@@ -332,10 +242,7 @@ def test_R13_vmap_autocast_and_empty():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_half_precision_is_float32_inside(kind, dtype):
-    operands = [t.to(dtype) if isinstance(t, torch.Tensor) else t for t in _operands(kind, 5, 33, 18, (11, 12))]
-    for got, exact in zip(_three(*operands), _exact(*operands), strict=True):
-        assert got.dtype == dtype
-        assert _rms(got, exact) < 0.4 * torch.finfo(dtype).eps
+    check_half(_operands(kind, 5, 33, 18, (11, 12)), dtype)
 
 
 @pytest.mark.kernel
