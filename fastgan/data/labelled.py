@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fastgan.data.units import _MARKS, TextError
+from fastgan.data.units import TextError, refuse_other_marks, where_it_is_wrong
 
 StrPath = str | os.PathLike[str]
 
@@ -131,24 +131,13 @@ def read_text(path: StrPath) -> str:
             data = gzip.decompress(data)
         except (OSError, EOFError, zlib.error) as error:
             raise TextError(f"{path}: broken, or not gzip ({error})") from error
-    for mark, name in _MARKS.items():
-        if data.startswith(mark):
-            raise TextError(f"{path}: is {name} text (byte 0 begins its mark); save it as UTF-8")
-    problem, at = "", data.find(b"\0")
-    if at >= 0:
-        problem = f"byte {at} is zero; this is not text, or it is UTF-16"
+    refuse_other_marks(data, path)
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        wrong = error.start + (3 if data.startswith(b"\xef\xbb\xbf") else 0)
-        if at < 0 or wrong < at:
-            at = wrong
-            problem = f"byte {at} (0x{data[at]:02x}) is not UTF-8"
-            problem += "; is it Latin-1 or another old encoding?" if data[at] >= 0xA0 else ""
-    if problem:
-        before = data[:at].decode("utf-8-sig")
-        line, column = before.count("\n") + 1, len(before) - before.rfind("\n")
-        raise TextError(f"{path}: line {line}, column {column}: {problem}. Save the file as UTF-8")
+        raise TextError(where_it_is_wrong(path, data)) from error
+    if "\0" in text:
+        raise TextError(where_it_is_wrong(path, data))
     if not text.strip():
         raise TextError(f"{path}: there is no text in it ({len(data)} bytes)")
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -222,7 +211,8 @@ def _csv(path: StrPath, text: str) -> Iterator[tuple[int, list[str]]]:
         csv.field_size_limit(limit)
 
 
-def _objects(path: StrPath, text: str, text_column: str | None, label_column: str | None) -> Iterator[Row]:
+def json_lines(path: StrPath, text: str, what: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line, object) of JSONL; blank lines are left out. TextError for what is no object ``with {what}``."""
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -232,7 +222,12 @@ def _objects(path: StrPath, text: str, text_column: str | None, label_column: st
             column = f", column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
             raise TextError(f"{path}: line {number}{column}: not JSON ({error})") from error
         if not isinstance(row, dict):
-            raise TextError(f"{path}: line {number}: must be an object with a text and a label, got {line[:40]!r}")
+            raise TextError(f"{path}: line {number}: must be an object with {what}, got {line[:40]!r}")
+        yield number, row
+
+
+def _objects(path: StrPath, text: str, text_column: str | None, label_column: str | None) -> Iterator[Row]:
+    for number, row in json_lines(path, text, "a text and a label"):
         sentence = _value(path, number, row, text_column, TEXT_NAMES, "text")
         label = _value(path, number, row, label_column, LABEL_NAMES, "label")
         if not isinstance(sentence[1], str):

@@ -8,6 +8,7 @@ what is not UTF-8 is named by file, line and column, with the byte's offset.
 from __future__ import annotations
 
 import codecs
+import io
 import os
 import re
 from collections.abc import Iterator
@@ -113,9 +114,7 @@ def _blocks(stream: BinaryIO, file: Path, unit: str, read: Read) -> Iterator[tup
         data = stream.read(BLOCK)
         read.bytes += len(data)
         if first:
-            for mark, name in _MARKS.items():
-                if data.startswith(mark):
-                    raise TextError(f"{file}: is {name} text (byte 0 begins its mark); save it as UTF-8")
+            refuse_other_marks(data, file)
             data, first = data.removeprefix(codecs.BOM_UTF8), False
         ended = not data
         if last_was_return:
@@ -173,11 +172,24 @@ def _decode(block: bytes, file: Path, read: Read, skip_bad_lines: bool) -> str:
     return "\n".join(kept)
 
 
-def where_it_is_wrong(file: Path) -> str | None:
-    """What is said of the first byte that is no text: line and column (both from 1) and the byte's offset (from 0)."""
+def refuse_other_marks(beginning: bytes, file: str | os.PathLike[str]) -> None:
+    """Raises TextError for the byte order mark of UTF-16 or UTF-32."""
+    for mark, name in _MARKS.items():
+        if beginning.startswith(mark):
+            raise TextError(f"{file}: is {name} text (byte 0 begins its mark); save it as UTF-8")
+
+
+def where_it_is_wrong(file: str | os.PathLike[str], data: bytes | None = None) -> str | None:
+    """What is said of the first byte that is no text: line and column (both from 1) and the byte's offset (from 0).
+
+    ``data``: what the file holds, where that is at hand (unpacked, for one). A byte order mark is no column.
+    """
     decoder = codecs.getincrementaldecoder("utf-8")()
     line, column, offset = 1, 1, 0
-    with open(file, "rb") as stream:
+    with open(file, "rb") if data is None else io.BytesIO(data) as stream:
+        if stream.read(len(codecs.BOM_UTF8)) == codecs.BOM_UTF8:
+            offset = len(codecs.BOM_UTF8)
+        stream.seek(offset)
         while True:
             data = stream.read(BLOCK)
             before = decoder.getstate()[0]

@@ -13,14 +13,13 @@ not reach it, and only a pretrained one is worth using.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from fastgan.data.labelled import read_text
+from fastgan.data.labelled import json_lines, read_text
 from fastgan.data.units import TextError
 from fastgan.metrics import rouge
 from fastgan.metrics.results import Evaluation, Result
@@ -58,15 +57,7 @@ def read_documents(path: str | os.PathLike[str]) -> tuple[list[str], list[list[s
     TextError, which names file, line and key, FileNotFoundError or OSError.
     """
     documents, summaries = [], []
-    for number, line in enumerate(read_text(path).split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise TextError(f"{path}: line {number}, column {error.colno}: not JSON ({error.msg})") from error
-        if not isinstance(row, dict):
-            raise TextError(f"{path}: line {number}: must be an object with a document and its summary")
+    for number, row in json_lines(path, read_text(path), "a document and its summary"):
         found = []
         for names, what in ((DOCUMENT_NAMES, "document"), (SUMMARY_NAMES, "summary")):
             key = next((name for name in names if name in row), None)

@@ -67,6 +67,7 @@ def test_a_long_line_comes_in_pieces_and_is_counted(tmp_path, monkeypatch):
         (b"one\ntwo caf\xe9 au lait\n", r"line 2, column 8: byte 11 \(0xe9\).*Latin-1"),
         ("ü\nü".encode() + b"\0", "line 2, column 2: byte 5 is zero"),
         (b"ok\n\xc3", r"line 2, column 1: byte 3 \(0xc3\)"),
+        (b"\xef\xbb\xbfa\xe9\n", r"line 1, column 2: byte 4 \(0xe9\)"),
     ],
 )
 def test_what_is_no_utf8_is_named_by_line_column_and_byte(tmp_path, content, words):
