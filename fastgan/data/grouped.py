@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -73,6 +73,18 @@ def steps_per_epoch(examples: int, step_size: int) -> int:
     return -(-examples // step_size)
 
 
+def longest_first(lengths: Sequence[int]) -> list[int]:
+    """Numbers in an order in which memory that does not suffice is noticed at once; equals keep theirs."""
+    return sorted(range(len(lengths)), key=lambda index: -lengths[index])
+
+
+def batches_of_like_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """All numbers, the longest first, ``batch_size`` at a time."""
+    order = longest_first(lengths)
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
 def sorted_by_length(rows: Sequence[dict[str, Any]], lengths: Sequence[int]) -> list[dict[str, Any]]:
-    """For evaluation: longest first, so that memory that does not suffice is noticed at once."""
-    return [rows[index] for index in sorted(range(len(rows)), key=lambda index: -lengths[index])]
+    """For evaluation."""
+    return [rows[index] for index in longest_first(lengths)]

@@ -27,10 +27,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from fastgan.data.corpus import vocabulary_digest
-from fastgan.training.checkpoint import RunError, replace_file
+from fastgan.training.checkpoint import RunError
 from fastgan.training.language import _own_generators, _quiet, _register
 from fastgan.training.language_run import (
-    changed,
     check_integers,
     check_settings,
     first_process,
@@ -40,6 +39,7 @@ from fastgan.training.language_run import (
     refuse_used,
 )
 from fastgan.training.run import Reporter, Silent, _stop_when_asked
+from fastgan.training.run_folder import changed
 
 if TYPE_CHECKING:
     from fastgan.training.language_trainer import Ended, Goal, LanguageTrainer
@@ -243,7 +243,8 @@ def _train(
         make_arguments,
         run_job,
         try_average,
-        write_metrics,
+        write_end,
+        write_result,
     )
 
     per_process = config.batch_size * config.gradient_accumulation
@@ -297,12 +298,8 @@ def _train(
         prepared.counts,
     )
     if ended.first:
-        from fastgan.training.language_trainer import picture, write_model, write_result
-
-        write_metrics(folder, ended.history)
-        replace_file(folder / "loss.png", picture(ended.history, prepared.label))
+        write_end(job, ended, prepared.tokenizer, prepared.length, prepared.label)
         if not ended.interrupted:
-            write_model(job, ended, prepared.tokenizer, prepared.length)
             if prepared.finish is not None:
                 more = prepared.finish(ended.trainer.model, result.figures)
                 result = dataclasses.replace(result, figures=result.figures | more)

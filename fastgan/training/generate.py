@@ -29,7 +29,7 @@ from fastgan.data.labelled import read_text
 from fastgan.metrics.results import SAMPLES, SEED, Evaluation, Result, interval
 from fastgan.metrics.translation import _sacrebleu
 from fastgan.training.finetune import FinetuneConfig, Prepared, Task
-from fastgan.training.hub import load_model, load_tokenizer, most_tokens
+from fastgan.training.hub import from_scratch, gpt2_shape, load_model, load_tokenizer, most_tokens
 from fastgan.training.language import _own_generators, _quiet
 from fastgan.training.language_run import check_integers
 from fastgan.training.streams import TEXTS, mixed_seed
@@ -105,26 +105,11 @@ GENERATE = Task("generate", GenerateConfig, _prepare)
 
 
 def _small(config: GenerateConfig, tokenizer: Any) -> Any:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
-    from fastgan.replace import replace_modules
+    from transformers import GPT2LMHeadModel
 
     dropout = 0.1 if config.dropout is None else config.dropout
-    shape = GPT2Config(
-        vocab_size=len(tokenizer),
-        n_embd=config.width,
-        n_layer=config.layers,
-        n_head=config.heads,
-        n_positions=config.length,
-        resid_pdrop=dropout,
-        embd_pdrop=dropout,
-        attn_pdrop=dropout,
-        bos_token_id=tokenizer.eos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    model: Any = GPT2LMHeadModel._from_config(shape, attn_implementation=config.attention)
-    return replace_modules(model) if config.attention == "fastgan" else model
+    shape = gpt2_shape(config, len(tokenizer), dropout, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return from_scratch(GPT2LMHeadModel, shape, config.attention)
 
 
 def _ids(tokenizer: Any, text: str) -> np.ndarray:

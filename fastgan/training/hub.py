@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +105,71 @@ def load_model(
     if model.config.get_text_config().pad_token_id is None:
         model.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     return replace_modules(model) if attention == "fastgan" else model
+
+
+def gpt2_shape(config: Any, vocabulary: int, dropout: float, end: int | None, padding: int | None) -> Any:
+    """transformers' configuration of a GPT-2 of ``config``'s layers, width, heads and length."""
+    from transformers import GPT2Config
+
+    return GPT2Config(
+        vocab_size=vocabulary,
+        n_embd=config.width,
+        n_layer=config.layers,
+        n_head=config.heads,
+        n_positions=config.length,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=end,
+        eos_token_id=end,
+        pad_token_id=padding,
+    )
+
+
+def from_scratch(kind: Any, shape: Any, attention: str) -> Any:
+    """The model of a configuration, its weights from torch's generator, modules replaced."""
+    from fastgan.replace import replace_modules
+
+    model = kind._from_config(shape, attn_implementation=attention)
+    return replace_modules(model) if attention == "fastgan" else model
+
+
+@contextlib.contextmanager
+def evaluating(
+    model: str | os.PathLike[str] | tuple[Any, Any], kind: str, attention: str, what: str
+) -> Iterator[tuple[Any, Any]]:
+    """(model, tokenizer) in evaluation mode, of a pair, which is left as it was, or by name.
+
+    ``kind``: the class of transformers that loads it.
+    """
+    import torch
+    import transformers
+
+    from fastgan.training.language import _own_generators, _quiet
+
+    if isinstance(model, tuple):
+        network, tokenizer = model
+    else:
+        name = os.fspath(model)
+        with _quiet(), _own_generators(0):
+            tokenizer = load_tokenizer(name)
+            network = load_model(getattr(transformers, kind), name, tokenizer, attention, what, whole=True)
+        network.to("cuda" if torch.cuda.is_available() else "cpu")
+    training = network.training
+    network.eval()
+    try:
+        yield network, tokenizer
+    finally:
+        network.train(training)
+
+
+def encode(tokenizer: Any, texts: Sequence[str], length: int, side: str = "text") -> tuple[list[list[int]], set[int]]:
+    """The ids of each text, at most ``length``, and which texts were cut. ``side``: "text", or "text_target"."""
+    found = tokenizer(**{side: list(texts)}, verbose=False)["input_ids"]
+    cut = {number for number, ids in enumerate(found) if len(ids) > length}
+    for number in cut:
+        found[number] = tokenizer(**{side: texts[number]}, truncation=True, max_length=length)["input_ids"]
+    return found, cut
 
 
 def most_tokens(model: Any, tokenizer: Any, wanted: int) -> int:

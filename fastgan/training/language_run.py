@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from fastgan.training.checkpoint import RunError, replace_file
 from fastgan.training.run_folder import RunFolder
 
-C = TypeVar("C")
 PRECISIONS = ("float32", "bfloat16", "float16")
 
 
@@ -52,23 +50,6 @@ def read_document(folder: Path, form: str, version: int, what: str) -> dict[str,
     if not isinstance(document, dict) or document.get("format") != form or document.get("version") != version:
         raise RunError(f"{path}: not a {what} that this fastgan reads")
     return document
-
-
-def changed(before: C, changes: dict[str, Any] | None, changeable: Sequence[str], folder: Path) -> C:
-    """The configuration with ``changes``; RunError for one that a resumed run may not have."""
-    config: Any = before
-    fields = {field.name for field in dataclasses.fields(config)}
-    for name, value in (changes or {}).items():
-        if name not in fields:
-            raise TypeError(f"changes: there is no {name!r} in a run's configuration")
-        if name in changeable:
-            config = dataclasses.replace(config, **{name: value})
-        elif getattr(before, name) != value:
-            raise RunError(
-                f"{folder}: this run has {name} = {getattr(before, name)!r}, not {value!r}; a resumed run may change "
-                f"only {', '.join(changeable)}"
-            )
-    return config
 
 
 @contextlib.contextmanager

@@ -427,11 +427,9 @@ def train(
         folder, ended.step, config.max_steps, ended.interrupted, ended.early, loss, per_character, parameters
     )
     if ended.first:
-        write_metrics(folder, ended.history)
         label = "masked-word loss" if config.objective == "mlm" else "next-word loss"
-        replace_file(folder / "loss.png", picture(ended.history, label))
+        write_end(job, ended, tokenizer, config.length, label)
         if not ended.interrupted:
-            write_model(job, ended, tokenizer, config.length)
             write_result(folder, result)
     ended.trainer._wait()
     return result
@@ -483,6 +481,14 @@ def _history(checkpoint: Path | None) -> tuple[list[dict[str, Any]], int]:
         return [], 0
     state = json.loads((checkpoint / "trainer_state.json").read_bytes())
     return state["log_history"], int(state["global_step"])
+
+
+def write_end(job: Job, ended: Ended, tokenizer: Any, length: int, label: str) -> None:
+    """The figures and their curve, and, where the run is done, the model; its result is then to be written."""
+    write_metrics(job.folder, ended.history)
+    replace_file(job.folder / "loss.png", picture(ended.history, label))
+    if not ended.interrupted:
+        write_model(job, ended, tokenizer, length)
 
 
 def write_model(job: Job, ended: Ended, tokenizer: Any, length: int) -> None:

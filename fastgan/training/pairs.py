@@ -10,9 +10,10 @@ from typing import Any
 import torch
 
 from fastgan.data.corpus import train_bpe
+from fastgan.data.grouped import batches_of_like_length, sorted_by_length
 from fastgan.training.finetune import FinetuneConfig, Prepared
-from fastgan.training.hub import load_model, load_tokenizer, most_tokens
-from fastgan.training.language import _own_generators, _quiet
+from fastgan.training.hub import encode, evaluating, from_scratch, load_model, load_tokenizer, most_tokens
+from fastgan.training.language import _quiet
 from fastgan.training.language_run import check_integers
 
 Pairs = tuple[list[str], list[str]]
@@ -51,7 +52,6 @@ def prepare_pairs(
     from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq
 
     from fastgan._lm_heads import is_fused
-    from fastgan.data.grouped import sorted_by_length
     from fastgan.training.language_trainer import Goal, LanguageTrainer
 
     both = len(set(zip(*validation, strict=True)) & set(zip(*train, strict=True)))
@@ -124,8 +124,6 @@ def small_pair(config: PairConfig, tokenizer: Any) -> Any:
     """transformers' Marian at step 0."""
     from transformers import MarianConfig, MarianMTModel
 
-    from fastgan.replace import replace_modules
-
     shape = MarianConfig(
         vocab_size=len(tokenizer),
         max_position_embeddings=config.length,
@@ -147,24 +145,17 @@ def small_pair(config: PairConfig, tokenizer: Any) -> Any:
         forced_eos_token_id=tokenizer.eos_token_id,
         decoder_start_token_id=tokenizer.pad_token_id,
     )
-    model: Any = MarianMTModel._from_config(shape, attn_implementation=config.attention)
-    return replace_modules(model) if config.attention == "fastgan" else model
+    return from_scratch(MarianMTModel, shape, config.attention)
 
 
 def pair_rows(
     tokenizer: Any, pairs: Pairs, length: int, target_length: int
 ) -> tuple[list[dict[str, Any]], list[int], int]:
     """Examples, their lengths (both sides), and how many pairs were cut."""
-    sides, cut = [], set()
-    for name, texts, most in (("text", pairs[0], length), ("text_target", pairs[1], target_length)):
-        whole = tokenizer(**{name: texts}, verbose=False)["input_ids"]
-        for number, ids in enumerate(whole):
-            if len(ids) > most:
-                cut.add(number)
-                whole[number] = tokenizer(**{name: texts[number]}, truncation=True, max_length=most)["input_ids"]
-        sides.append(whole)
-    rows = [{"input_ids": source, "labels": target} for source, target in zip(*sides, strict=True)]
-    return rows, [len(row["input_ids"]) + len(row["labels"]) for row in rows], len(cut)
+    sources, cut = encode(tokenizer, pairs[0], length)
+    targets, cut_too = encode(tokenizer, pairs[1], target_length, "text_target")
+    rows = [{"input_ids": source, "labels": target} for source, target in zip(sources, targets, strict=True)]
+    return rows, [len(row["input_ids"]) + len(row["labels"]) for row in rows], len(cut | cut_too)
 
 
 @torch.no_grad()
@@ -183,34 +174,20 @@ def write(
     ``model``: a folder that :func:`finetune` or transformers wrote, a name on the hub, or a (model, tokenizer) pair.
     Texts longer than the model are cut at its end. Raises ValueError or FileNotFoundError, naming the folder.
     """
-    from transformers import AutoModelForSeq2SeqLM
-
     if beams < 1:
         raise ValueError(f"beams must be at least 1, got {beams}")
-    if isinstance(model, tuple):
-        network, tokenizer = model
-    else:
-        with _quiet(), _own_generators(0):
-            name = os.fspath(model)
-            tokenizer = load_tokenizer(name)
-            network = load_model(AutoModelForSeq2SeqLM, name, tokenizer, attention, "pairs of texts", whole=True)
-        network.to("cuda" if torch.cuda.is_available() else "cpu")
-    training, device = network.training, next(network.parameters()).device
-    network.eval()
-    length = most_tokens(network, tokenizer, 1 << 30)
-    order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
     found = [""] * len(texts)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = tokenizer([texts[i] for i in chosen], padding=True, truncation=True, max_length=length,
-                          return_tensors="pt").to(device)  # fmt: skip
-        batch.pop("token_type_ids", None)
-        # A translation is rarely twice as long as its source; a model that does not end should not go on for ever.
-        wanted = 2 * batch["input_ids"].shape[1] + 10 if max_tokens is None else max_tokens
-        most = min(wanted, length - 1 if length < 1 << 30 else 1 << 30)
-        with _quiet():
-            ids = network.generate(**batch, num_beams=beams, do_sample=False, max_new_tokens=most)
-        for index, text in zip(chosen, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
-            found[index] = text.strip()
-    network.train(training)
+    with evaluating(model, "AutoModelForSeq2SeqLM", attention, "pairs of texts") as (network, tokenizer):
+        device, length = next(network.parameters()).device, most_tokens(network, tokenizer, 1 << 30)
+        for chosen in batches_of_like_length([len(text) for text in texts], batch_size):
+            batch = tokenizer([texts[i] for i in chosen], padding=True, truncation=True, max_length=length,
+                              return_tensors="pt").to(device)  # fmt: skip
+            batch.pop("token_type_ids", None)
+            # A translation is rarely twice as long as its source; one that does not end should not go on for ever.
+            wanted = 2 * batch["input_ids"].shape[1] + 10 if max_tokens is None else max_tokens
+            most = min(wanted, length - 1 if length < 1 << 30 else 1 << 30)
+            with _quiet():
+                ids = network.generate(**batch, num_beams=beams, do_sample=False, max_new_tokens=most)
+            for index, text in zip(chosen, tokenizer.batch_decode(ids, skip_special_tokens=True), strict=True):
+                found[index] = text.strip()
     return found

@@ -26,9 +26,11 @@ import torch
 
 from fastgan.data.corpus import Corpus, vocabulary_digest
 from fastgan.training.checkpoint import RunError
+from fastgan.training.hub import from_scratch, gpt2_shape
 from fastgan.training.language import _own_generators, _quiet, _register
-from fastgan.training.language_run import changed, check_integers, check_settings, held, read_document, refuse_used
+from fastgan.training.language_run import check_integers, check_settings, held, read_document, refuse_used
 from fastgan.training.run import Reporter, Silent, _stop_when_asked
+from fastgan.training.run_folder import changed
 
 FORMAT = "fastgan-pretraining"
 VERSION = 1
@@ -169,8 +171,9 @@ def make_model(config: PretrainConfig, corpus: Corpus, tokenizer: Any) -> Any:
     from fastgan.replace import replace_modules
 
     if config.model is not None:
-        model: Any = _given_model(config, corpus, tokenizer)
-    elif config.objective == "mlm":
+        model = _given_model(config, corpus, tokenizer)
+        return replace_modules(model) if config.attention == "fastgan" else model
+    if config.objective == "mlm":
         from transformers import BertConfig, BertForMaskedLM
 
         settings = BertConfig(
@@ -186,26 +189,13 @@ def make_model(config: PretrainConfig, corpus: Corpus, tokenizer: Any) -> Any:
             initializer_range=config.width**-0.5,
             pad_token_id=tokenizer.pad_token_id,
         )
-        model = BertForMaskedLM._from_config(settings, attn_implementation=config.attention)
+        return from_scratch(BertForMaskedLM, settings, config.attention)
     else:
-        from transformers import GPT2Config, GPT2LMHeadModel
+        from transformers import GPT2LMHeadModel
 
         end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
-        causal = GPT2Config(
-            vocab_size=corpus.vocabulary,
-            n_embd=config.width,
-            n_layer=config.layers,
-            n_head=config.heads,
-            n_positions=config.length,
-            resid_pdrop=config.dropout,
-            embd_pdrop=config.dropout,
-            attn_pdrop=config.dropout,
-            bos_token_id=end,
-            eos_token_id=end,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        model = GPT2LMHeadModel._from_config(causal, attn_implementation=config.attention)
-    return replace_modules(model) if config.attention == "fastgan" else model
+        causal = gpt2_shape(config, corpus.vocabulary, config.dropout, end, tokenizer.pad_token_id)
+        return from_scratch(GPT2LMHeadModel, causal, config.attention)
 
 
 def _given_model(config: PretrainConfig, corpus: Corpus, tokenizer: Any) -> Any:

@@ -20,12 +20,13 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from fastgan.data.grouped import batches_of_like_length, longest_first
 from fastgan.data.squad import Question, read_questions
 from fastgan.metrics.answers import em_f1
 from fastgan.metrics.results import SAMPLES, SEED, Evaluation
 from fastgan.training.finetune import FinetuneConfig, Prepared, Task
-from fastgan.training.hub import load_model, load_tokenizer, most_tokens
-from fastgan.training.language import _own_generators, _quiet
+from fastgan.training.hub import evaluating, load_model, load_tokenizer, most_tokens
+from fastgan.training.language import _quiet
 from fastgan.training.language_run import check_integers
 from fastgan.training.sentiment import small_bert
 
@@ -97,7 +98,7 @@ def _prepare(config: QAConfig, say: Callable[[str], None]) -> Prepared:
     if lost:
         say(f"{lost} of {len(train)} answers are cut by every window: longer than the stride of {config.stride}")
     held, held_windows = _windows(tokenizer, validation, length, config.stride)
-    order = sorted(range(len(held)), key=lambda index: -len(held[index]["input_ids"]))
+    order = longest_first(_lengths(held))
     held, held_windows = [held[index] for index in order], [held_windows[index] for index in order]
     maybe_none = bool(getattr(model.config, _MAYBE_NONE))
 
@@ -111,7 +112,7 @@ def _prepare(config: QAConfig, say: Callable[[str], None]) -> Prepared:
         model=model,
         tokenizer=tokenizer,
         rows=rows,
-        lengths=[len(row["input_ids"]) for row in rows],
+        lengths=_lengths(rows),
         held_out=held,
         collator=DataCollatorWithPadding(tokenizer),
         goal=Goal("f1", greater=True),
@@ -125,6 +126,10 @@ def _prepare(config: QAConfig, say: Callable[[str], None]) -> Prepared:
 
 
 QA = Task("qa", QAConfig, _prepare)
+
+
+def _lengths(rows: Sequence[dict[str, Any]]) -> list[int]:
+    return [len(row["input_ids"]) for row in rows]
 
 
 def _golds(questions: Sequence[Question]) -> list[list[str]]:
@@ -230,38 +235,25 @@ def answer(
 
     Raises ValueError (unequal numbers, no such model) or FileNotFoundError.
     """
-    from transformers import AutoModelForQuestionAnswering
-
     asked = [questions] * len(contexts) if isinstance(questions, str) else list(questions)
     if len(asked) != len(contexts):
         raise ValueError(f"as many questions as texts are needed, got {len(asked)} and {len(contexts)}")
-    if isinstance(model, tuple):
-        network, tokenizer = model
-    else:
-        with _quiet(), _own_generators(0):
-            name = os.fspath(model)
-            tokenizer = load_tokenizer(name)
-            network = load_model(AutoModelForQuestionAnswering, name, tokenizer, attention, "questions", whole=True)
-        network.to("cuda" if torch.cuda.is_available() else "cpu")
-    training, device = network.training, next(network.parameters()).device
-    network.eval()
     pairs = [Question(str(number), question, context, ())
              for number, (question, context) in enumerate(zip(asked, contexts, strict=True))]  # fmt: skip
-    rows, windows = _windows(tokenizer, pairs, most_tokens(network, tokenizer, length), stride)
-    begins: list[Any] = [None] * len(rows)
-    ends: list[Any] = [None] * len(rows)
-    order = sorted(range(len(rows)), key=lambda index: -len(rows[index]["input_ids"]))
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        inputs = [{name: value for name, value in rows[index].items() if not name.endswith("positions")}
-                  for index in chosen]  # fmt: skip
-        with _quiet():
-            batch = tokenizer.pad(inputs, return_tensors="pt").to(device)
-        outputs = network(**batch)
-        for place, index in enumerate(chosen):
-            begins[index] = outputs.start_logits[place].float().cpu().numpy()
-            ends[index] = outputs.end_logits[place].float().cpu().numpy()
-    network.train(training)
+    with evaluating(model, "AutoModelForQuestionAnswering", attention, "questions") as (network, tokenizer):
+        device = next(network.parameters()).device
+        rows, windows = _windows(tokenizer, pairs, most_tokens(network, tokenizer, length), stride)
+        begins: list[Any] = [None] * len(rows)
+        ends: list[Any] = [None] * len(rows)
+        for chosen in batches_of_like_length(_lengths(rows), batch_size):
+            inputs = [{name: value for name, value in rows[index].items() if not name.endswith("positions")}
+                      for index in chosen]  # fmt: skip
+            with _quiet():
+                batch = tokenizer.pad(inputs, return_tensors="pt").to(device)
+            outputs = network(**batch)
+            for place, index in enumerate(chosen):
+                begins[index] = outputs.start_logits[place].float().cpu().numpy()
+                ends[index] = outputs.end_logits[place].float().cpu().numpy()
     return _best(pairs, windows, begins, ends, bool(getattr(network.config, _MAYBE_NONE, False)))
 
 

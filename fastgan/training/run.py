@@ -35,7 +35,7 @@ from fastgan.training.checkpoint import (
 )
 from fastgan.training.gan import PRECISIONS, GANTrainer
 from fastgan.training.pictures import grid_png
-from fastgan.training.run_folder import RunFolder, config_digest
+from fastgan.training.run_folder import RunFolder, changed, config_digest
 from fastgan.training.streams import INIT, mixed_seed
 
 
@@ -199,18 +199,7 @@ def resume_dcgan(
     folder = RunFolder(out)
     document = folder.read_config()
     before = config_of(document, folder.path)
-    config = before
-    fields = {field.name for field in dataclasses.fields(DCGANConfig)}
-    for name, value in (changes or {}).items():
-        if name in CHANGEABLE:
-            config = dataclasses.replace(config, **{name: value})
-        elif name not in fields:
-            raise TypeError(f"changes: there is no {name!r} in a run's configuration")
-        elif getattr(before, name) != value:
-            raise RunError(
-                f"{folder.path}: this run has {name} = {getattr(before, name)!r}, not {value!r}; a resumed run may "
-                f"change only {', '.join(CHANGEABLE)}"
-            )
+    config = changed(before, changes, CHANGEABLE, folder.path)
     folder.lock()
     try:
         checkpoint = find_checkpoint(folder.path)

@@ -13,15 +13,19 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import os
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fastgan.training.checkpoint import RunError, canonical, replace_file, sha256
+
+C = TypeVar("C")
 
 FORMAT = "fastgan-run"
 VERSION = 1
@@ -217,3 +221,20 @@ def _row(line: bytes) -> dict[str, Any] | None:
 
 def config_digest(identity: dict[str, Any]) -> str:
     return sha256(canonical(identity))
+
+
+def changed(before: C, changes: dict[str, Any] | None, changeable: Sequence[str], folder: Path) -> C:
+    """The configuration with ``changes``; RunError for one that a resumed run may not have."""
+    config: Any = before
+    fields = {field.name for field in dataclasses.fields(config)}
+    for name, value in (changes or {}).items():
+        if name not in fields:
+            raise TypeError(f"changes: there is no {name!r} in a run's configuration")
+        if name in changeable:
+            config = dataclasses.replace(config, **{name: value})
+        elif getattr(before, name) != value:
+            raise RunError(
+                f"{folder}: this run has {name} = {getattr(before, name)!r}, not {value!r}; a resumed run may change "
+                f"only {', '.join(changeable)}"
+            )
+    return config

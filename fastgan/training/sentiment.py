@@ -21,12 +21,12 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from fastgan.data.grouped import batches_of_like_length, sorted_by_length
 from fastgan.data.labelled import label_names, read_labelled
 from fastgan.metrics.classes import classification
 from fastgan.metrics.results import SAMPLES, SEED, Evaluation
 from fastgan.training.finetune import FinetuneConfig, Prepared, Task
-from fastgan.training.hub import load_model, load_tokenizer, locate, most_tokens
-from fastgan.training.language import _own_generators, _quiet
+from fastgan.training.hub import encode, evaluating, from_scratch, load_model, load_tokenizer, locate, most_tokens
 
 _VOCABULARY = 8000  # words of a tokenizer that is learnt
 _SMALL: dict[str, Any] = {
@@ -52,7 +52,6 @@ class SentimentConfig(FinetuneConfig):
 def _prepare(config: SentimentConfig, say: Callable[[str], None]) -> Prepared:
     from transformers import AutoModelForSequenceClassification, BertForSequenceClassification, DataCollatorWithPadding
 
-    from fastgan.data.grouped import sorted_by_length
     from fastgan.training.language_trainer import Goal
 
     columns: dict[str, Any] = {"text_column": config.text_column, "label_column": config.label_column}
@@ -115,7 +114,6 @@ def small_bert(kind: Any, config: FinetuneConfig, texts: list[str], settings: di
     from transformers import BertConfig
 
     from fastgan.data.text import train_tokenizer
-    from fastgan.replace import replace_modules
 
     tokenizer = train_tokenizer(texts, _VOCABULARY, max_length=config.length)
     shape = BertConfig(
@@ -128,18 +126,14 @@ def small_bert(kind: Any, config: FinetuneConfig, texts: list[str], settings: di
     )
     if config.dropout is not None:
         shape.hidden_dropout_prob = shape.attention_probs_dropout_prob = config.dropout
-    model = kind._from_config(shape, attn_implementation=config.attention)
-    return tokenizer, replace_modules(model) if config.attention == "fastgan" else model
+    return tokenizer, from_scratch(kind, shape, config.attention)
 
 
 def _rows(
     tokenizer: Any, texts: Sequence[str], labels: Sequence[int], length: int
 ) -> tuple[list[dict[str, Any]], list[int], int]:
     """Examples, their lengths, and how many texts were cut."""
-    whole = tokenizer(list(texts), verbose=False)["input_ids"]
-    cut = [number for number, ids in enumerate(whole) if len(ids) > length]
-    for number in cut:
-        whole[number] = tokenizer(texts[number], truncation=True, max_length=length)["input_ids"]
+    whole, cut = encode(tokenizer, texts, length)
     rows = [{"input_ids": ids, "labels": label} for ids, label in zip(whole, labels, strict=True)]
     return rows, [len(ids) for ids in whole], len(cut)
 
@@ -162,29 +156,14 @@ def classify(
     ``model``: a folder that :func:`finetune` or transformers wrote, a name on the hub, or a (model, tokenizer) pair.
     Texts longer than the model are cut at its end. Raises ValueError or FileNotFoundError, naming the folder.
     """
-    from transformers import AutoModelForSequenceClassification
-
-    if isinstance(model, tuple):
-        network, tokenizer = model
-    else:
-        with _quiet(), _own_generators(0):
-            tokenizer = load_tokenizer(os.fspath(model))
-            network = load_model(
-                AutoModelForSequenceClassification, os.fspath(model), tokenizer, attention, "classes", whole=True
-            )
-        network.to("cuda" if torch.cuda.is_available() else "cpu")
-    training, device = network.training, next(network.parameters()).device
-    network.eval()
-    length = most_tokens(network, tokenizer, 1 << 30)
-    names = [network.config.id2label[number] for number in range(network.config.num_labels)]
-    order = sorted(range(len(texts)), key=lambda index: -len(texts[index]))
-    found = np.zeros((len(texts), len(names)), np.float32)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        batch = tokenizer([texts[i] for i in chosen], padding=True, truncation=True, max_length=length,
-                          return_tensors="pt").to(device)  # fmt: skip
-        found[chosen] = network(**batch).logits.float().softmax(-1).cpu().numpy()
-    network.train(training)
+    with evaluating(model, "AutoModelForSequenceClassification", attention, "classes") as (network, tokenizer):
+        device, length = next(network.parameters()).device, most_tokens(network, tokenizer, 1 << 30)
+        names = [network.config.id2label[number] for number in range(network.config.num_labels)]
+        found = np.zeros((len(texts), len(names)), np.float32)
+        for chosen in batches_of_like_length([len(text) for text in texts], batch_size):
+            batch = tokenizer([texts[i] for i in chosen], padding=True, truncation=True, max_length=length,
+                              return_tensors="pt").to(device)  # fmt: skip
+            found[chosen] = network(**batch).logits.float().softmax(-1).cpu().numpy()
     return [names[number] for number in found.argmax(-1)], found
 
 
