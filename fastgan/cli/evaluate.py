@@ -39,6 +39,19 @@ def _print(evaluation: Evaluation, as_json: bool) -> None:
     typer.echo(json.dumps(evaluation.as_dict(), indent=1, ensure_ascii=False) if as_json else str(evaluation))
 
 
+def _check_out(out: Path | None) -> None:
+    """Before the work, not after it."""
+    if out is not None and not out.absolute().parent.is_dir():
+        raise typer.BadParameter(f"--out: there is no folder {out.parent}")
+
+
+def _write(out: Path | None, text: str) -> None:
+    from fastgan.training.checkpoint import replace_file
+
+    if out is not None:
+        replace_file(out, text.encode())
+
+
 MODEL = typer.Option(..., "--model", help="The folder of a model that fastgan finetune or transformers wrote.")
 
 
@@ -83,14 +96,11 @@ def translate(
     For example: fastgan evaluate translate --model runs/de-en --data test.de test.en --out test.out.en
     """
     with in_one_line():
-        if out is not None and not out.absolute().parent.is_dir():
-            raise typer.BadParameter(f"--out: there is no folder {out.parent}")
-        from fastgan.training.checkpoint import replace_file
+        _check_out(out)
         from fastgan.training.translate import evaluate_translate
 
         evaluation, lines = evaluate_translate(model, *data, beams=beams, samples=samples)
-        if out is not None:
-            replace_file(out, "".join(" ".join(line.split()) + "\n" for line in lines).encode())
+        _write(out, "".join(" ".join(line.split()) + "\n" for line in lines))
         _print(evaluation, as_json)
 
 
@@ -109,15 +119,12 @@ def summarize(
     For example: fastgan evaluate summarize --model runs/mine --data test.jsonl --out summaries.txt
     """
     with in_one_line():
-        if out is not None and not out.absolute().parent.is_dir():
-            raise typer.BadParameter(f"--out: there is no folder {out.parent}")
+        _check_out(out)
         logging.getLogger("absl").setLevel(logging.WARNING)
-        from fastgan.training.checkpoint import replace_file
         from fastgan.training.summarize import evaluate_summarize
 
         evaluation, lines = evaluate_summarize(model, data, beams=beams, max_tokens=max_tokens, samples=samples)
-        if out is not None:
-            replace_file(out, "".join(" ".join(line.split()) + "\n" for line in lines).encode())
+        _write(out, "".join(" ".join(line.split()) + "\n" for line in lines))
         _print(evaluation, as_json)
 
 
@@ -135,14 +142,11 @@ def qa(
     For example: fastgan evaluate qa --model runs/mine --data test.json
     """
     with in_one_line():
-        if out is not None and not out.absolute().parent.is_dir():
-            raise typer.BadParameter(f"--out: there is no folder {out.parent}")
-        from fastgan.training.checkpoint import replace_file
+        _check_out(out)
         from fastgan.training.qa import evaluate_qa
 
         evaluation, answers = evaluate_qa(model, data, samples=samples, seed=seed)
-        if out is not None:
-            replace_file(out, (json.dumps(answers, indent=1, ensure_ascii=False) + "\n").encode())
+        _write(out, json.dumps(answers, indent=1, ensure_ascii=False) + "\n")
         _print(evaluation, as_json)
 
 
