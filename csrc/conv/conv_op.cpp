@@ -5,6 +5,9 @@
 #include <cstdlib>
 #include <memory>
 #include <utility>
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
 
 #include "common/tensor.h"
 
@@ -14,6 +17,7 @@ namespace {
 // Kept from call to call by each calling thread: fresh pages would cost more than the transforms that go into
 // them. What is larger than kKept is given back at once.
 constexpr int64_t kKept = int64_t(64) << 20;
+constexpr int64_t kLargePage = int64_t(2) << 20;
 
 struct Free {
   void operator()(void* memory) const { std::free(memory); }
@@ -27,9 +31,14 @@ struct Workspace {
     if (wanted > size) {
       data.reset();
       size = 0;
-      const int64_t rounded = (wanted + 4095) / 4096 * 4096;
-      data.reset(std::aligned_alloc(4096, size_t(rounded)));
+      // Large pages: the points of a tile are written kilobytes apart, each into a page of its own otherwise.
+      const int64_t page = wanted < kLargePage ? 4096 : kLargePage;
+      const int64_t rounded = (wanted + page - 1) / page * page;
+      data.reset(std::aligned_alloc(size_t(page), size_t(rounded)));
       FASTGAN_CHECK(data, "conv: no memory for a workspace of ", rounded, " bytes");
+#ifdef MADV_HUGEPAGE
+      if (page == kLargePage) madvise(data.get(), size_t(rounded), MADV_HUGEPAGE);
+#endif
       size = rounded;
     }
     return data.get();
