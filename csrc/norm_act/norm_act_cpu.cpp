@@ -262,25 +262,40 @@ struct NormAct {
     }
   }
 
+  FASTGAN_INLINE void forward_plane(const S* in, S* out, const Affine<T>& coefficient, int64_t length,
+                                    T slope) const {
+    AffineVec<T> f = splat(coefficient);
+    int64_t i = 0;
+    for (; i + L <= length; i += L) store(out + i, activate<A>(f(load<T>(in + i)), slope));
+    if (i < length) {
+      int rest = int(length - i);
+      store_partial<T>(out + i, activate<A>(f(load_partial<T>(in + i, rest)), slope), rest);
+    }
+  }
+
   void forward_channels_first() const {
+    if (!args.batch_statistics) return evaluate_channels_first();
     for_units([&](int64_t g, int64_t c0, int64_t channels) {
-      if (args.batch_statistics) unit_statistics(g, c0, channels);
+      unit_statistics(g, c0, channels);
       Affine<T> coefficient[kMaxChannels];
       for (int64_t c = 0; c < channels; ++c) coefficient[c] = affine(g, c0 + c);
       const int64_t HW = this->HW;  // not read again after each store
       const T slope = this->slope;
       for (int64_t n = 0; n < N; ++n)
-        for (int64_t c = 0; c < channels; ++c) {
-          const S* in = plane(x, g, n, c0 + c);
-          S* out = plane(y, g, n, c0 + c);
-          AffineVec<T> f = splat(coefficient[c]);
-          int64_t i = 0;
-          for (; i + L <= HW; i += L) store(out + i, activate<A>(f(load<T>(in + i)), slope));
-          if (i < HW) {
-            int rest = int(HW - i);
-            store_partial<T>(out + i, activate<A>(f(load_partial<T>(in + i, rest)), slope), rest);
-          }
-        }
+        for (int64_t c = 0; c < channels; ++c)
+          forward_plane(plane(x, g, n, c0 + c), plane(y, g, n, c0 + c), coefficient[c], HW, slope);
+    });
+  }
+
+  // Without statistics to gather first, straight through memory.
+  void evaluate_channels_first() const {
+    fill_affine();
+    const T *mean = coefficients(0, 0), *scale = coefficients(0, 1), *shift = coefficients(0, 2);
+    parallel_for(threads, N * C, most(1, kGrain / HW), [&](int64_t begin, int64_t end) {
+      const int64_t HW = this->HW, C = this->C;
+      const T slope = this->slope;
+      for (int64_t i = begin, c = begin % C; i < end; ++i, c = c + 1 < C ? c + 1 : 0)
+        forward_plane(x + i * HW, y + i * HW, {mean[c], scale[c], shift[c]}, HW, slope);
     });
   }
 
