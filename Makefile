@@ -51,7 +51,8 @@ bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
 
 sanitize: $(INSTALLED)
-	bash tests/kernel_harness/sanitize.sh
+	bash tests/kernel_harness/run.sh address
+	bash tests/kernel_harness/run.sh thread
 
 wheel: $(INSTALLED)
 	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .

@@ -1,4 +1,5 @@
-// Attention through its contract alone, forward and backward, against loops in double that store everything.
+// Attention through its contract alone: forward, backward and weights against loops in double that store
+// everything, and the derivatives along a direction against differences of those.
 #include "attention/attention.h"
 
 #include "common/vector.h"
@@ -58,53 +59,77 @@ uint32_t philox_word(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint3
   return words[column % 4];
 }
 
+// A case with its numbers, drawn anew, and the arguments that name them.
+template <class T>
+struct Problem {
+  Problem(const Case& c, Dtype dtype)
+      : query(c.batch, c.heads, c.rows, c.width, true, 3),
+        key(c.batch, c.kv_heads, c.columns, c.width, false, 0),
+        value(c.batch, c.kv_heads, c.columns, c.value_width, true, 0),
+        bias(c.batch, c.shared_bias ? 1 : c.heads, c.rows, c.columns, false, 0),
+        grad(c.batch, c.heads, c.rows, c.value_width, false, 1),
+        output(c.batch, c.heads, c.rows, c.value_width, true, 0),
+        grad_query(c.batch, c.heads, c.rows, c.width, true, 0),
+        grad_key(c.batch, c.kv_heads, c.columns, c.width, false, 0),
+        grad_value(c.batch, c.kv_heads, c.columns, c.value_width, true, 0),
+        grad_bias(c.batch, bias.size[1], c.rows, c.columns, false, 0),
+        mask(1, c.heads, c.rows, c.columns, false, 2),
+        logsumexp(c.batch, c.heads, c.rows, 1, false, 0),
+        row_sums(3 * c.batch * c.heads * c.rows) {
+    query.fill_normal(), key.fill_normal(), value.fill_normal(), bias.fill_normal(), grad.fill_normal();
+    for (int64_t i = 0; i < mask.data.size; ++i) mask.data[i] = harness::generator()() % 3 != 0;
+    for (int64_t i = 0; c.rows > 0 && i < c.columns; ++i) mask(0, 0, 0, i) = 0;  // a dead row
+    a.dtype = a.bias_dtype = dtype;
+    a.batch = c.batch, a.heads = c.heads, a.kv_heads = c.kv_heads;
+    a.rows = c.rows, a.columns = c.columns, a.width = c.width, a.value_width = c.value_width;
+    a.query = query.input(), a.key = key.input(), a.value = value.input();
+    if (c.mask) a.mask = mask.input();
+    if (c.bias) a.bias = bias.input(), a.grad_bias = grad_bias.data.get();
+    for (int i = 0; i < 4; ++i) a.bias_size[i] = bias.size[i];
+    a.scale = 0.37;
+    a.is_causal = c.is_causal;
+    a.has_dropout = c.dropout;
+    a.seed = 0x123456789abcdef0u, a.offset = 77, a.threshold = 0x40000000u, a.kept_scale = 4.0 / 3;
+    a.output = output.output(), a.logsumexp = logsumexp.data.get();
+    a.grad_output = grad.input(), a.saved_output = output.input();
+    a.grad_query = grad_query.output(), a.grad_key = grad_key.output(), a.grad_value = grad_value.output();
+    a.out_of_memory = &out_of_memory;
+    workspace = std::make_unique<Buffer<T>>(attention_workspace(a));
+    a.workspace = workspace->size ? workspace->get() : nullptr;
+  }
+  Problem(const Problem&) = delete;
+
+  Array<T> query, key, value, bias, grad, output, grad_query, grad_key, grad_value, grad_bias;
+  Array<uint8_t> mask;
+  Array<double> logsumexp;
+  Buffer<T> row_sums;
+  std::unique_ptr<Buffer<T>> workspace;
+  bool out_of_memory = false;
+  AttentionArgs a;
+};
+
 template <class T>
 void check(const Case& c, Dtype dtype, int threads, double tolerance) {
   const int64_t group = c.heads / c.kv_heads;
-  Array<T> query(c.batch, c.heads, c.rows, c.width, true, 3),
-      key(c.batch, c.kv_heads, c.columns, c.width, false, 0),
-      value(c.batch, c.kv_heads, c.columns, c.value_width, true, 0),
-      bias(c.batch, c.shared_bias ? 1 : c.heads, c.rows, c.columns, false, 0),
-      grad(c.batch, c.heads, c.rows, c.value_width, false, 1);
-  Array<uint8_t> mask(1, c.heads, c.rows, c.columns, false, 2);
-  query.fill_normal(), key.fill_normal(), value.fill_normal(), bias.fill_normal(), grad.fill_normal();
-  for (int64_t i = 0; i < mask.data.size; ++i) mask.data[i] = harness::generator()() % 3 != 0;
-  for (int64_t i = 0; c.rows > 0 && i < c.columns; ++i) mask(0, 0, 0, i) = 0;  // a dead row
-  Array<double> logsumexp(c.batch, c.heads, c.rows, 1, false, 0);
-  Array<T> output(c.batch, c.heads, c.rows, c.value_width, true, 0),
-      grad_query(c.batch, c.heads, c.rows, c.width, true, 0),
-      grad_key(c.batch, c.kv_heads, c.columns, c.width, false, 0),
-      grad_value(c.batch, c.kv_heads, c.columns, c.value_width, true, 0),
-      grad_bias(c.batch, bias.size[1], c.rows, c.columns, false, 0);
-
-  AttentionArgs a;
-  a.dtype = a.bias_dtype = dtype;
-  a.batch = c.batch, a.heads = c.heads, a.kv_heads = c.kv_heads;
-  a.rows = c.rows, a.columns = c.columns, a.width = c.width, a.value_width = c.value_width;
-  a.query = query.input(), a.key = key.input(), a.value = value.input();
-  if (c.mask) a.mask = mask.input();
-  if (c.bias) a.bias = bias.input(), a.grad_bias = grad_bias.data.get();
-  for (int i = 0; i < 4; ++i) a.bias_size[i] = bias.size[i];
-  a.scale = 0.37;
-  a.is_causal = c.is_causal;
-  a.has_dropout = c.dropout;
-  a.seed = 0x123456789abcdef0u, a.offset = 77, a.threshold = 0x40000000u, a.kept_scale = 4.0 / 3;
-  a.output = output.output(), a.logsumexp = logsumexp.data.get();
-  a.grad_output = grad.input(), a.saved_output = output.input();
-  a.grad_query = grad_query.output(), a.grad_key = grad_key.output(), a.grad_value = grad_value.output();
-  Buffer<T> workspace(attention_workspace(a));
-  a.workspace = workspace.size ? workspace.get() : nullptr;
-  bool out_of_memory = false;
-  a.out_of_memory = &out_of_memory;
+  Problem<T> problem(c, dtype);
+  auto& [query, key, value, bias, grad, output, grad_query, grad_key, grad_value, grad_bias, mask, logsumexp,
+         row_sums, workspace, out_of_memory, a] = problem;
   FASTGAN_KERNEL(attention_forward)(a, harness::threads(threads));
   FASTGAN_KERNEL(attention_backward)(a, harness::threads(threads));
+  Array<T> weights(c.batch, c.heads, c.rows, c.columns, false, 0),
+      mean(c.batch, 1, c.rows, c.columns, false, 0);
+  a.weights = weights.output();
+  FASTGAN_KERNEL(attention_weights)(a, harness::threads(threads));
+  a.weights = mean.output(), a.average_weights = true;
+  FASTGAN_KERNEL(attention_weights)(a, harness::threads(threads));
   harness::expect(!out_of_memory, "memory");
 
   Array<double> want_query(c.batch, c.heads, c.rows, c.width, false, 0),
       want_key(c.batch, c.kv_heads, c.columns, c.width, false, 0),
       want_value(c.batch, c.kv_heads, c.columns, c.value_width, false, 0),
-      want_bias(c.batch, bias.size[1], c.rows, c.columns, false, 0);
-  for (Array<double>* each : {&want_query, &want_key, &want_value, &want_bias})
+      want_bias(c.batch, bias.size[1], c.rows, c.columns, false, 0),
+      want_mean(c.batch, 1, c.rows, c.columns, false, 0);
+  for (Array<double>* each : {&want_query, &want_key, &want_value, &want_bias, &want_mean})
     for (int64_t i = 0; i < each->data.size; ++i) each->data[i] = 0;
   Buffer<double> p(c.columns), grad_p(c.columns);
   Buffer<bool> keep(c.columns);
@@ -112,7 +137,7 @@ void check(const Case& c, Dtype dtype, int threads, double tolerance) {
     for (int64_t h = 0; h < c.heads; ++h)
       for (int64_t r = 0; r < c.rows; ++r) {
         const int64_t kv = h / group, hb = c.shared_bias ? 0 : h;
-        double top = -INFINITY, total = 0, mean = 0;
+        double top = -INFINITY, total = 0, delta = 0;
         for (int64_t j = 0; j < c.columns; ++j) {
           double s = 0;
           for (int64_t e = 0; e < c.width; ++e) s += double(query(b, h, r, e)) * key(b, kv, j, e);
@@ -131,7 +156,7 @@ void check(const Case& c, Dtype dtype, int threads, double tolerance) {
           grad_p[j] = 0;
           for (int64_t v = 0; v < c.value_width; ++v)
             grad_p[j] += keep[j] ? factor * double(grad(b, h, r, v)) * value(b, kv, j, v) : 0;
-          mean += p[j] * grad_p[j];
+          delta += p[j] * grad_p[j];
         }
         if (dead)
           harness::expect(logsumexp(b, h, r, 0) == -INFINITY, "logsumexp of a dead row");
@@ -145,7 +170,9 @@ void check(const Case& c, Dtype dtype, int threads, double tolerance) {
             if (keep[j]) want_value(b, kv, j, v) += factor * p[j] * grad(b, h, r, v);
         }
         for (int64_t j = 0; j < c.columns; ++j) {
-          const double ds = p[j] * (grad_p[j] - mean);
+          harness::expect_close(weights(b, h, r, j), p[j], tolerance, "weights");
+          want_mean(b, 0, r, j) += p[j] / double(c.heads);
+          const double ds = p[j] * (grad_p[j] - delta);
           want_bias(b, hb, r, j) += ds;
           for (int64_t e = 0; e < c.width; ++e) {
             want_query(b, h, r, e) += ds * a.scale * key(b, kv, j, e);
@@ -164,6 +191,64 @@ void check(const Case& c, Dtype dtype, int threads, double tolerance) {
   compare(grad_key, want_key, "gradient of key");
   compare(grad_value, want_value, "gradient of value");
   if (c.bias) compare(grad_bias, want_bias, "gradient of bias");
+  compare(mean, want_mean, "mean of the weights");
+}
+
+// Output and gradients at inputs + step · direction, by the kernels that `check` has judged.
+struct Moved {
+  Moved(const Case& c, Problem<double>& at, Problem<double>& direction, double step)
+      : problem(c, Dtype::float64) {
+    for (auto member :
+         {&Problem<double>::query, &Problem<double>::key, &Problem<double>::value, &Problem<double>::bias}) {
+      Buffer<double>&to = (problem.*member).data, &from = (at.*member).data,
+      &along = (direction.*member).data;
+      for (int64_t i = 0; i < to.size; ++i) to[i] = from[i] + step * along[i];
+    }
+    for (int64_t i = 0; i < at.grad.data.size; ++i) problem.grad.data[i] = at.grad.data[i];
+    for (int64_t i = 0; i < at.mask.data.size; ++i) problem.mask.data[i] = at.mask.data[i];
+    FASTGAN_KERNEL(attention_forward)(problem.a, harness::threads(1));
+    FASTGAN_KERNEL(attention_backward)(problem.a, harness::threads(1));
+  }
+  Problem<double> problem;
+};
+
+// The tangent of the output and those of the gradients, against differences in double.
+template <class T>
+void check_second(const Case& c, Dtype dtype, int threads, double tolerance) {
+  constexpr double kStep = 1e-5;
+  Problem<double> at(c, Dtype::float64), direction(c, Dtype::float64);
+  Problem<T> got(c, dtype), along(c, dtype);
+  auto round = [](Buffer<double>& from, Buffer<T>& to) {
+    for (int64_t i = 0; i < from.size; ++i) from[i] = to[i] = T(from[i]);
+  };
+  round(at.query.data, got.query.data), round(direction.query.data, along.query.data);
+  round(at.key.data, got.key.data), round(direction.key.data, along.key.data);
+  round(at.value.data, got.value.data), round(direction.value.data, along.value.data);
+  round(at.bias.data, got.bias.data), round(direction.bias.data, along.bias.data);
+  round(at.grad.data, got.grad.data);
+  for (int64_t i = 0; i < at.mask.data.size; ++i) got.mask.data[i] = at.mask.data[i];
+  FASTGAN_KERNEL(attention_forward)(got.a, harness::threads(threads));
+  Array<T> tangent(c.batch, c.heads, c.rows, c.value_width, true, 0);
+  got.a.tangent_query = along.query.input(), got.a.tangent_key = along.key.input();
+  got.a.tangent_value = along.value.input();
+  if (c.bias) got.a.tangent_bias = along.bias.input();
+  got.a.tangent_output = tangent.output();
+  got.a.row_sums = got.row_sums.get();
+  FASTGAN_KERNEL(attention_jvp)(got.a, harness::threads(threads));
+  FASTGAN_KERNEL(attention_double_backward)(got.a, harness::threads(threads));
+  harness::expect(!got.out_of_memory, "memory");
+
+  Moved after(c, at, direction, kStep), before(c, at, direction, -kStep);
+  auto compare = [&](Array<T>& array, Array<double>& high, Array<double>& low, const char* what) {
+    for (int64_t i = 0; i < array.data.size; ++i)  // contiguous in one order
+      harness::expect_close(array.data[i], (high.data[i] - low.data[i]) / (2 * kStep), tolerance, what);
+  };
+  compare(tangent, after.problem.output, before.problem.output, "tangent of the output");
+  compare(got.grad_query, after.problem.grad_query, before.problem.grad_query, "tangent of query's gradient");
+  compare(got.grad_key, after.problem.grad_key, before.problem.grad_key, "tangent of key's gradient");
+  compare(got.grad_value, after.problem.grad_value, before.problem.grad_value, "tangent of value's gradient");
+  if (c.bias)
+    compare(got.grad_bias, after.problem.grad_bias, before.problem.grad_bias, "tangent of bias's gradient");
 }
 
 }  // namespace
@@ -185,6 +270,8 @@ int main() {
     for (int threads : {1, 3}) {
       check<float>(each, Dtype::float32, threads, 2e-5);
       check<double>(each, Dtype::float64, threads, 1e-12);
+      check_second<float>(each, Dtype::float32, threads, 1e-4);
+      check_second<double>(each, Dtype::float64, threads, 1e-7);
     }
   return harness::result();
 }

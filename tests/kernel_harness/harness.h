@@ -2,7 +2,7 @@
 // that the address sanitizer sees a read one element beyond), and a count of failures.
 //
 // A harness includes csrc/<stem>/<stem>.h and calls FASTGAN_KERNEL(<stem>_forward)(arguments,
-// harness::threads(n)): sanitize.sh compiles both files for one instruction set at a time. Its main() ends
+// harness::threads(n)): run.sh compiles both files for one instruction set at a time. Its main() ends
 // with `return harness::result();`.
 #pragma once
 #include <cmath>
