@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastgan.ops._autograd import in_functorch
 
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_HAS_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
 def _shapes(**tensors: Tensor) -> str:
@@ -64,6 +68,21 @@ def has_kernel(query, key, value, attn_mask) -> bool:
         if tensor is not None and (tensor.is_nested or tensor.layout != torch.strided):
             return False
     return query.device.type in ("cpu", "meta") and query.dtype in _KERNEL_DTYPES
+
+
+def amx_takes(query, key, value, mask, bias, philox) -> bool:
+    """Whether torch's fused kernel, which uses AMX, can do all that is asked of this call of the operator.
+
+    Where gradients are wanted ours stays: torch's refuses the second.
+    """
+    if query.dtype != torch.bfloat16 or query.device.type != "cpu" or philox is not None or not _HAS_AMX:
+        return False
+    wanted = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (query, key, value, bias)
+    )
+    if wanted or query.shape[-1] != value.shape[-1]:
+        return False
+    return torch.compiler.is_compiling() or not (in_functorch() or forward_ad._current_level >= 0)
 
 
 def fold(query, key, value, attn_mask, enable_gqa):

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import fastgan
-from fastgan.nn import MultiheadAttention
+from fastgan.nn import MultiheadAttention, _attention_inputs
+from fastgan.nn import functional as F
 
 L, S, N, E, H = 5, 7, 3, 8, 2
 
@@ -425,3 +426,24 @@ def test_nested_tensors_go_to_torch():
         expected, out = (m(x, x, x, need_weights=False)[0] for m in (theirs, ours))
     torch.testing.assert_close(out.to_padded_tensor(0.0), expected.to_padded_tensor(0.0))
     assert MultiheadAttention(E, H, batch_first=True)._qkv_same_embed_dim is False
+
+
+def test_bfloat16_goes_to_torchs_kernel_where_there_is_amx_and_no_gradient(monkeypatch):
+    asked = []
+    torchs = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(_attention_inputs, "_HAS_AMX", True)
+    monkeypatch.setattr(
+        torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: asked.append(1) or torchs(*a, **k)
+    )
+    query, key, value = (torch.randn(2, 3, 5, 8, dtype=torch.bfloat16) for _ in range(3))
+    torch.testing.assert_close(F.scaled_dot_product_attention(query, key, value), torchs(query, key, value))
+    assert len(asked) == 1
+    F.scaled_dot_product_attention(query, key, value, dropout_p=0.5)
+    F.scaled_dot_product_attention(query.float(), key.float(), value.float())
+    F.scaled_dot_product_attention(query, key, torch.randn(2, 3, 5, 4, dtype=torch.bfloat16))
+    torch.func.vmap(F.scaled_dot_product_attention)(query, key, value)
+    query.requires_grad_()
+    output = F.scaled_dot_product_attention(query, key, value)
+    (gradient,) = torch.autograd.grad(output.sum(), query, create_graph=True)
+    torch.autograd.grad(gradient.sum(), query)
+    assert len(asked) == 1
