@@ -1,12 +1,6 @@
 """The table at the end of a run comes from ``peers``; ``--all-sizes`` runs every size, not a sample."""
 
-import fastgan
 from benchmarks.peers import pytest_terminal_summary  # noqa: F401
-
-
-def pytest_configure(config):
-    # For both sides: otherwise it is the layout of the heap, another in each run, that decides who maps fresh pages.
-    fastgan.keep_memory()
 
 
 def pytest_addoption(parser):

@@ -19,7 +19,6 @@ _impl.load_extension()
 
 from fastgan import nn, ops  # noqa: E402  the kernels are registered first
 from fastgan._info import info  # noqa: E402
-from fastgan._memory import keep_memory  # noqa: E402
 from fastgan.ops.conv import get_conv_algorithm, set_conv_algorithm  # noqa: E402
 from fastgan.replace import explain, replace_modules  # noqa: E402
 
@@ -30,7 +29,6 @@ __all__ = [
     "explain",
     "get_conv_algorithm",
     "info",
-    "keep_memory",
     "nn",
     "ops",
     "replace_modules",

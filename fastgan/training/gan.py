@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastgan._memory import keep_memory as keep_freed_memory
 from fastgan.nn import functional
 from fastgan.ops.gan_loss import LOSSES
 from fastgan.replace import replace_modules
@@ -56,7 +55,6 @@ class GANTrainer:
             layer is a dropout, which draws its mask in the order of the memory and so would draw another one, or
             DistributedDataParallel, whose layout of the gradients is fixed when it is made.
         optimizers: (generator's, discriminator's), in place of Adam.
-        keep_memory: on a CPU, call ``fastgan.keep_memory``, which is for the whole process.
 
     Raises ValueError or TypeError that names the argument.
     """
@@ -80,7 +78,6 @@ class GANTrainer:
         precision: str | None = None,
         channels_last: bool | None = None,
         optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer] | None = None,
-        keep_memory: bool = True,
     ) -> None:
         for name, module in (("generator", generator), ("discriminator", discriminator)):
             if not isinstance(module, nn.Module):
@@ -117,8 +114,6 @@ class GANTrainer:
         self.device = torch.device(device) if device is not None else parameter.device if parameter is not None else (
             torch.device("cpu"))  # fmt: skip
         refuse_meta(self.device, generator=generator, discriminator=discriminator)
-        if keep_memory and self.device.type == "cpu":
-            keep_freed_memory()
         for module in (generator, discriminator):
             module.to(device=self.device, dtype=_converted(precision))
             if channels_last:
