@@ -100,19 +100,37 @@ def test_pairs_attack_the_source_alone(LINES, tmp_path, monkeypatch, attention):
     finetune(TRANSLATE, same, tmp_path / "same")
     assert weights(tmp_path / "same") == weights(tmp_path / "plain")
 
-    attacks, shapes = [], []
-    make = adversarial.attack._Place.__init__
-
-    def watched(self, attack, inputs, seed):
-        make(self, attack, inputs, seed)
-        attacks.append(self.mask.squeeze(-1))
-        shapes.append((inputs["input_ids"] > 2) & inputs["attention_mask"].bool())
-
-    monkeypatch.setattr(adversarial.attack._Place, "__init__", watched)
     other = dataclasses.replace(config, adversary="vat", adversary_weight=0.5)
     assert finetune(TRANSLATE, other, tmp_path / "vat").step == 2
-    assert len(attacks) == 2
     assert weights(tmp_path / "vat") != weights(tmp_path / "plain")
+
+
+def test_an_encoders_words_are_attacked_and_nothing_of_the_decoder():
+    """One embedding for both: what reaches the decoder is unchanged, and in the encoder padding and the end token."""
+    from transformers import MarianConfig, MarianMTModel
+
+    torch.manual_seed(0)
+    size = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 8, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8,
+            "encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 20, "dropout": 0.0}  # fmt: skip
+    model = MarianMTModel(MarianConfig(**size, pad_token_id=0, eos_token_id=1, decoder_start_token_id=0)).train()
+    ids = torch.tensor([[5, 6, 7, 1], [8, 1, 0, 0]])
+    batch = {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": torch.tensor([[9, 1], [9, 1]])}
+    seen = {"encoder": [], "decoder": []}
+    for name, states in seen.items():
+        layer = getattr(model.model, name).layers[0]
+        layer.register_forward_pre_hook(
+            lambda module, arguments, named, states=states: states.append(
+                (arguments[0] if arguments else named["hidden_states"]).detach()
+            ),
+            with_kwargs=True,
+        )
+    attack = adversarial.Attack(model, adversarial.preset("fgm"), [0, 1])
+    for share in attack.passes(batch, lambda: model(**batch).loss, 0):
+        (share * model(**batch).loss).backward()
+    clean, perturbed = seen["encoder"]
+    moved = (clean != perturbed).any(-1)
+    assert moved.tolist() == [[True, True, True, False], [True, False, False, False]]
+    assert torch.equal(*seen["decoder"])
 
 
 def test_a_method_of_ones_own_needs_no_change_elsewhere(files, tmp_path, monkeypatch):  # noqa: F811
