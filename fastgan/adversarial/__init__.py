@@ -124,7 +124,7 @@ def register(name: str, factory: Callable[[Any], Adversary]) -> None:
 def make(config: FinetuneConfig) -> Adversary | None:
     """The adversary that a configuration names; None for none.
 
-    Raises ValueError or TypeError that begins with the field: an unknown name, or an option that this one does not have.
+    Raises ValueError or TypeError that begins with the field: an unknown name, or an option that it does not have.
     """
     if config.adversary is None:
         _refuse(config, (*(f"adversary_{option}" for option in OPTIONS), "unlabelled"), "plain training")

@@ -1,8 +1,8 @@
 """GAN-BERT: a classifier of k classes that also tells texts from a generator's vectors, learning from unlabelled texts.
 
 The discriminator is the whole classifier, encoder included, and one row more for "fake" beside its k logits; the
-generator makes vectors that stand for the first token's last hidden state, and the classifier's own head reads both. With
-l the k logits of a text, f its (k+1)-th, L = log Σ exp l, and features h (what the last linear layer takes):
+generator makes vectors that stand for the first token's last hidden state, and the classifier's own head reads both.
+With l the k logits of a text, f its (k+1)-th, L = log Σ exp l, and features h (what the last linear layer takes):
 
     discriminator:  cross-entropy of the labels over l alone
                     + mean softplus(f − L) over texts, labelled or not       that is −log(1 − p(fake))
@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 

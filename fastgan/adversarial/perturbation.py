@@ -1,10 +1,10 @@
 """What a perturbation of the word embeddings is to be: one description, of which the published methods are presets.
 
-A training step makes several passes over its batch. In some of them a perturbation δ, float32 (batch, tokens, width), is
-added to the word embeddings of the input. Its size is stated relative to the mean norm m of the model's word vectors and
-does not depend on how long a sentence is or on what stands beside it: with n tokens that may be attacked and a radius ε,
-a sentence's δ has norm ε·m·√n at most, that is ε·m a token (root mean square). With ``norm="linf"`` every coordinate is
-ε·m/√width at most, which is the same at the corners. Padding and special tokens have δ = 0.
+A training step makes several passes over its batch. In some of them a perturbation δ, float32 (batch, tokens, width),
+is added to the word embeddings of the input. Its size is stated relative to the mean norm m of the model's word vectors
+and does not depend on how long a sentence is or on what stands beside it: with n tokens that may be attacked and a
+radius ε, a sentence's δ has norm ε·m·√n at most, that is ε·m a token (root mean square). With ``norm="linf"`` every
+coordinate is ε·m/√width at most, which is the same at the corners. Padding and special tokens have δ = 0.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Perturbation:
     """
 
     steps: int = 1
-    radius: float = 0.1
+    radius: float = 0.02  # MiniLM, fine-tuned for sentiment: one step of 0.03 takes the loss from 0.5 to 1.3
     lr: float | None = None
     start: float = 0.0
     raises: str = "loss"
@@ -95,8 +95,8 @@ class Perturbation:
         return int(self.clean) + self.steps
 
 
-#: As published but for what ``Perturbation`` fixes: sizes a sentence and relative, losses averaged, the clean batch kept,
-#: and, other than in R-Drop and R3F, the same dropout mask in every pass.
+#: As published but for what ``Perturbation`` fixes: sizes a sentence and relative, losses averaged, the clean batch
+#: kept, and, other than in R-Drop and R3F, the same dropout mask in every pass.
 PRESETS: dict[str, Perturbation] = {
     # Random vectors of exactly the radius: the control of every method beneath.
     "noise": Perturbation(steps=2, start=1.0, raises="nothing"),

@@ -33,7 +33,8 @@ class PerturbingTrainer(LanguageTrainer):
 
         total: Any = 0.0
         try:
-            for self._share in self.attack.passes(inputs, searched, step_seed(self, PERTURBATION)):
+            for share in self.attack.passes(inputs, searched, step_seed(self, PERTURBATION)):
+                self._share = share
                 total = total + step(model, dict(inputs), num_items_in_batch)
         finally:
             self._share = 1.0
@@ -70,8 +71,8 @@ class PerturbingTrainer(LanguageTrainer):
 
 
 def distributions(output: Any, counted: torch.Tensor | None, shifted: bool) -> Rows:
-    """What a model's output says, as logits (rows, classes): of classes, of starts and ends, or of each token that has a
-    label. ``counted``: the labels, -100 where there is none; ``shifted``: position n's logits belong to label n + 1."""
+    """What a model's output says, as logits (rows, classes): of classes, of starts and ends, or of each token that has
+    a label. ``counted``: the labels, -100 where there is none; ``shifted``: position n's logits are label n + 1's."""
     if "start_logits" in output:
         return [output["start_logits"], output["end_logits"]]
     logits = output["logits"]

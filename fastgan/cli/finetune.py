@@ -33,7 +33,7 @@ ADVERSARY = typer.Option(
 )
 ADVERSARY_STEPS = typer.Option(None, help="Perturbed passes of a step, or ascents; default: the method's.")
 ADVERSARY_RADIUS = typer.Option(None, help="Of a perturbation, in mean norms of a word vector; default: the method's.")
-ADVERSARY_LR = typer.Option(None, help="An ascent's length, default: the radius; gan-bert's generator's, default: --lr.")
+ADVERSARY_LR = typer.Option(None, help="An ascent's, default: the radius; gan-bert's generator's, default: --lr.")
 ADVERSARY_NORM = typer.Option(None, help="l2 (of a sentence) or linf; default: the method's.")
 ADVERSARY_WEIGHT = typer.Option(None, help="Of the divergence between two passes; default: the method's.")
 ADVERSARY_MASKS = typer.Option(None, help="Dropout's in a step's passes: shared or fresh; default: the method's.")

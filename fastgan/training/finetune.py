@@ -110,8 +110,8 @@ class FinetuneConfig:
         make(self)
 
     def paths(self) -> list[str]:
-        values = [getattr(self, name) for name in (*self.FILES, *self.OPTIONAL_FILES)]
-        return [path for value in values if value is not None for path in ([value] if isinstance(value, str) else value)]
+        values = [getattr(self, name) or () for name in (*self.FILES, *self.OPTIONAL_FILES)]
+        return [path for value in values for path in ([value] if isinstance(value, str) else value)]
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,8 @@ def test_pgd_trains_on_the_clean_pass_and_the_last(inputs):
     got, deltas = step(attack, model, inputs)
     assert [float(each[1].norm()) / attack.unit for each in deltas] == pytest.approx([0, 0.1, 0.2, 0.2], rel=1e-5)
     assert attack.settings.passes == 4
-    with_last, _ = step(Attack(model, Perturbation(radius=0.2), [PAD, CLS]), model, inputs)  # linear: FGM's δ is the same
+    # The model is linear: FGM goes the same way.
+    with_last, _ = step(Attack(model, Perturbation(radius=0.2), [PAD, CLS]), model, inputs)
     torch.testing.assert_close(got["w"], with_last["w"])
 
 
@@ -169,7 +170,7 @@ def test_r_drop_is_the_mean_loss_and_the_divergence_of_two_masks(inputs):
 
 
 def test_vat_finds_the_direction_of_most_divergence(inputs):
-    """In a model of one number it is ±w; the clean side is constant, and the loss is the clean one and the divergence."""
+    """In a model of one number it is ±w; the clean side is constant; the loss is the clean one and the divergence."""
     model = Bag()
     attack = Attack(model, preset("vat", radius=0.5, weight=2.0), [PAD, CLS])
     loss, output = regularized(attack, model, inputs, share=0.25)
@@ -185,9 +186,7 @@ def test_vat_finds_the_direction_of_most_divergence(inputs):
     q = torch.stack([torch.zeros_like(logit), logit], 1).log_softmax(-1)
     expected = output.loss + 2 * 0.25 * (p * (p.log() - q)).sum() / 2
     torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(
-        *(torch.autograd.grad(each, model.w, retain_graph=True)[0] for each in (loss, expected))
-    )
+    torch.testing.assert_close(*(torch.autograd.grad(each, model.w, retain_graph=True)[0] for each in (loss, expected)))
 
 
 def test_divergence_by_hand_and_of_nothing():
@@ -230,8 +229,9 @@ def test_hooks_are_gone_after_an_error_and_after_a_break(inputs):
 def test_what_cannot_be_is_refused_by_name(inputs):
     for options, error, words in [
         ({"steps": 0}, ValueError, "steps must be at least 1"), ({"steps": 1.5}, TypeError, "steps must be an integer"),
-        ({"radius": -1}, ValueError, "radius"), ({"lr": math.inf}, ValueError, "lr"), ({"start": 2}, ValueError, "start"),
-        ({"radius": "big"}, TypeError, "radius"), ({"norm": "l1"}, ValueError, "norm must be one of l2, linf, got 'l1'"),
+        ({"radius": -1}, ValueError, "radius"), ({"lr": math.inf}, ValueError, "lr"),
+        ({"start": 2}, ValueError, "start"), ({"radius": "big"}, TypeError, "radius"),
+        ({"norm": "l1"}, ValueError, "norm must be one of l2, linf, got 'l1'"),
         ({"masks": "same"}, ValueError, "masks"), ({"raises": "divergence"}, ValueError, "raises"),
         ({"raises": "divergence", "adds": "both"}, ValueError, "start"),
         ({"adds": "both", "clean": False}, ValueError, "clean"),

@@ -178,7 +178,7 @@ def test_unlabelled_texts_of_every_kind_of_file(tmp_path):
     (tmp_path / "a.tsv").write_text("one\t1\ntwo\t0\n")
     assert read_unlabelled(tmp_path / "a.tsv") == ["one", "two"]
     (tmp_path / "empty.txt").write_text(" \n")
-    with pytest.raises(TextError, match="empty.txt: there is no text in it"):
+    with pytest.raises(TextError, match=r"empty\.txt: there is no text in it"):
         read_unlabelled(tmp_path / "empty.txt")
 
 
@@ -190,7 +190,7 @@ def test_models_that_classify_in_another_way_are_refused(game, tmp_path):
     tokenizer = train_bpe(_sentences(0, 50).splitlines(), 300)
     tokenizer.save_pretrained(tmp_path / "gpt")
     GPT2Model(GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt")
-    with pytest.raises(ValueError, match="needs a model whose head reads the first token .*GPT2"):
+    with pytest.raises(ValueError, match=r"needs a model whose head reads the first token .*GPT2"):
         finetune(SENTIMENT, game(model=str(tmp_path / "gpt")), tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
@@ -200,7 +200,8 @@ def test_a_roberta_has_a_head_of_its_own():
 
     from fastgan.adversarial.gan_bert import Head
 
-    size = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    size = {"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "intermediate_size": 8}  # fmt: skip
     model = RobertaForSequenceClassification(RobertaConfig(**size, num_labels=3)).eval()
     ids = torch.from_numpy(np.array([[3, 4, 5]]))
     hidden = model.roberta(ids)[0][:, 0]

@@ -65,7 +65,7 @@ def test_stopped_and_resumed_it_has_the_same_weights(files, tmp_path, name):  # 
     whole = finetune(SENTIMENT, config, tmp_path / "whole")
     first = finetune(SENTIMENT, config, tmp_path / "run", reporter=StopsAt(3))
     assert (first.step, first.interrupted) == (3, True)
-    with pytest.raises(RunError, match="adversary_radius = None, not 0.3"):
+    with pytest.raises(RunError, match=r"adversary_radius = None, not 0\.3"):
         resume_finetune(SENTIMENT, tmp_path / "run", {"adversary_radius": 0.3})
     torch.rand(7)
     second = resume_finetune(SENTIMENT, tmp_path / "run")
@@ -83,7 +83,7 @@ def test_every_method_learns(files, tmp_path, name):  # noqa: F811
 
 
 @pytest.mark.parametrize("name", ["freelb", "r3f"])
-def test_questions(DOCUMENTS, tmp_path, monkeypatch, name):  # noqa: N803
+def test_questions(DOCUMENTS, tmp_path, monkeypatch, name):
     monkeypatch.setattr(test_qa.sentiment, "_SMALL", {"num_hidden_layers": 1, "hidden_size": 16,
                                                      "num_attention_heads": 2, "intermediate_size": 32})  # fmt: skip
     config = test_qa.tiny(DOCUMENTS, max_steps=2, adversary=name)
@@ -91,8 +91,8 @@ def test_questions(DOCUMENTS, tmp_path, monkeypatch, name):  # noqa: N803
 
 
 @pytest.mark.parametrize("attention", ["fastgan", "sdpa"])
-def test_pairs_attack_the_source_alone(LINES, tmp_path, monkeypatch, attention):  # noqa: N803
-    """Encoder and decoder share the embedding; fused or not, K = 1 at radius 0 is plain training, smoothing included."""
+def test_pairs(LINES, tmp_path, attention):
+    """Fused or not, K = 1 at radius 0 is plain training, label smoothing included."""
     pytest.importorskip("sacrebleu")
     config = test_translate.tiny(LINES, max_steps=2, epochs=1, attention=attention, dropout=0.1)
     finetune(TRANSLATE, config, tmp_path / "plain")
@@ -167,10 +167,10 @@ def test_what_cannot_be_is_refused_by_name(files):  # noqa: F811
         ({"adversary": "vat", "unlabelled": "a.txt"}, ValueError, "unlabelled is no option of vat"),
         ({"unlabelled": "a.txt"}, ValueError, "unlabelled is no option of plain training"),
         ({"adversary": "gan-bert"}, ValueError, "unlabelled must name a file"),
-        ({"adversary": "gan-bert", "unlabelled": "a", "adversary_steps": 2}, ValueError, "adversary_steps is no option"),
+        ({"adversary": "gan-bert", "unlabelled": "a", "adversary_steps": 2}, ValueError, "adversary_steps is no opt"),
         ({"adversary": "gan-bert", "unlabelled": "a", "adversary_lr": 0}, ValueError, "adversary_lr must be positive"),
     ]:  # fmt: skip
         with pytest.raises(error, match=f"^{words}"):
             tiny(files, **options)
-    with pytest.raises(ValueError, match="^adversary gan-bert .* sentiment alone"):
+    with pytest.raises(ValueError, match=r"^adversary gan-bert .* sentiment alone"):
         test_qa.QAConfig(train="a", validation="b", from_scratch="small", adversary="gan-bert")
