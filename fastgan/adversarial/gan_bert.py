@@ -93,7 +93,7 @@ class Head:
 
     def __init__(self, model: Any) -> None:
         self.model = model
-        classifier = getattr(model, "classifier", None)
+        classifier: Any = getattr(model, "classifier", None)
         pooler = getattr(model.base_model, "pooler", None)
         if isinstance(classifier, nn.Linear) and pooler is not None and hasattr(model, "dropout"):
             self.last, self._through = classifier, self._by_pooler

@@ -21,7 +21,10 @@ class PlayersTrainer(LanguageTrainer):
     players: Players
     player_lr: float
     unlabelled: torch.utils.data.Dataset
-    _game: Any = None  # of the batch at hand: what the generator's loss needs
+    # of the batch at hand: unlabelled texts, generated vectors, and what the generator's loss needs
+    _unlabelled: Any = None
+    _generated: Any = None
+    _game: Any = None
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         fresh = self.optimizer is None

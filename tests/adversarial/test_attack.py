@@ -77,7 +77,7 @@ def test_linf_moves_every_coordinate_by_the_sign(inputs):
     torch.testing.assert_close(second[1, 1], size * model.w.detach().sign())
 
 
-def test_freelb_averages_the_passes_and_stays_in_the_ball(inputs):
+def test_R75_freelb_trains_on_the_clean_batch_too_averages_the_passes_and_stays_in_the_ball(inputs):
     """The gradient is the mean over the clean pass and K perturbed ones, each at its own δ, by hand."""
     model = Bag()
     attack = Attack(model, preset("freelb", steps=3, radius=0.2, lr=0.15), [PAD, CLS])
