@@ -48,7 +48,8 @@ def accuracy(arm: str, seed: int, options: argparse.Namespace, folder: Path) -> 
         own["adversary_radius"] = options.radius
     config = SentimentConfig(
         train=str(chosen), validation=str(options.dev), model=str(options.model), epochs=10**6, length=64,
-        max_steps=options.passes // ARMS[arm], eval_every=10**6, lr=options.lr, seed=seed, **own,
+        max_steps=options.passes // ARMS[arm], eval_every=10**6, batch_size=options.batch_size, lr=options.lr,
+        seed=seed, **own,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(dir=folder) as run:
         return 100 * finetune(SENTIMENT, config, Path(run) / "run").figures["accuracy"]
@@ -89,11 +90,11 @@ def study(options: argparse.Namespace) -> None:
     rows = []
     if options.results.exists():
         rows = [json.loads(line) for line in options.results.read_text().splitlines()]
-    settings = {"passes": options.passes, "labels": options.labels, "lr": options.lr, "radius": options.radius}
-    rows = [row for row in rows if all(row[name] == value for name, value in settings.items())]
+    settings = {name: getattr(options, name) for name in ("passes", "batch_size", "labels", "lr", "radius")}
+    rows = [row for row in rows if all(row.get(name) == value for name, value in settings.items())]
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        for number, arm in itertools.product(range(options.draws), options.arms):
+        for number, arm in itertools.product(range(options.first, options.first + options.draws), options.arms):
             if any((row["draw"], row["arm"]) == (number, arm) for row in rows):
                 continue
             if options.minutes and time.monotonic() - begin > 60 * options.minutes:
@@ -156,8 +157,10 @@ def main() -> None:
     parser.add_argument("--dev", type=Path, help="for the accuracy")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
     parser.add_argument("--draws", type=int, default=10)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first draw")
     parser.add_argument("--labels", type=int, default=138)
     parser.add_argument("--passes", type=int, default=300, help="of a run, whatever the arm")
+    parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=5e-5)
     parser.add_argument("--radius", type=float, default=0.02, help="of freelb and of noise")
     parser.add_argument("--results", type=Path, default=Path("adversaries.jsonl"))

@@ -14,6 +14,7 @@ from fastgan import adversarial
 from fastgan.adversarial.trainer import PerturbingTrainer
 from fastgan.training.checkpoint import RunError
 from fastgan.training.finetune import finetune, resume_finetune
+from fastgan.training.generate import GENERATE, GenerateConfig
 from fastgan.training.qa import QA
 from fastgan.training.sentiment import SENTIMENT
 from fastgan.training.translate import TRANSLATE
@@ -103,6 +104,30 @@ def test_pairs(LINES, tmp_path, attention):
     other = dataclasses.replace(config, adversary="vat", adversary_weight=0.5)
     assert finetune(TRANSLATE, other, tmp_path / "vat").step == 2
     assert weights(tmp_path / "vat") != weights(tmp_path / "plain")
+
+
+def test_generation_counts_every_next_word(tmp_path):
+    """A causal model divides by the labels of a step itself."""
+    (tmp_path / "a.txt").write_text("the cat is red , and the boat is blue .\n" * 60)
+    config = GenerateConfig(
+        train=str(tmp_path / "a.txt"), validation=str(tmp_path / "a.txt"), from_scratch="small", layers=1, width=16,
+        heads=2, vocab_size=280, length=16, batch_size=8, max_steps=2, epochs=1, lr=1e-2, dropout=0.0,
+    )  # fmt: skip
+    plain = finetune(GENERATE, config, tmp_path / "plain")
+    same = dataclasses.replace(config, adversary="fgm", adversary_radius=0.0)
+    assert finetune(GENERATE, same, tmp_path / "same").figures == plain.figures
+    assert weights(tmp_path / "same") == weights(tmp_path / "plain")
+    # Without dropout R-Drop has nothing to compare, and is plain training as well.
+    drop = dataclasses.replace(config, adversary="r-drop")
+    assert finetune(GENERATE, drop, tmp_path / "drop").figures["loss"] == pytest.approx(plain.figures["loss"], rel=1e-5)
+    other = finetune(GENERATE, dataclasses.replace(config, adversary="vat"), tmp_path / "vat")
+    assert other.figures["loss"] != plain.figures["loss"]
+
+
+def test_bfloat16(files, tmp_path):  # noqa: F811
+    for name in ("freelb", "vat"):
+        config = short(files, adversary=name, precision="bfloat16", max_steps=2)
+        assert finetune(SENTIMENT, config, tmp_path / name).step == 2
 
 
 def test_an_encoders_words_are_attacked_and_nothing_of_the_decoder():
