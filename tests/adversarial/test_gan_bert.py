@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 
@@ -153,12 +154,23 @@ def test_the_labels_loss_is_that_of_k_classes(game, files, tmp_path):  # noqa: F
     assert probabilities.sum() == pytest.approx(1)
 
 
-def test_stopped_and_resumed_both_players_are_the_same(game, tmp_path):
+class DiesAt(StopsAt):
+    """Ends a run without a word, as a kill would: nothing is saved."""
+
+    def update(self, step, metrics, images):
+        if step == self.step:
+            raise MemoryError
+
+
+@pytest.mark.parametrize("ends", [StopsAt, DiesAt])
+def test_stopped_or_killed_and_resumed_both_players_are_the_same(game, tmp_path, ends):
     config = game(gradient_accumulation=2, batch_size=4, adversary_lr=1e-3)
     whole = finetune(SENTIMENT, config, tmp_path / "whole")
-    first = finetune(SENTIMENT, config, tmp_path / "run", reporter=StopsAt(3))
-    assert (first.step, first.interrupted) == (3, True)
-    before = load_file(tmp_path / "run" / "checkpoints" / "checkpoint-3" / "players.safetensors")
+    with contextlib.suppress(MemoryError):
+        first = finetune(SENTIMENT, config, tmp_path / "run", reporter=ends(3))
+        assert (first.step, first.interrupted) == (3, True)
+    saved = 3 if ends is StopsAt else 2
+    before = load_file(tmp_path / "run" / "checkpoints" / f"checkpoint-{saved}" / "players.safetensors")
     torch.rand(7)
     second = resume_finetune(SENTIMENT, tmp_path / "run")
     assert dataclasses.replace(second, folder=whole.folder) == whole

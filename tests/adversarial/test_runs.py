@@ -18,6 +18,7 @@ from fastgan.training.generate import GENERATE, GenerateConfig
 from fastgan.training.qa import QA
 from fastgan.training.sentiment import SENTIMENT
 from fastgan.training.translate import TRANSLATE
+from tests.adversarial.test_gan_bert import DiesAt
 from tests.training import test_qa, test_translate
 from tests.training.test_finetune import files, rows, tiny, weights  # noqa: F401  files is a fixture
 from tests.training.test_pretrain import StopsAt
@@ -66,12 +67,15 @@ def test_stopped_and_resumed_it_has_the_same_weights(files, tmp_path, name):  # 
     whole = finetune(SENTIMENT, config, tmp_path / "whole")
     first = finetune(SENTIMENT, config, tmp_path / "run", reporter=StopsAt(3))
     assert (first.step, first.interrupted) == (3, True)
+    with pytest.raises(MemoryError):
+        finetune(SENTIMENT, config, tmp_path / "killed", reporter=DiesAt(3))
+    resume_finetune(SENTIMENT, tmp_path / "killed")
     with pytest.raises(RunError, match=r"adversary_radius = None, not 0\.3"):
         resume_finetune(SENTIMENT, tmp_path / "run", {"adversary_radius": 0.3})
     torch.rand(7)
     second = resume_finetune(SENTIMENT, tmp_path / "run")
     assert dataclasses.replace(second, folder=whole.folder) == whole
-    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
+    assert weights(tmp_path / "run") == weights(tmp_path / "killed") == weights(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("name", list(adversarial.PRESETS))
