@@ -9,7 +9,7 @@ added to ``--results``; what is there already is not run again. A difference is 
 interval of the paired differences leaves out 0 and the sign-flip test, corrected by Holm over the arms, has p < 0.05.
 
 ``--speed``: one FreeLB step (K = 2, three passes and AdamW) on fastgan's kernels, and the same loop on transformers
-with SDPA, interleaved.
+with SDPA, interleaved: on the same batches of like lengths, and on batches in random order, as transformers makes them.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +52,10 @@ def accuracy(arm: str, seed: int, options: argparse.Namespace, folder: Path) -> 
         seed=seed, **own,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(dir=folder) as run:
-        return 100 * finetune(SENTIMENT, config, Path(run) / "run").figures["accuracy"]
+        result = finetune(SENTIMENT, config, Path(run) / "run")
+    if result.interrupted:
+        raise SystemExit("stopped")
+    return 100 * result.figures["accuracy"]
 
 
 def compare(rows: list[dict], arms: list[str]) -> None:
@@ -120,9 +123,11 @@ def speed(options: argparse.Namespace) -> None:
     tokenizer, read = load_tokenizer(str(options.model)), read_labelled(options.train)
     ids = encode(tokenizer, read.texts, 64)[0]
     rows = [{"input_ids": each, "labels": int(label)} for each, label in zip(ids, read.labels, strict=True)]
-    grouped = GroupedByLength(rows, [len(each) for each in ids], 16, 0, options.rounds + 1)
-    batches = [tokenizer.pad([grouped[16 * n + i] for i in range(16)], return_tensors="pt")
-               for n in range(options.rounds + 1)]  # fmt: skip
+    count = 16 * (options.rounds + 1)
+    grouped: Any = GroupedByLength(rows, [len(each) for each in ids], 16, 0, options.rounds + 1)
+    mixed = [rows[i] for i in np.resize(np.random.default_rng(0).permutation(len(rows)), count)]
+    batches = [[tokenizer.pad([source[n + i] for i in range(16)], return_tensors="pt") for n in range(0, count, 16)]
+               for source in (grouped, mixed)]  # fmt: skip
     steps = {}
     for name, attention in (("fastgan", "fastgan"), ("transformers, SDPA", "sdpa")):
         model = load_model(AutoModelForSequenceClassification, str(options.model), tokenizer, attention, "classes",
@@ -136,18 +141,19 @@ def speed(options: argparse.Namespace) -> None:
             optimizer.step()
             optimizer.zero_grad()
 
-        steps[name] = step
+        steps[name] = step, batches[0]
+    steps["the same, random order"] = steps["transformers, SDPA"][0], batches[1]
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for number, batch in enumerate(batches):
-        for name, step in steps.items():
+    for number in range(options.rounds + 1):
+        for name, (step, own) in steps.items():
             begin = time.perf_counter()
-            step(batch, number)
+            step(own[number], number)
             if number:  # the first warms up
                 times[name].append(time.perf_counter() - begin)
+    ours = sum(times["fastgan"])
     for name, each in times.items():
-        print(f"{name:<20} {1e3 * statistics.median(each):7.0f} ms a step, {len(each)} steps, median")
-    ratios = [b / a for a, b in zip(*times.values(), strict=True)]
-    print(f"ratio {statistics.median(ratios):.2f}× (medians of pairs; {torch.get_num_threads()} threads)")
+        print(f"{name:<24} {1e3 * sum(each) / len(each):6.0f} ms a step, {sum(each) / ours:.2f}×")
+    print(f"means of {options.rounds} steps, {torch.get_num_threads()} threads")
 
 
 def main() -> None:
