@@ -16,7 +16,7 @@ pure function of that and the configuration: a resumed run calls it again. ``MyT
 ``fastgan.training.language_trainer.LanguageTrainer`` with transformers' hooks: ``training_step`` makes several passes,
 ``compute_loss`` is one of them (evaluation comes here, too, with the model in eval mode), ``create_optimizer``,
 ``_save_optimizer_and_scheduler`` and ``_load_optimizer_and_scheduler`` are a second player's. Random numbers come from
-``step_seed(trainer)`` or from torch's generator, which each step seeds. ``fastgan/adversarial/trainer.py`` is the
+``step_seed(trainer, use)`` or from torch's generator, which each step seeds. ``fastgan/adversarial/trainer.py`` is the
 plainest, ``gan_bert.py`` the one with a player.
 """
 
@@ -38,6 +38,7 @@ __all__ = [
     "Adversary",
     "Attack",
     "Perturbation",
+    "Perturbing",
     "attach",
     "divergence",
     "make",

@@ -50,7 +50,7 @@ class GANBert:
 
         if processes() > 1:
             raise ValueError("adversary gan-bert trains in one process, and there are several")
-        texts = read_unlabelled(config.unlabelled)
+        texts = read_unlabelled(config.unlabelled, config.text_column, config.label_column)
         ids, cut = encode(prepared.tokenizer, texts, prepared.length)
         held = {tuple(row["input_ids"]) for row in prepared.held_out}
         shared = sum(tuple(each) in held for each in ids)
@@ -71,8 +71,11 @@ class GANBert:
         )
 
 
-def read_unlabelled(path: str | os.PathLike[str]) -> list[str]:
-    """The texts of a file, one a line, plain or ``.gz``; of a .tsv, .csv or .jsonl those of its text column.
+def read_unlabelled(
+    path: str | os.PathLike[str], text_column: str | None = None, label_column: str | None = None
+) -> list[str]:
+    """The texts of a file, one a line, plain or ``.gz``; of a .tsv, .csv or .jsonl those of its text column,
+    whose labels, of any kind, are not looked at.
 
     Raises TextError (nothing in it, not UTF-8, a row that cannot be) or OSError.
     """
@@ -80,7 +83,7 @@ def read_unlabelled(path: str | os.PathLike[str]) -> list[str]:
 
     suffix = Path(os.fspath(path).removesuffix(".gz")).suffix.lower()
     if suffix in (".tsv", ".csv", ".jsonl", ".ndjson"):
-        return read_labelled(path).texts
+        return read_labelled(path, text_column=text_column, label_column=label_column).texts
     return [line.strip() for line in read_text(path).split("\n") if line.strip()]
 
 

@@ -194,6 +194,21 @@ def test_unlabelled_texts_of_every_kind_of_file(tmp_path):
         read_unlabelled(tmp_path / "empty.txt")
 
 
+def test_several_processes_are_refused(game, monkeypatch):
+    config = game()
+    prepared = SENTIMENT.prepare(config, lambda said: None)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="adversary gan-bert trains in one process"):
+        attach(prepared, config, lambda said: None)
+
+
+def test_validation_texts_among_the_unlabelled_are_said(game, files):  # noqa: F811
+    said = []
+    config = game(unlabelled=files / "dev.tsv")
+    attach(SENTIMENT.prepare(config, said.append), config, said.append)
+    assert said == [f"20 of 20 texts of {files / 'dev.tsv'} are in the validation file as well"]
+
+
 def test_models_that_classify_in_another_way_are_refused(game, tmp_path):
     from transformers import GPT2Config, GPT2Model
 
