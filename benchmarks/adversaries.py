@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--passes", type=int, default=300, help="of a run, whatever the arm")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--lr", type=float, default=5e-5)
-    parser.add_argument("--radius", type=float, default=0.02, help="of freelb and of noise")
+    parser.add_argument("--radius", type=float, default=0.01, help="of freelb and of noise")
     parser.add_argument("--results", type=Path, default=Path("adversaries.jsonl"))
     parser.add_argument("--minutes", type=float, default=0, help="begin no run after so many; 0: no bound")
     parser.add_argument("--threads", type=int, default=0)

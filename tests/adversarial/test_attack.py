@@ -73,7 +73,7 @@ def test_the_first_ascent_is_the_closed_form(inputs):
 def test_linf_moves_every_coordinate_by_the_sign(inputs):
     model = Bag()
     _, (_, second) = step(Attack(model, Perturbation(radius=0.3, norm="linf"), [PAD, CLS]), model, inputs)
-    size = 0.3 * float(model.embedding.weight.norm(dim=1).mean()) / 2  # √width
+    size = 0.3 * model.embedding.weight.norm(dim=1).mean().item() / 2  # √width
     torch.testing.assert_close(second[1, 1], size * model.w.detach().sign())
 
 
