@@ -22,7 +22,7 @@ from fastgan._info import info  # noqa: E402
 from fastgan.ops.conv import get_conv_algorithm, set_conv_algorithm  # noqa: E402
 from fastgan.replace import explain, replace_modules  # noqa: E402
 
-_LAZY = ("cli", "data", "hf", "metrics", "models", "training")
+_LAZY = ("adversarial", "cli", "data", "hf", "metrics", "models", "training")
 
 __all__ = [
     "__version__",

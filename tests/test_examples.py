@@ -75,6 +75,14 @@ def test_finetuning_examples_run(tmp_path):
     assert "data distinct-1" in out
 
 
+def test_freelb_example_runs(tmp_path):
+    pytest.importorskip("transformers")
+    out = run("freelb.py", "2", cache=tmp_path)
+    assert "freelb: 3 passes a step" in out
+    clean, perturbed = map(float, re.search(r"step 2/2  loss (\S+)  perturbed (\S+)", out).groups())
+    assert perturbed > clean
+
+
 def test_examples_are_short():
     for path in EXAMPLES.glob("*.py"):
         assert len(path.read_text().splitlines()) <= 60

@@ -28,6 +28,15 @@ EARLY_STOPPING = typer.Option(0, help="Stop after so many evaluations that are n
 AVERAGE = typer.Option(0, help="Try the mean of the weights of the last so many evaluations; 0: do not.")
 REPORT_TO = typer.Option("none", help="tensorboard, wandb, ..., parted by commas.")
 ATTENTION = typer.Option("fastgan", help="fastgan, or transformers' own: sdpa, eager.")
+ADVERSARY = typer.Option(
+    None, help="Train against noise, r-drop, r3f, fgm, pgd, freelb, smart or vat; sentiment also against gan-bert."
+)
+ADVERSARY_STEPS = typer.Option(None, help="Perturbed passes of a step, or ascents; default: the method's.")
+ADVERSARY_RADIUS = typer.Option(None, help="Of a perturbation, in mean norms of a word vector; default: the method's.")
+ADVERSARY_LR = typer.Option(None, help="An ascent's, default: the radius; gan-bert's generator's, default: --lr.")
+ADVERSARY_NORM = typer.Option(None, help="l2 (of a sentence) or linf; default: the method's.")
+ADVERSARY_WEIGHT = typer.Option(None, help="Of the divergence between two passes; default: the method's.")
+ADVERSARY_MASKS = typer.Option(None, help="Dropout's in a step's passes: shared or fresh; default: the method's.")
 RESUME = typer.Option(False, "--resume", help="Go on with the run in --out.")
 OWN_DROPOUT = typer.Option(None, help="Default: the model's own.")
 LENGTH = typer.Option(128, help="Tokens of a text; longer ones are cut, and counted.")
@@ -49,6 +58,9 @@ def sentiment(
     from_scratch: str | None = FROM_SCRATCH,
     text_column: str | None = typer.Option(None, help="Name of the column or key. Default: text, sentence, ..."),
     label_column: str | None = typer.Option(None, help="Default: label, sentiment, ..."),
+    unlabelled: Path | None = typer.Option(
+        None, help="Texts for gan-bert: one a line; of a .tsv, .csv or .jsonl the labels are not looked at."
+    ),
     epochs: int = typer.Option(2, help="Times that all texts are seen."),
     max_steps: int = MAX_STEPS,
     batch_size: int = BATCH_SIZE,
@@ -65,6 +77,13 @@ def sentiment(
     average: int = AVERAGE,
     report_to: str = REPORT_TO,
     attention: str = ATTENTION,
+    adversary: str | None = ADVERSARY,
+    adversary_steps: int | None = ADVERSARY_STEPS,
+    adversary_radius: float | None = ADVERSARY_RADIUS,
+    adversary_lr: float | None = ADVERSARY_LR,
+    adversary_norm: str | None = ADVERSARY_NORM,
+    adversary_weight: float | None = ADVERSARY_WEIGHT,
+    adversary_masks: str | None = ADVERSARY_MASKS,
     resume: bool = RESUME,
 ) -> None:
     """Fine-tune an encoder to tell classes of texts apart, or go on with a run.
@@ -115,6 +134,13 @@ def translate(
     average: int = typer.Option(5, help="Try the mean of the weights of the last so many evaluations."),
     report_to: str = REPORT_TO,
     attention: str = ATTENTION,
+    adversary: str | None = ADVERSARY,
+    adversary_steps: int | None = ADVERSARY_STEPS,
+    adversary_radius: float | None = ADVERSARY_RADIUS,
+    adversary_lr: float | None = ADVERSARY_LR,
+    adversary_norm: str | None = ADVERSARY_NORM,
+    adversary_weight: float | None = ADVERSARY_WEIGHT,
+    adversary_masks: str | None = ADVERSARY_MASKS,
     resume: bool = RESUME,
 ) -> None:
     """Train a translator on parallel lines, from scratch or from a pretrained one, or go on with a run.
@@ -165,6 +191,13 @@ def summarize(
     average: int = AVERAGE,
     report_to: str = REPORT_TO,
     attention: str = ATTENTION,
+    adversary: str | None = ADVERSARY,
+    adversary_steps: int | None = ADVERSARY_STEPS,
+    adversary_radius: float | None = ADVERSARY_RADIUS,
+    adversary_lr: float | None = ADVERSARY_LR,
+    adversary_norm: str | None = ADVERSARY_NORM,
+    adversary_weight: float | None = ADVERSARY_WEIGHT,
+    adversary_masks: str | None = ADVERSARY_MASKS,
     resume: bool = RESUME,
 ) -> None:
     """Fine-tune an encoder and decoder to summarise documents, or go on with a run.
@@ -213,6 +246,13 @@ def qa(
     average: int = AVERAGE,
     report_to: str = REPORT_TO,
     attention: str = ATTENTION,
+    adversary: str | None = ADVERSARY,
+    adversary_steps: int | None = ADVERSARY_STEPS,
+    adversary_radius: float | None = ADVERSARY_RADIUS,
+    adversary_lr: float | None = ADVERSARY_LR,
+    adversary_norm: str | None = ADVERSARY_NORM,
+    adversary_weight: float | None = ADVERSARY_WEIGHT,
+    adversary_masks: str | None = ADVERSARY_MASKS,
     resume: bool = RESUME,
 ) -> None:
     """Fine-tune an encoder to point at the answer to a question in a text, or go on with a run.
@@ -260,6 +300,13 @@ def generate(
     average: int = AVERAGE,
     report_to: str = REPORT_TO,
     attention: str = ATTENTION,
+    adversary: str | None = ADVERSARY,
+    adversary_steps: int | None = ADVERSARY_STEPS,
+    adversary_radius: float | None = ADVERSARY_RADIUS,
+    adversary_lr: float | None = ADVERSARY_LR,
+    adversary_norm: str | None = ADVERSARY_NORM,
+    adversary_weight: float | None = ADVERSARY_WEIGHT,
+    adversary_masks: str | None = ADVERSARY_MASKS,
     resume: bool = RESUME,
 ) -> None:
     """Train a causal model on a text file, from scratch or from a pretrained one, or go on with a run.

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from fastgan.adversarial import attach, make
 from fastgan.data.corpus import vocabulary_digest
 from fastgan.training.checkpoint import RunError
 from fastgan.training.language import _own_generators, _quiet, _register
@@ -73,15 +74,24 @@ class FinetuneConfig:
     average: int = 0  # the mean of the weights of the last so many evaluations is tried in the end
     report_to: str = "none"  # transformers' integrations, parted by commas: tensorboard, wandb, ...
     attention: str = "fastgan"
+    adversary: str | None = None  # one of fastgan.adversarial.names(); what follows is None for as the method has it
+    adversary_steps: int | None = None
+    adversary_radius: float | None = None  # of the mean norm of a word vector, a token
+    adversary_lr: float | None = None
+    adversary_norm: str | None = None
+    adversary_weight: float | None = None
+    adversary_masks: str | None = None
 
     #: fields that name a file, or several, whose content a resumed run must find unchanged
     FILES: ClassVar[tuple[str, ...]] = ()
+    #: those of them that may be None
+    OPTIONAL_FILES: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for name in self.FILES:
             if not getattr(self, name):
                 raise ValueError(f"{name} must name a file")
-        for name in (*self.FILES, "model"):
+        for name in (*self.FILES, *self.OPTIONAL_FILES, "model"):
             value = getattr(self, name)
             if isinstance(value, (tuple, list)):
                 object.__setattr__(self, name, tuple(map(os.fspath, value)))
@@ -97,9 +107,10 @@ class FinetuneConfig:
             raise ValueError("model: either a model to begin with, or from_scratch with a size, is needed")
         if self.from_scratch is not None and self.from_scratch not in SIZES:
             raise ValueError(f"from_scratch must be one of {', '.join(SIZES)}, got {self.from_scratch!r}")
+        make(self)
 
     def paths(self) -> list[str]:
-        values = [getattr(self, name) for name in self.FILES]
+        values = [getattr(self, name) or () for name in (*self.FILES, *self.OPTIONAL_FILES)]
         return [path for value in values for path in ([value] if isinstance(value, str) else value)]
 
 
@@ -216,7 +227,7 @@ def _run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_own_generators(config.seed))
         stack.enter_context(_quiet())
-        prepared = task.prepare(config, reporter.say)
+        prepared = attach(task.prepare(config, reporter.say), config, reporter.say)
         asked["vocabulary_sha256"] = vocabulary_digest(prepared.tokenizer)
         if document is not None and document.get("vocabulary_sha256") != asked["vocabulary_sha256"]:
             raise RunError(f"{folder}: the tokenizer is another than when this run was begun")

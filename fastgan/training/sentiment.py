@@ -45,8 +45,10 @@ class SentimentConfig(FinetuneConfig):
     validation: str = ""
     text_column: str | None = None
     label_column: str | None = None
+    unlabelled: str | None = None  # texts without labels, for the adversary gan-bert
 
     FILES: ClassVar[tuple[str, ...]] = ("train", "validation")
+    OPTIONAL_FILES: ClassVar[tuple[str, ...]] = ("unlabelled",)
 
 
 def _prepare(config: SentimentConfig, say: Callable[[str], None]) -> Prepared:

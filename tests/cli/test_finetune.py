@@ -44,6 +44,25 @@ def test_sentiment_resumed_and_evaluated(files, tmp_path):  # noqa: F811
     assert document["results"][0]["details"]["classes"] == ["bad", "good"]
 
 
+def test_adversaries_by_command(files, tmp_path):  # noqa: F811
+    given = ["--model", files / "encoder", "--train", files / "train.tsv", "--validation", files / "dev.tsv",
+             "--max-steps", 2, "--batch-size", 8]  # fmt: skip
+    freelb = ["--adversary", "freelb", "--adversary-steps", 1, "--adversary-radius", 0.05, "--adversary-norm", "linf"]
+    result = fastgan("finetune", "sentiment", *given, *freelb, "--out", tmp_path / "freelb")
+    assert result.exit_code == 0, result.output
+    assert "freelb: 2 passes a step, radius 0.05 of" in result.output
+    result = fastgan("finetune", "sentiment", "--out", tmp_path / "freelb", "--resume", "--adversary", "pgd")
+    assert result.exit_code == 1
+    assert "this run has adversary = 'freelb', not 'pgd'" in result.output
+    (tmp_path / "raw.txt").write_text("the dull film .\nthe fine film .\n")
+    players = ["--adversary", "gan-bert", "--unlabelled", tmp_path / "raw.txt"]
+    result = fastgan("finetune", "sentiment", *given, *players, "--out", tmp_path / "players")
+    assert result.exit_code == 0, result.output
+    assert "finished: 2 steps" in result.output
+    document = json.loads((tmp_path / "players" / "run.json").read_text())
+    assert str(tmp_path / "raw.txt") in document["files"]
+
+
 def test_translate_and_generate(tmp_path):
     pytest.importorskip("sacrebleu")
     lines = [f"{a} {b}" for a in ("rot", "blau", "alt") for b in ("hund", "katze", "haus")] * 3
@@ -109,6 +128,13 @@ def test_failures_are_one_line(files, tmp_path):  # noqa: F811
         (("finetune", "sentiment", *data, *out, "--model", "x", "--from-scratch", "small"), 2, "--model"),
         (("finetune", "sentiment", "--model", files / "encoder", *out), 2, "--train"),
         (("finetune", "sentiment", *data, *out, "--from-scratch", "huge"), 2, "--from-scratch"),
+        (("finetune", "sentiment", *data, *out, "--from-scratch", "small", "--adversary", "x"), 2, "--adversary"),
+        (("finetune", "sentiment", *data, *out, "--from-scratch", "small", "--adversary", "pgd", "--adversary-steps",
+          "0"), 2, "--adversary-steps"),
+        (("finetune", "sentiment", *data, *out, "--from-scratch", "small", "--adversary", "gan-bert"), 2,
+         "--unlabelled"),
+        (("finetune", "sentiment", *data, *out, "--from-scratch", "small", "--adversary", "gan-bert", "--unlabelled",
+          tmp_path / "no.txt"), 1, "no.txt"),
         (("finetune", "sentiment", *data, *out, "--model", tmp_path / "no"), 1, "no such folder"),
         (("finetune", "sentiment", *data[2:], *out, "--model", files / "encoder", "--train", tmp_path / "bad.tsv"), 1,
          "line 2: has 1 columns"),

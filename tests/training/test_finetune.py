@@ -120,11 +120,13 @@ def test_accumulated_batches_are_one_batch(files, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_do_as_one_with_the_double_batch(files, tmp_path):
-    config = tiny(files, dropout=0.0, max_steps=6, eval_every=3, lr=1e-3, batch_size=8)
+@pytest.mark.parametrize("adversary", [None, "freelb", "r-drop"])
+def test_two_processes_do_as_one_with_the_double_batch(files, tmp_path, adversary):
+    config = tiny(files, dropout=0.0, max_steps=6, eval_every=3, lr=1e-3, batch_size=8, adversary=adversary)
     finetune(SENTIMENT, config, tmp_path / "one")
     options = ["--model", config.model, "--train", config.train, "--validation", config.validation, "--lr", "1e-3",
-               "--dropout", "0", "--max-steps", "6", "--eval-every", "3", "--batch-size", "4"]  # fmt: skip
+               "--dropout", "0", "--max-steps", "6", "--eval-every", "3", "--batch-size", "4",
+               *(["--adversary", adversary] if adversary else [])]  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "fastgan",
          "finetune", "sentiment", "--out", tmp_path / "two", *options],
