@@ -151,6 +151,25 @@ def qa(
 
 
 @app.command()
+def retrieval(
+    data: list[Path] = typer.Option(..., "--data", help="SQuAD's JSON; its texts are the passages."),
+    model: str = typer.Option(None, "--model", help="The encoder, for dense and both: a folder, or a name on the hub."),
+    kind: str = typer.Option("both", "--retrieval", help="bm25, dense or both."),
+    samples: int = SAMPLES,
+    seed: int = SEED,
+    as_json: bool = JSON,
+) -> None:
+    """How often a question's own text is among the first, or the first five, that are found: R@1, R@5.
+
+    For example: fastgan evaluate retrieval --data dev.json --retrieval bm25
+    """
+    with in_one_line():
+        from fastgan.training.retrieval import evaluate_retrieval
+
+        _print(evaluate_retrieval(data, model, retrieval=kind, samples=samples, seed=seed), as_json)
+
+
+@app.command()
 def generate(
     model: Path = MODEL,
     data: Path = typer.Option(..., "--data", help="Text, plain or .gz."),
