@@ -37,7 +37,8 @@ def answer(
 ) -> None:  # fmt: skip
     """Answer questions from many texts: passages are found, and the best span of them is the answer.
 
-    Each answer comes with its passage, score, file and line. Texts are read as a stream; they may be larger than memory.
+    Each answer comes with its passage, score, file and line. Texts are read as a stream,
+    and may be larger than memory.
 
     For example: fastgan answer runs/qa --corpus books/ --question "Who wrote Frankenstein?" --top 3
     """
@@ -78,6 +79,6 @@ def _as_text(reply: Reply) -> str:
         cut = ["… " * (len(before) > 100), " …" * (len(after) > 100)]
         lines.append(f"    {cut[0]}{shown[0]} [{each.text}] {shown[1]}{cut[1]}".rstrip())
     if not reply.answers:
-        lines.append("  no answer in these texts" + (
-            f" (margin {reply.margin:.2f})" if math.isfinite(reply.margin) else " (no passage shares a word with it)"))  # fmt: skip
+        why = f"margin {reply.margin:.2f}" if math.isfinite(reply.margin) else "no passage shares a word with it"
+        lines.append(f"  no answer in these texts ({why})")
     return "\n".join(lines)

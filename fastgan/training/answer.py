@@ -5,8 +5,8 @@
     reply = answer_from("runs/qa", ["books/"], "Who wrote Frankenstein?")[0]
     reply.answers[0].text, reply.answers[0].file, reply.answers[0].line
 
-The texts are read as a stream and never held; see ``fastgan.training.retrieval`` for the search, ``fastgan.training.qa``
-for the model.
+The texts are read as a stream and never held; see ``fastgan.training.retrieval`` for the search and
+``fastgan.training.qa`` for the model.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def answer_from(
         passages: that are read for an answer, the best of the search.
         encoder: of the dense search; None takes the model's own.
         threshold: an answer must be so much better than "no answer" (logits). None: 0 for a model that was trained on
-            questions without one, and no threshold for others, which never say that there is none if a passage is found.
+            questions without one; no threshold for others, which never say that there is none if a passage is found.
         size: letters of a passage at most.
         batch_size, length, stride: of the reading, as :func:`fastgan.training.qa.answer` has them.
         attention: "fastgan", or transformers' own.

@@ -129,7 +129,7 @@ def dense(questions: Sequence[str], passages: Iterable[str], encoder: tuple[Any,
 
 
 def combine(left: Sequence[Found], right: Sequence[Found], share: float = _SHARE, most: int = MOST) -> list[Found]:
-    """Two searches as one: scores brought to [0, 1] for each question, ``share`` of the left's and the rest the right's.
+    """Two searches as one: each question's scores brought to [0, 1], ``share`` of the left's, the rest the right's.
 
     What only one of them found has 0 from the other.
     """
@@ -207,9 +207,8 @@ def evaluate_retrieval(
     results = []
     signature = f"retrieval:{retrieval}|questions:{len(asked)}|passages:{len(texts)}|bs:{samples}|seed:{seed}"
     for rank in ranks:
-        right = [
-            100.0 * (texts[each.context] in one.numbers[:rank]) for each, one in zip(questions, found, strict=True)
-        ]
+        pairs = zip(questions, found, strict=True)
+        right = [100.0 * (texts[each.context] in one.numbers[:rank]) for each, one in pairs]
         score, (low, high) = float(np.mean(right)), interval(right, samples, seed) if samples else (None, None)
         shown = "" if low is None else f" (95 %: {low:.2f} to {high:.2f})"
         name = f"R@{rank}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # What noise is drawn for: each use has its own stream.
-NOISE, PENALTY, SAMPLES, INIT, DROPOUT, TEXTS = range(6)
+NOISE, PENALTY, SAMPLES, INIT, DROPOUT, TEXTS, EVALUATION = range(7)
 
 
 def mixed_seed(seed: int, use: int, number: int) -> int:
