@@ -1,5 +1,6 @@
 """Each script of examples/ runs, with a few steps."""
 
+import json
 import math
 import os
 import re
@@ -73,6 +74,27 @@ def test_finetuning_examples_run(tmp_path):
     assert 0 < float(re.search(r"validation loss (\S+) per token", out)[1]) < 10
     assert re.search(r"1\.0: ['\"]The ", out)
     assert "data distinct-1" in out
+
+
+def test_question_and_summary_examples_run(tmp_path):
+    for module in ("transformers", "accelerate", "bm25s", "rouge_score"):
+        pytest.importorskip(module)
+    paragraphs = [{"context": f"The boat number {n} is blue.", "qas": [{"id": str(n), "question": f"What is boat {n}?",
+                   "answers": [{"text": "blue", "answer_start": len(f"The boat number {n} is ")}]}]}
+                  for n in range(20)]  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    (tmp_path / "a.txt").write_text("\n\n".join(each["context"] for each in paragraphs))
+    out = run("qa.py", "a.json", "a.json", "questions", "small", "2", cache=tmp_path)
+    assert "EM|norm:squad-2.0" in out
+    assert out.count("right: (('blue'") == 3
+    out = run("answer.py", "a.json", "a.json", "more", "a.txt", "What is boat 7?", "small", "2", cache=tmp_path)
+    assert "R@5|retrieval:bm25|questions:20|passages:20" in out
+    assert out.count("a.txt, line ") == 3
+    rows = [{"document": f"The boat is {n}. It is blue.", "summary": f"Boat {n}"} for n in range(12)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = run("summarize.py", "a.jsonl", "a.jsonl", "short", "small", "2", cache=tmp_path)
+    assert "first sentence" in out
+    assert "\ngiven:   Boat 0" in out
 
 
 def test_examples_are_short():

@@ -74,7 +74,7 @@ class FinetuneConfig:
     report_to: str = "none"  # transformers' integrations, parted by commas: tensorboard, wandb, ...
     attention: str = "fastgan"
 
-    #: fields that name a file, or several, whose content a resumed run must find unchanged
+    #: fields that name a file or a data set of the hub, or several, whose content a resumed run must find unchanged
     FILES: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
@@ -206,7 +206,13 @@ def _run(
     document: dict[str, Any] | None,
     reporter: Reporter,
 ) -> Finetuned:
-    digests = {path: _digest(path) for path in config.paths()}
+    from fastgan.training.hub_sets import localise
+
+    local = localise(config, task.name)  # names of the hub become files
+    named = zip(config.paths(), local.paths(), strict=True)
+    # Two splits of a data set have one name.
+    digests = {given if given == path else f"{given} ({os.path.basename(path)})": _digest(path)
+               for given, path in named}  # fmt: skip
     for path, digest in digests.items():
         if document is not None and document.get("files", {}).get(path) != digest:
             raise RunError(f"{path}: is not what the run in {folder} was begun with")
@@ -216,7 +222,7 @@ def _run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_own_generators(config.seed))
         stack.enter_context(_quiet())
-        prepared = task.prepare(config, reporter.say)
+        prepared = task.prepare(local, reporter.say)
         asked["vocabulary_sha256"] = vocabulary_digest(prepared.tokenizer)
         if document is not None and document.get("vocabulary_sha256") != asked["vocabulary_sha256"]:
             raise RunError(f"{folder}: the tokenizer is another than when this run was begun")
