@@ -1,7 +1,8 @@
 """Answers from many texts: a model fine-tuned on questions, then asked about files that it has not seen.
 
-In commands: ``fastgan finetune qa --model NAME --train TRAIN --validation DEV --out FOLDER``, then ``fastgan answer FOLDER
---corpus TEXTS --question "Who wrote Frankenstein?"`` and ``fastgan evaluate retrieval --data DEV --model FOLDER``.
+In commands: ``fastgan finetune qa --model NAME --train TRAIN --validation DEV --out FOLDER``, then ``fastgan answer
+FOLDER --corpus TEXTS --question "Who wrote Frankenstein?"`` and ``fastgan evaluate retrieval --model FOLDER --data
+DEV``.
 
     python examples/answer.py TRAIN.json DEV.json FOLDER TEXTS QUESTION [model] [steps]
 

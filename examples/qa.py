@@ -1,7 +1,7 @@
 """Questions about a text: an encoder fine-tuned to point at the answer, measured as SQuAD does, and asked.
 
-In commands: ``fastgan finetune qa --model NAME --train TRAIN --validation DEV --out FOLDER``, then ``fastgan evaluate qa
---model FOLDER --data DEV``.
+In commands: ``fastgan finetune qa --model NAME --train TRAIN --validation DEV --out FOLDER``, then ``fastgan evaluate
+qa --model FOLDER --data DEV``.
 
     python examples/qa.py TRAIN.json DEV.json FOLDER [model] [steps]
 

@@ -152,7 +152,8 @@ def qa(
 
 @app.command()
 def retrieval(
-    data: list[Path] = typer.Option(..., "--data", help="SQuAD's JSON; its texts are the passages."),
+    data: list[Path] = typer.Option(..., "--data", help="SQuAD's JSON, a file or several; its texts are the passages."),
+    more: list[Path] = typer.Argument(None, metavar="[DATA]...", help="Further files.", show_default=False),
     model: str = typer.Option(None, "--model", help="The encoder, for dense and both: a folder, or a name on the hub."),
     kind: str = typer.Option("both", "--retrieval", help="bm25, dense or both."),
     samples: int = SAMPLES,
@@ -166,7 +167,7 @@ def retrieval(
     with in_one_line():
         from fastgan.training.retrieval import evaluate_retrieval
 
-        _print(evaluate_retrieval(data, model, retrieval=kind, samples=samples, seed=seed), as_json)
+        _print(evaluate_retrieval([*data, *(more or [])], model, retrieval=kind, samples=samples, seed=seed), as_json)
 
 
 @app.command()

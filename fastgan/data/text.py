@@ -255,3 +255,29 @@ def pack(sequences: Iterable[Sequence[int]], length: int, cls_id: int, sep_id: i
     blocks[:, 0] = cls_id
     blocks[:, 1:-1] = torch.tensor(stream[: count * body], dtype=torch.int64).view(count, body)
     return blocks
+
+
+_METHOD = re.compile(r"^(?:[a-z]+)\.(\w+)\([^\n]*\n\n((?:   +[^\n]+\n)+)", re.MULTILINE)
+
+
+def described_methods(letters: int = 400) -> list[tuple[str, str, list[str]]]:
+    """Methods that the Python reference describes: (name, the entry as one paragraph, its sentences without the name).
+
+    The name is as it stands at the beginning of the entry, as ``str.join`` in ``str.join(iterable)``; the entry is cut
+    after about ``letters``. Each method appears once.
+    """
+    from pydoc_data.topics import topics
+
+    found: dict[str, tuple[str, str, list[str]]] = {}
+    for _, text in sorted(topics.items()):
+        for entry in _METHOD.finditer(text):
+            head = entry[0].split("\n", 1)[0].strip()
+            name, last = head[: head.index("(")], entry[1]
+            described = sentences(_SPACE.sub(" ", entry[2]).strip())
+            kept: list[str] = []
+            for sentence in described:
+                if last not in sentence and sum(map(len, kept)) < letters:
+                    kept.append(sentence)
+            if kept and name not in found:
+                found[name] = (name, f"{head}: {' '.join(kept)}", kept)
+    return list(found.values())
