@@ -4,7 +4,7 @@
 2. a small BERT learns to guess masked words from the reference manual that every CPython carries;
 3. the same BERT is fine-tuned to tell which chapter a sentence comes from;
 4. a GPT-2 learns to write like the manual;
-5. a reader finds and names the methods that sentences describe;
+5. a reader answers questions about exceptions, the manual's two thousand paragraphs before it;
 6. each kernel is timed beside PyTorch's own.
 """
 
@@ -168,9 +168,9 @@ def _demo(out: Path, data: str, seed: int, quick: bool) -> None:
     _title(3, "The same BERT, fine-tuned, tells which chapter a sentence comes from.")
     summary["classification"] = _classification(out / "language", out / "classification", seed, 1 if quick else 3)
     _title(4, "A GPT-2, from nothing, learns to write like the Python reference.")
-    summary["generation"] = write(out / "generation", seed, steps=4 if quick else 200)
-    _title(5, "A reader, from nothing, is asked which method does what: it finds the entry and points at the name.")
-    summary["answers"] = ask(out / "answers", seed, steps=2 if quick else 120)
+    summary["generation"] = write(out / "generation", seed, steps=4 if quick else 500)
+    _title(5, "A reader, from nothing, is asked which exception it was: it finds the paragraph and points at the name.")
+    summary["answers"] = ask(out / "answers", seed, steps=2 if quick else 60)
     _title(6, "Each kernel beside PyTorch's own, in one run.")
     summary["kernels"] = _kernels(out / "kernels")
 

@@ -26,9 +26,9 @@ def write(out: Path, seed: int, steps: int) -> dict[str, Any]:
     for name, chosen in zip(("train", "held-out"), split_by_hash(texts, 0.05), strict=True):
         (out / f"{name}.txt").write_text("\n".join(texts[index] for index in chosen) + "\n", encoding="utf-8")
     config = GenerateConfig(
-        train=out / "train.txt", validation=out / "held-out.txt", from_scratch="small", layers=2, width=128, heads=4,
-        vocab_size=1000, length=64, batch_size=16, max_steps=steps, epochs=50, eval_every=max(1, steps // 2), lr=4e-3,
-        dropout=0.0, seed=seed,
+        train=str(out / "train.txt"), validation=str(out / "held-out.txt"), from_scratch="small", layers=2, width=128,
+        heads=4, vocab_size=1000, length=64, batch_size=16, max_steps=steps, epochs=50, lr=4e-3,
+        eval_every=max(1, steps // 2), dropout=0.0, seed=seed,
     )  # fmt: skip
     result = finetune(GENERATE, config, out / "model", reporter=Lines(seconds=20, unit="examples", figures=("loss",)))
     _stop_if(result)
@@ -41,63 +41,64 @@ def write(out: Path, seed: int, steps: int) -> dict[str, Any]:
 
 
 def ask(out: Path, seed: int, steps: int) -> dict[str, Any]:
-    """A reader learns to name the method that a sentence describes, and finds methods it was not trained on."""
+    """A reader learns to point at the exception that a text tells of, and is asked about sentences it has not seen."""
     from fastgan.cli.progress import Lines
-    from fastgan.data.text import described_methods, split_by_hash
+    from fastgan.data.text import exceptions_told_of, python_reference, split_by_hash, unique_paragraphs
     from fastgan.training.answer import answer_from
     from fastgan.training.finetune import finetune
     from fastgan.training.qa import QA, QAConfig
 
     begin = time.perf_counter()
     out.mkdir(parents=True)
-    methods = described_methods()
-    (out / "methods.txt").write_text("\n\n".join(entry for _, entry, _ in methods) + "\n", encoding="utf-8")
-    training, held = split_by_hash([name for name, _, _ in methods], 0.25)
+    texts = unique_paragraphs(python_reference().values())
+    (out / "reference.txt").write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+    told = exceptions_told_of()
+    training, held = split_by_hash([sentence for _, sentence, _ in told], 0.25)
     for file, chosen in (("train", training), ("held-out", held)):
         paragraphs = []
         for number in chosen:
-            name, entry, told = methods[number]
-            # Names are exchanged in training: a reader that learns them by heart has learnt nothing about others.
-            shift = range(0, len(training), max(1, len(training) // 4)) if file == "train" else [0]
-            for step in shift:
-                other = methods[training[(training.index(number) + step) % len(training)]][0] if step else name
-                asked = [{"id": f"{number}-{step}-{at}", "question": _question(sentence),
-                          "answers": [{"text": other, "answer_start": 0}]}
-                         for at, sentence in enumerate(told)]  # fmt: skip
-                paragraphs.append({"context": other + entry.removeprefix(name), "qas": asked})
+            name, sentence, blank = told[number]
+            answers = [{"text": name, "answer_start": sentence.index(name)}]
+            asked = [{"id": str(number), "question": _question(blank), "answers": answers}]
+            paragraphs.append({"context": sentence, "qas": asked})
         document = {"version": "1.1", "data": [{"title": file, "paragraphs": paragraphs}]}
         (out / f"{file}.json").write_text(json.dumps(document), encoding="utf-8")
     config = QAConfig(
-        train=out / "train.json", validation=out / "held-out.json", from_scratch="small", length=96, stride=24,
-        batch_size=16, max_steps=steps, epochs=100, eval_every=steps, lr=1e-3, dropout=0.0, seed=seed,
+        train=str(out / "train.json"), validation=str(out / "held-out.json"), from_scratch="small", length=96,
+        stride=24, batch_size=16, max_steps=steps, epochs=100, eval_every=steps, lr=1e-3, dropout=0.0, seed=seed,
     )  # fmt: skip
     result = finetune(QA, config, out / "model", reporter=Lines(seconds=20, unit="examples", figures=("loss",)))
     _stop_if(result)
-    asked = [(methods[number][0], _question(methods[number][2][0])) for number in held]
-    try:
-        import bm25s  # noqa: F401
-
-        retrieval = "bm25"
-    except ImportError:
-        retrieval = "dense"
-    replies = answer_from(out / "model", [out / "methods.txt"], [question for _, question in asked],
-                          retrieval=retrieval)  # fmt: skip
-    right = [bool(each.answers) and each.answers[0].text == name for (name, _), each in
-             zip(asked, replies, strict=True)]  # fmt: skip
+    replies = answer_from(
+        out / "model", [out / "reference.txt"], [_question(told[number][2]) for number in held],
+        retrieval=_retrieval(), passages=1,
+    )  # fmt: skip
+    right = [bool(reply.answers) and reply.answers[0].text == told[number][0]
+             for number, reply in zip(held, replies, strict=True)]  # fmt: skip
     seconds, share = time.perf_counter() - begin, sum(right) / len(right)
+    names = [told[number][0] for number in held]
+    commonest = max(map(names.count, names)) / len(names)
     typer.echo(
-        f"      {result.step} steps in {seconds:.0f} s: {share:.0%} of {len(right)} questions about methods it was not "
-        f"trained on, looked for in {len(methods)} entries"
+        f"      {result.step} steps in {seconds:.0f} s: {share:.0%} of {len(right)} questions right, looked for in "
+        f"{len(texts)} paragraphs (always the commonest exception: {commonest:.0%})"
     )
     for reply in replies[:3]:
-        found = reply.answers[0]
-        typer.echo(f"      “{reply.question}”\n        {found.text}  ({Path(found.file).name}, line {found.line})")
-    return {"seconds": seconds, "steps": result.step, "right": share, "questions": len(right), "retrieval": retrieval}
+        typer.echo(f"      “{reply.question}”")
+        for found in reply.answers:
+            typer.echo(f"        {found.text}  ({Path(found.file).name}, line {found.line})")
+    return {"seconds": seconds, "steps": result.step, "right": share, "chance": commonest, "questions": len(right)}
 
 
-def _question(sentence: str) -> str:
-    words = sentence.split()
-    return f"Which method: {' '.join(words[:16])} ?"
+def _question(blank: str) -> str:
+    return f"Which exception: {' '.join(blank.split()[:24])} ?"
+
+
+def _retrieval() -> str:
+    try:
+        import bm25s  # noqa: F401
+    except ImportError:
+        return "dense"
+    return "bm25"
 
 
 def _stop_if(result: Any) -> None:

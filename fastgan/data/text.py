@@ -257,27 +257,19 @@ def pack(sequences: Iterable[Sequence[int]], length: int, cls_id: int, sep_id: i
     return blocks
 
 
-_METHOD = re.compile(r"^(?:[a-z]+)\.(\w+)\([^\n]*\n\n((?:   +[^\n]+\n)+)", re.MULTILINE)
+_EXCEPTION = re.compile(r"\w*(?:Error|Exception|StopIteration|Interrupt|Warning)\b")
 
 
-def described_methods(letters: int = 400) -> list[tuple[str, str, list[str]]]:
-    """Methods that the Python reference describes: (name, the entry as one paragraph, its sentences without the name).
+def exceptions_told_of() -> list[tuple[str, str, str]]:
+    """Sentences of the Python reference that name one exception, once: (exception, sentence, the same without it).
 
-    The name is as it stands at the beginning of the entry, as ``str.join`` in ``str.join(iterable)``; the entry is cut
-    after about ``letters``. Each method appears once.
+    Each sentence appears once; in the third the exception's name is an ellipsis.
     """
-    from pydoc_data.topics import topics
-
-    found: dict[str, tuple[str, str, list[str]]] = {}
-    for _, text in sorted(topics.items()):
-        for entry in _METHOD.finditer(text):
-            head = entry[0].split("\n", 1)[0].strip()
-            name, last = head[: head.index("(")], entry[1]
-            described = sentences(_SPACE.sub(" ", entry[2]).strip())
-            kept: list[str] = []
-            for sentence in described:
-                if last not in sentence and sum(map(len, kept)) < letters:
-                    kept.append(sentence)
-            if kept and name not in found:
-                found[name] = (name, f"{head}: {' '.join(kept)}", kept)
+    found: dict[str, tuple[str, str, str]] = {}
+    for paragraph in unique_paragraphs(python_reference().values()):
+        for sentence in sentences(paragraph):
+            named = [each for each in _EXCEPTION.finditer(sentence) if each[0] not in ("Error", "Exception", "Warning")]
+            if len(named) == 1:
+                first, last = named[0].span()
+                found[sentence] = (named[0][0], sentence, f"{sentence[:first]}…{sentence[last:]}")
     return list(found.values())

@@ -142,10 +142,10 @@ def answer_from(
         if threshold is None:
             threshold = 0.0 if getattr(reader[0].config, "may_have_no_answer", False) else -math.inf
     replies, at = [], 0
-    for question, each in zip(asked, found, strict=True):
-        own = spans[at : at + len(each.numbers)]
-        at += len(each.numbers)
-        replies.append(_reply(question, each, texts, own, threshold, top))
+    for question, one in zip(asked, found, strict=True):
+        own = spans[at : at + len(one.numbers)]
+        at += len(one.numbers)
+        replies.append(_reply(question, one, texts, own, threshold, top))
     return replies
 
 

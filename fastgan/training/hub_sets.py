@@ -43,7 +43,7 @@ def localise(config: FinetuneConfig, task: str) -> FinetuneConfig:
     the hub does not have it or is not reached, within seconds, ImportError without ``datasets``, and ValueError
     (TextError for what the data set holds).
     """
-    changes = {}
+    changes: dict[str, Any] = {}
     for field in config.FILES:
         value = getattr(config, field)
         several = [value] if isinstance(value, str) else list(value)
