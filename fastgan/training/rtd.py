@@ -110,9 +110,10 @@ class RtdTrainer(LanguageTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         outputs = model(input_ids=inputs["input_ids"], labels=inputs["labels"])
-        figures = {name: value.detach() for name, value in outputs.items() if name != "loss"}
+        size = len(inputs["labels"])  # the last batch of an evaluation may be smaller
+        figures = {name: value.detach() * size for name, value in outputs.items() if name != "loss"}
         count, sums = self._sums
-        self._sums = count + 1, {name: sums[name] + value if sums else value for name, value in figures.items()}
+        self._sums = count + size, {name: sums[name] + value if sums else value for name, value in figures.items()}
         loss = outputs["loss"]
         if num_items_in_batch is not None:
             # Masked words count alike in whatever batch of a step they are, and batches have equally many tokens.
