@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -41,3 +42,18 @@ def test_a_few_steps_of_each(tmp_path, monkeypatch):
     assert answered["questions"] > 5
     assert 0 <= answered["right"] <= 1
     assert (tmp_path / "a" / "model" / "loss.png").exists()
+
+
+def test_they_are_parts_of_the_demo(tmp_path, monkeypatch):
+    from fastgan.cli import demo
+
+    shape = {"num_hidden_layers": 1, "hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64}
+    monkeypatch.setattr(sentiment, "_SMALL", shape)
+    monkeypatch.setattr(demo, "_pictures", lambda *_: (None, None))
+    for part in ("_gan", "_language", "_classification", "_kernels"):
+        monkeypatch.setattr(demo, part, lambda *_, **__: {})
+    demo._demo(tmp_path / "demo", "digits", 0, quick=True)
+    summary = json.loads((tmp_path / "demo" / "summary.json").read_text())
+    assert summary["generation"]["steps"] == 4
+    assert summary["answers"]["steps"] == 2
+    assert len(list((tmp_path / "demo").rglob("loss.png"))) == 2
