@@ -14,7 +14,8 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 def run(name, *arguments, cache):
-    environment = {**os.environ, "FASTGAN_CACHE": str(cache)}
+    # Small work: threads that wait for each other take longer than one, above all beside other tests.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "FASTGAN_CACHE": str(cache)}
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *arguments],
         capture_output=True,
