@@ -24,7 +24,7 @@ def tiles(path: Path, size: int, padding: int = 2) -> np.ndarray:
 
 def main(folder: Path) -> None:
     pictures = sorted(folder.rglob("*.png"))
-    assert len(pictures) >= 5, f"too few pictures in {folder}: {pictures}"
+    assert len(pictures) >= 7, f"too few pictures in {folder}: {pictures}"
     for path in pictures:
         pixels = np.asarray(Image.open(path).convert("L"), dtype=np.float64)
         assert min(pixels.shape) >= 64, f"{path} is {pixels.shape}"
@@ -47,6 +47,9 @@ def main(folder: Path) -> None:
     language = summary["language"]
     assert language["loss_last"] < 0.8 * language["loss_first"], language
     assert summary["classification"]["accuracy"] > 2 * summary["classification"]["chance"], summary["classification"]
+    assert summary["generation"]["loss_per_character"] < 2.0, summary["generation"]  # letters alone: 3.0
+    assert all(len(text) > 40 for text in summary["generation"]["written"]), summary["generation"]
+    assert summary["answers"]["right"] > 1.4 * summary["answers"]["chance"], summary["answers"]
     print(
         f"{len(pictures)} pictures, spread {spread:.2f}, roughness {rough(fake) / rough(real):.2f} of the data's: well"
     )

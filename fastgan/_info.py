@@ -18,6 +18,7 @@ _OPTIONAL = {
     "accelerate": "text",
     "scikit-learn": "data",
     "datasets": "data",
+    "bm25s": "retrieval",
     "tensorboard": "tensorboard",
 }
 

@@ -1,5 +1,6 @@
 """Each script of examples/ runs, with a few steps."""
 
+import json
 import math
 import os
 import re
@@ -13,7 +14,8 @@ EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
 def run(name, *arguments, cache):
-    environment = {**os.environ, "FASTGAN_CACHE": str(cache)}
+    # Small work: threads that wait for each other take longer than one, above all beside other tests.
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "FASTGAN_CACHE": str(cache)}
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / name), *arguments],
         capture_output=True,
@@ -81,6 +83,27 @@ def test_freelb_example_runs(tmp_path):
     assert "freelb: 3 passes a step" in out
     clean, perturbed = map(float, re.search(r"step 2/2  loss (\S+)  perturbed (\S+)", out).groups())
     assert perturbed > clean
+
+
+def test_question_and_summary_examples_run(tmp_path):
+    for module in ("transformers", "accelerate", "bm25s", "rouge_score"):
+        pytest.importorskip(module)
+    paragraphs = [{"context": f"The boat number {n} is blue.", "qas": [{"id": str(n), "question": f"What is boat {n}?",
+                   "answers": [{"text": "blue", "answer_start": len(f"The boat number {n} is ")}]}]}
+                  for n in range(6)]  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+    (tmp_path / "a.txt").write_text("\n\n".join(each["context"] for each in paragraphs))
+    out = run("qa.py", "a.json", "a.json", "questions", "small", "2", cache=tmp_path)
+    assert "EM|norm:squad-2.0" in out
+    assert out.count("right: (('blue'") == 3
+    out = run("answer.py", "a.json", "a.json", "more", "a.txt", "What is boat 3?", "small", "2", cache=tmp_path)
+    assert "R@5|retrieval:bm25|questions:6|passages:6" in out
+    assert out.count("a.txt, line ") == 3
+    rows = [{"document": f"The boat is {n}. It is blue.", "summary": f"Boat {n}"} for n in range(3)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = run("summarize.py", "a.jsonl", "a.jsonl", "short", "small", "2", cache=tmp_path)
+    assert "first sentence" in out
+    assert "\ngiven:   Boat 0" in out
 
 
 def test_examples_are_short():

@@ -9,7 +9,7 @@ import warnings
 
 import typer
 
-from fastgan.cli import demo, evaluate, finetune, generate, prepare, pretrain, sample, train
+from fastgan.cli import answer, demo, evaluate, finetune, generate, prepare, pretrain, sample, train
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,6 +48,7 @@ app.command()(pretrain.pretrain)
 app.add_typer(finetune.app, name="finetune")
 app.add_typer(evaluate.app, name="evaluate")
 app.command()(generate.generate)
+app.command()(answer.answer)
 app.command()(sample.sample)
 app.command()(demo.demo)
 

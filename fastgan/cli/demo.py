@@ -1,9 +1,11 @@
-"""``fastgan demo``: the main job on real input, in four parts, with pictures at the end.
+"""``fastgan demo``: the main job on real input, in six parts, with pictures at the end.
 
 1. a DCGAN draws handwritten digits;
 2. a small BERT learns to guess masked words from the reference manual that every CPython carries;
 3. the same BERT is fine-tuned to tell which chapter a sentence comes from;
-4. each kernel is timed beside PyTorch's own.
+4. a GPT-2 learns to write like the manual;
+5. a reader answers questions about exceptions, the manual's two thousand paragraphs before it;
+6. each kernel is timed beside PyTorch's own.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from fastgan.cli.demo_language import ask, write
 from fastgan.cli.failures import in_one_line
 from fastgan.cli.train import check_data
 
@@ -36,7 +39,7 @@ def _say(text: str = "") -> None:
 
 
 def _title(number: int, text: str) -> None:
-    _say(f"\n[{number}/4] {text}")
+    _say(f"\n[{number}/6] {text}")
 
 
 def _pictures(data: str, seed: int, quick: bool) -> tuple[DCGANConfig, ImageArray]:
@@ -161,10 +164,14 @@ def _demo(out: Path, data: str, seed: int, quick: bool) -> None:
     (out / ".demo").touch()
     summary["gan"] = _gan(out / "gan", config, images)
     _title(2, "A BERT, pretrained through fastgan's attention, learns to guess masked words of the Python reference.")
-    summary["language"] = _language(out / "language", seed, steps=20 if quick else 1000)
+    summary["language"] = _language(out / "language", seed, steps=20 if quick else 700)
     _title(3, "The same BERT, fine-tuned, tells which chapter a sentence comes from.")
-    summary["classification"] = _classification(out / "language", out / "classification", seed, 1 if quick else 4)
-    _title(4, "Each kernel beside PyTorch's own, in one run.")
+    summary["classification"] = _classification(out / "language", out / "classification", seed, 1 if quick else 3)
+    _title(4, "A GPT-2, from nothing, learns to write like the Python reference.")
+    summary["generation"] = write(out / "generation", seed, steps=4 if quick else 500)
+    _title(5, "A reader, from nothing, is asked which exception it was: it finds the paragraph and points at the name.")
+    summary["answers"] = ask(out / "answers", seed, steps=2 if quick else 60)
+    _title(6, "Each kernel beside PyTorch's own, in one run.")
     summary["kernels"] = _kernels(out / "kernels")
 
     summary["seconds"] = time.perf_counter() - begin

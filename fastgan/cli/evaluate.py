@@ -151,6 +151,26 @@ def qa(
 
 
 @app.command()
+def retrieval(
+    data: list[Path] = typer.Option(..., "--data", help="SQuAD's JSON, a file or several; its texts are the passages."),
+    more: list[Path] = typer.Argument(None, metavar="[DATA]...", help="Further files.", show_default=False),
+    model: str = typer.Option(None, "--model", help="The encoder, for dense and both: a folder, or a name on the hub."),
+    kind: str = typer.Option("both", "--retrieval", help="bm25, dense or both."),
+    samples: int = SAMPLES,
+    seed: int = SEED,
+    as_json: bool = JSON,
+) -> None:
+    """How often a question's own text is among the first, or the first five, that are found: R@1, R@5.
+
+    For example: fastgan evaluate retrieval --data dev.json --retrieval bm25
+    """
+    with in_one_line():
+        from fastgan.training.retrieval import evaluate_retrieval
+
+        _print(evaluate_retrieval([*data, *(more or [])], model, retrieval=kind, samples=samples, seed=seed), as_json)
+
+
+@app.command()
 def generate(
     model: Path = MODEL,
     data: Path = typer.Option(..., "--data", help="Text, plain or .gz."),

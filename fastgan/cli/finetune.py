@@ -45,7 +45,11 @@ BATCH_SIZE = typer.Option(16, help="Examples at a time, in each process; those o
 
 @app.callback()
 def _finetune() -> None:
-    pass
+    """Fine-tune a language model for a task, or train one from scratch.
+
+    --train and --validation name files, or data sets of the hub: OWNER/NAME with @CONFIG, :SPLIT and #COLUMN behind it
+    where they are needed, as in nyu-mll/glue@sst2 or wmt/wmt16@de-en:train#de.
+    """
 
 
 @app.command()

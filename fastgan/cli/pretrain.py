@@ -12,13 +12,14 @@ from fastgan.cli.train import _source
 
 # The defaults shown are PretrainConfig's own (a test compares them): reading them would import torch for `--help`.
 _FIELDS = ("objective", "data", "model", "layers", "width", "heads", "length", "batch_size", "max_steps", "lr",
-           "warmup", "dropout", "weight_decay", "mlm_probability", "precision", "seed", "gradient_accumulation",
+           "warmup", "dropout", "weight_decay", "mlm_probability", "generator_share", "rtd_weight", "precision", "seed",
+           "gradient_accumulation",
            "eval_every", "early_stopping", "report_to", "attention")  # fmt: skip
 
 
 def pretrain(
     context: typer.Context,
-    objective: str = typer.Option(None, help="mlm (BERT, masked words) or clm (GPT-2, the next word)."),
+    objective: str = typer.Option(None, help="mlm (BERT, masked words), clm (GPT-2, the next word) or rtd (ELECTRA)."),
     data: Path = typer.Option(None, help="A folder that fastgan prepare text made."),
     out: Path = typer.Option(..., help="The run's folder, and the model's in the end."),
     model: Path | None = typer.Option(None, help="Go on from the model in this folder, not from scratch."),
@@ -33,6 +34,8 @@ def pretrain(
     dropout: float = typer.Option(0.1),
     weight_decay: float = typer.Option(0.01),
     mlm_probability: float = typer.Option(0.15, help="Share of the words that are masked."),
+    generator_share: float = typer.Option(0.25, help="rtd: the generator's share of the heads and width."),
+    rtd_weight: float = typer.Option(50.0, help="rtd: weight of the discriminator's loss beside the generator's."),
     precision: str = typer.Option("float32", help="float32, bfloat16 or float16 (on a GPU)."),
     seed: int = typer.Option(0, help="Same seed, same weights."),
     gradient_accumulation: int = typer.Option(1, help="Batches to a step."),
@@ -105,6 +108,12 @@ def _summary(result) -> str:
     text = f"finished: {result.step} steps, {result.parameters / 1e6:.1f} million parameters in {result.folder}"
     if result.stopped_early:
         text += f"; stopped early, of {result.total} steps"
+    if result.figures:
+        figures = result.figures
+        return (
+            f"{text}\n  validation: generator {figures['generator_loss']:.4f} nats per masked word, discriminator "
+            f"{figures['discriminator_loss']:.4f} per token, {figures['accuracy']:.2%} of the tokens right"
+        )
     if result.validation_loss is not None:
         text += f"\n  validation loss {result.validation_loss:.4f} nats per token"
     if result.validation_loss_per_character is not None:

@@ -20,13 +20,13 @@ class Blocks(torch.utils.data.Dataset):
     Every epoch is a new shuffle of the blocks. For a causal model the labels are the ids themselves (the model shifts
     them). For a masked one the block is ``[CLS] ... [SEP]`` where the tokenizer has these, and ``mlm_probability`` of
     its tokens, at least one, are to be predicted: 80 % are masked, 10 % another token, 10 % as they were, drawn anew
-    each time.
+    each time. For replaced words all of them are masked.
 
     Args:
         ids: the tokens, one after the other; what does not fill the last block is left out.
         tokenizer: of the corpus.
         length: of a block.
-        objective: "mlm" or "clm".
+        objective: "mlm", "clm" or "rtd".
         seed: of the order and the masks.
         count: number of examples, or None for every block once, in order.
         most: where ``count`` is None, at most so many blocks, spread evenly.
@@ -45,7 +45,7 @@ class Blocks(torch.utils.data.Dataset):
     ) -> None:
         self.ids, self.objective, self.seed, self.probability = ids, objective, seed, mlm_probability
         begin, end = tokenizer.cls_token_id, tokenizer.sep_token_id
-        self.frame = (begin, end) if objective == "mlm" and begin is not None and end is not None else None
+        self.frame = (begin, end) if objective != "clm" and begin is not None and end is not None else None
         self.body = length - 2 * (self.frame is not None)
         self.blocks = len(ids) // self.body
         self.special = np.array(sorted(set(tokenizer.all_special_ids)), np.int64)
@@ -80,6 +80,8 @@ class Blocks(torch.utils.data.Dataset):
         chance[np.isin(tokens, self.special)] = 2.0
         wanted = chance < self.probability
         wanted[chance.argmin()] |= chance.min() < 1  # a loss over nothing has no value
+        if self.objective == "rtd":
+            return np.where(wanted, self.mask_id, tokens), np.where(wanted, tokens, -100)
         kind = draws.random(len(tokens))
         inputs = np.where(wanted & (kind < 0.8), self.mask_id, tokens)
         others = self.words[draws.integers(0, len(self.words), len(tokens))]

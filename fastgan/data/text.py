@@ -255,3 +255,21 @@ def pack(sequences: Iterable[Sequence[int]], length: int, cls_id: int, sep_id: i
     blocks[:, 0] = cls_id
     blocks[:, 1:-1] = torch.tensor(stream[: count * body], dtype=torch.int64).view(count, body)
     return blocks
+
+
+_EXCEPTION = re.compile(r"\w*(?:Error|Exception|StopIteration|Interrupt|Warning)\b")
+
+
+def exceptions_told_of() -> list[tuple[str, str, str]]:
+    """Sentences of the Python reference that name one exception, once: (exception, sentence, the same without it).
+
+    Each sentence appears once; in the third the exception's name is an ellipsis.
+    """
+    found: dict[str, tuple[str, str, str]] = {}
+    for paragraph in unique_paragraphs(python_reference().values()):
+        for sentence in sentences(paragraph):
+            named = [each for each in _EXCEPTION.finditer(sentence) if each[0] not in ("Error", "Exception", "Warning")]
+            if len(named) == 1:
+                first, last = named[0].span()
+                found[sentence] = (named[0][0], sentence, f"{sentence[:first]}…{sentence[last:]}")
+    return list(found.values())

@@ -105,6 +105,23 @@ def read_units(file: Path, unit: str, read: Read, skip_bad_lines: bool = False) 
         read.blank_files += not some
 
 
+def read_lines(file: Path, read: Read) -> Iterator[tuple[int, str, bool]]:
+    """All lines of a file, blank ones too, as (number from 1, text without its end, begins); errors as read_units'.
+
+    A line that is longer than ``BLOCK`` bytes comes in pieces, of which only the first begins.
+    """
+    number, begins = 1, True
+    with open(file, "rb") as stream:
+        for block, open_end in _blocks(stream, file, "line", read):
+            lines = _decode(block, file, read, False).split("\n")
+            if not open_end and not lines[-1]:
+                lines.pop()  # what follows the last newline
+            for place, text in enumerate(lines, 1):
+                yield number, text, begins
+                begins = not (open_end and place == len(lines))
+                number += begins
+
+
 def _blocks(stream: BinaryIO, file: Path, unit: str, read: Read) -> Iterator[tuple[bytes, bool]]:
     """Blocks that end with a line or paragraph, or (the second is True) within one that is too long to be held."""
     end = b"\n\n" if unit == "paragraph" else b"\n"

@@ -82,7 +82,7 @@ class FinetuneConfig:
     adversary_weight: float | None = None
     adversary_masks: str | None = None
 
-    #: fields that name a file, or several, whose content a resumed run must find unchanged
+    #: fields that name a file or a data set of the hub, or several, whose content a resumed run must find unchanged
     FILES: ClassVar[tuple[str, ...]] = ()
     #: those of them that may be None
     OPTIONAL_FILES: ClassVar[tuple[str, ...]] = ()
@@ -217,7 +217,13 @@ def _run(
     document: dict[str, Any] | None,
     reporter: Reporter,
 ) -> Finetuned:
-    digests = {path: _digest(path) for path in config.paths()}
+    from fastgan.training.hub_sets import localise
+
+    local = localise(config, task.name)  # names of the hub become files
+    named = zip(config.paths(), local.paths(), strict=True)
+    # Two splits of a data set have one name.
+    digests = {given if given == path else f"{given} ({os.path.basename(path)})": _digest(path)
+               for given, path in named}  # fmt: skip
     for path, digest in digests.items():
         if document is not None and document.get("files", {}).get(path) != digest:
             raise RunError(f"{path}: is not what the run in {folder} was begun with")
@@ -227,7 +233,7 @@ def _run(
     with contextlib.ExitStack() as stack:
         stack.enter_context(_own_generators(config.seed))
         stack.enter_context(_quiet())
-        prepared = attach(task.prepare(config, reporter.say), config, reporter.say)
+        prepared = attach(task.prepare(local, reporter.say), local, reporter.say)
         asked["vocabulary_sha256"] = vocabulary_digest(prepared.tokenizer)
         if document is not None and document.get("vocabulary_sha256") != asked["vocabulary_sha256"]:
             raise RunError(f"{folder}: the tokenizer is another than when this run was begun")

@@ -136,11 +136,11 @@ def from_scratch(kind: Any, shape: Any, attention: str) -> Any:
 
 @contextlib.contextmanager
 def evaluating(
-    model: str | os.PathLike[str] | tuple[Any, Any], kind: str, attention: str, what: str
+    model: str | os.PathLike[str] | tuple[Any, Any], kind: str, attention: str, what: str, *, whole: bool = True
 ) -> Iterator[tuple[Any, Any]]:
     """(model, tokenizer) in evaluation mode, of a pair, which is left as it was, or by name.
 
-    ``kind``: the class of transformers that loads it.
+    ``kind``: the class of transformers that loads it. ``whole``: as :func:`load_model` has it.
     """
     import torch
     import transformers
@@ -153,7 +153,7 @@ def evaluating(
         name = os.fspath(model)
         with _quiet(), _own_generators(0):
             tokenizer = load_tokenizer(name)
-            network = load_model(getattr(transformers, kind), name, tokenizer, attention, what, whole=True)
+            network = load_model(getattr(transformers, kind), name, tokenizer, attention, what, whole=whole)
         network.to("cuda" if torch.cuda.is_available() else "cpu")
     training = network.training
     network.eval()

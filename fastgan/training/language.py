@@ -375,8 +375,10 @@ def plot_losses(
     label: str,
     levels: dict[str, float],
     validation: Sequence[tuple[int, float]] = (),
+    more: dict[str, Sequence[tuple[int, float]]] | None = None,
 ) -> None:
-    """Draw a loss curve as a PNG, with horizontal lines at the finite ``levels``; no display is needed."""
+    """Draw a loss curve as a PNG, with horizontal lines at the finite ``levels`` and ``more`` curves by their names; no
+    display is needed."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -386,6 +388,8 @@ def plot_losses(
     axes.plot([step for step, _ in history], [loss for _, loss in history], label=label)
     if validation:
         axes.plot([step for step, _ in validation], [loss for _, loss in validation], label="validation")
+    for name, curve in (more or {}).items():
+        axes.plot([step for step, _ in curve], [loss for _, loss in curve], label=name)
     for number, (name, level) in enumerate(levels.items()):
         if math.isfinite(level):
             axes.axhline(level, linestyle="--", linewidth=1, color=f"C{number + 1}", label=f"{name}: {level:.2f}")

@@ -34,6 +34,7 @@ from fastgan.training.streams import DROPOUT, mixed_seed
 
 _EVALUATED = 1024  # blocks at most: an evaluation must not take longer than the training between two
 MANIFEST = "fastgan.json"
+_PLAYERS = ("generator_loss", "discriminator_loss")  # of a run with two, beside the loss that is their sum
 
 
 # ---- what a history of losses says ----
@@ -189,6 +190,18 @@ class LanguageTrainer(Trainer):
         self.save_model(str(staging), _internal_call=True)
         _seal(staging)
         _move(staging, self.folder / name)
+
+    def load_weights(self, folder: Path) -> None:
+        """Of a folder that ``save_weights`` wrote."""
+        from safetensors.torch import load_file
+
+        model: Any = self.model
+        model.load_state_dict(load_file(folder / "model.safetensors"), strict=False)  # what is tied is stored once
+        model.tie_weights()
+
+    def export(self, folder: Path) -> None:
+        """The model as it is in the end, for ``from_pretrained``."""
+        self.save_model(str(folder), _internal_call=True)
 
     def _wait(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -414,6 +427,7 @@ def train(
         amount=config.batch_size * config.gradient_accumulation * config.length,
         keep_best=config.early_stopping > 0,
         patience=config.early_stopping,
+        trainer=_trainer(config.objective),
     )
     ended = run_job(job, checkpoint, reporter, stopping)
     chosen = ended.best if config.early_stopping and ended.best else ended.last
@@ -423,16 +437,28 @@ def train(
     if config.objective == "clm" and loss is not None and held["characters"]:
         per_character = loss * held["tokens"] / held["characters"]
     parameters = sum(parameter.numel() for parameter in model.parameters())
+    figures = {}
+    if config.objective == "rtd" and chosen:
+        entry = next(row for row in ended.history if row["step"] == chosen[0] and "eval_loss" in row)
+        figures = {name: value for name, value in figures_of(entry).items() if name != "loss"}
     result = Pretrained(
-        folder, ended.step, config.max_steps, ended.interrupted, ended.early, loss, per_character, parameters
+        folder, ended.step, config.max_steps, ended.interrupted, ended.early, loss, per_character, parameters, figures
     )
     if ended.first:
-        label = "masked-word loss" if config.objective == "mlm" else "next-word loss"
+        label = {"mlm": "masked-word loss", "clm": "next-word loss", "rtd": "loss of both"}[config.objective]
         write_end(job, ended, tokenizer, config.length, label)
         if not ended.interrupted:
             write_result(folder, result)
     ended.trainer._wait()
     return result
+
+
+def _trainer(objective: str) -> type[LanguageTrainer]:
+    if objective != "rtd":
+        return LanguageTrainer
+    from fastgan.training.rtd import RtdTrainer
+
+    return RtdTrainer
 
 
 def make_arguments(
@@ -504,13 +530,15 @@ def write_model(job: Job, ended: Ended, tokenizer: Any, length: int) -> None:
             check_whole(chosen)
         else:  # a finished run that was lengthened, and did no better: the folder itself has the best
             chosen = folder
-        from safetensors.torch import load_file
-
-        model: Any = trainer.model
-        model.load_state_dict(load_file(chosen / "model.safetensors"), strict=False)  # what is tied is stored once
-        model.tie_weights()
-    trainer.save_model(str(staging), _internal_call=True)
+        trainer.load_weights(chosen)
+    staging.mkdir()
+    trainer.export(staging)
     tokenizer.model_max_length = length
+    for place in [path for path in staging.iterdir() if path.is_dir()]:  # of a second player
+        tokenizer.save_pretrained(place)
+        _seal(place)
+        (place / MANIFEST).unlink()
+        _move(place, folder / place.name)
     tokenizer.save_pretrained(staging)
     _seal(staging)
     (staging / MANIFEST).unlink()
@@ -537,7 +565,8 @@ def figures_of(entry: dict[str, Any]) -> dict[str, float]:
 
 def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
     """metrics.jsonl, of what the last checkpoint knows: never ahead of it, never behind."""
-    names = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm"}
+    names = {"loss": "loss", "learning_rate": "lr", "grad_norm": "grad_norm",
+             **{name: name for name in (*_PLAYERS, "accuracy")}}  # fmt: skip
     rows = []
     for entry in history:
         row = {ours: entry[theirs] for theirs, ours in names.items() if theirs in entry}
@@ -548,10 +577,18 @@ def write_metrics(folder: Path, history: list[dict[str, Any]]) -> None:
 
 
 def picture(history: list[dict[str, Any]], label: str) -> bytes:
-    """The losses of training and validation, as a PNG."""
+    """The losses of training and validation, as a PNG; each player's, where there are two."""
     from fastgan.training.language import plot_losses
 
+    two = {name.replace("_", " "): [(int(row["step"]), float(row[name])) for row in history if name in row]
+           for name in _PLAYERS}  # fmt: skip
+    two |= {f"validation {name.replace('_', ' ')}": Goal(name).evaluations(history) for name in _PLAYERS}
     losses = [(int(row["step"]), float(row["loss"])) for row in history if "loss" in row]
     buffer = io.BytesIO()
-    plot_losses(losses, buffer, label, {}, validation=LOSS.evaluations(history))
+    if any(two.values()):
+        # One is fifty times the other's weight, so that their sum says little.
+        (label, losses), *others = two.items()
+        plot_losses(losses, buffer, label, {}, more=dict(others))
+    else:
+        plot_losses(losses, buffer, label, {}, validation=LOSS.evaluations(history))
     return buffer.getvalue()

@@ -1,4 +1,4 @@
-"""Pretraining a language model in a run folder: BERT by masked words, GPT-2 by the next, on transformers' Trainer.
+"""Pretraining a language model in a run folder: BERT by masked words, GPT-2 by the next, ELECTRA by replaced ones.
 
 ::
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from fastgan.training.run_folder import changed
 
 FORMAT = "fastgan-pretraining"
 VERSION = 1
-OBJECTIVES = ("mlm", "clm")
+OBJECTIVES = ("mlm", "clm", "rtd")
 #: what a resumed run may change; ``data`` only in its place
 CHANGEABLE = ("data", "max_steps", "eval_every", "early_stopping", "report_to")
 
@@ -57,6 +58,8 @@ class PretrainConfig:
     dropout: float = 0.1
     weight_decay: float = 0.01
     mlm_probability: float = 0.15
+    generator_share: float = 0.25  # rtd: of the discriminator's heads and width that its generator has
+    rtd_weight: float = 50.0  # rtd: of the discriminator's loss
     precision: str = "float32"
     seed: int = 0
     gradient_accumulation: int = 1
@@ -79,6 +82,12 @@ class PretrainConfig:
         check_settings(self)
         if not 0 < self.mlm_probability < 1:
             raise ValueError(f"mlm_probability must be between 0 and 1, got {self.mlm_probability}")
+        if not 0 < self.generator_share <= 1:
+            raise ValueError(f"generator_share must be more than 0 and at most 1, got {self.generator_share}")
+        if not (self.rtd_weight > 0 and math.isfinite(self.rtd_weight)):
+            raise ValueError(f"rtd_weight must be positive and finite, got {self.rtd_weight}")
+        if self.objective == "rtd" and self.model is not None:
+            raise ValueError("model cannot be gone on from with objective rtd, which begins from scratch")
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,7 @@ class Pretrained:
     validation_loss: float | None = None
     validation_loss_per_character: float | None = None  # causal models only
     parameters: int = 0
+    figures: dict[str, float] = dataclasses.field(default_factory=dict)  # rtd: each player's, of the last evaluation
 
 
 def pretrain(config: PretrainConfig, out: str | os.PathLike[str], *, reporter: Reporter | None = None) -> Pretrained:
@@ -153,9 +163,9 @@ def _run(
 
 
 def _check(config: PretrainConfig, corpus: Corpus, tokenizer: Any) -> None:
-    if config.objective == "mlm" and tokenizer.mask_token_id is None:
-        raise ValueError(f"{config.data}: its tokenizer has no mask token, which objective mlm needs")
-    body = config.length - (2 if config.objective == "mlm" and tokenizer.cls_token_id is not None else 0)
+    if config.objective != "clm" and tokenizer.mask_token_id is None:
+        raise ValueError(f"{config.data}: its tokenizer has no mask token, which objective {config.objective} needs")
+    body = config.length - (2 if config.objective != "clm" and tokenizer.cls_token_id is not None else 0)
     tokens = corpus.counts["train"]["tokens"]
     if tokens < body:
         raise ValueError(f"{config.data}: its {tokens:,} tokens do not fill one block of length {config.length}")
@@ -167,12 +177,16 @@ def _check(config: PretrainConfig, corpus: Corpus, tokenizer: Any) -> None:
 
 
 def make_model(config: PretrainConfig, corpus: Corpus, tokenizer: Any) -> Any:
-    """BERT or GPT-2 at step 0, from torch's generator; or the model of ``config.model``, checked against the corpus."""
+    """BERT, GPT-2 or ELECTRA's two at step 0, from torch's generator; or that of ``config.model``, once checked."""
     from fastgan.replace import replace_modules
 
     if config.model is not None:
         model = _given_model(config, corpus, tokenizer)
         return replace_modules(model) if config.attention == "fastgan" else model
+    if config.objective == "rtd":
+        from fastgan.training.rtd import make_players
+
+        return make_players(config, corpus.vocabulary, tokenizer.pad_token_id)
     if config.objective == "mlm":
         from transformers import BertConfig, BertForMaskedLM
 

@@ -222,6 +222,7 @@ def answer(
     batch_size: int = 32,
     length: int = 256,
     stride: int = 96,
+    may_have_none: bool | None = None,
     attention: str = "fastgan",
 ) -> list[Answer]:
     """The answer to each question in its text.
@@ -232,6 +233,7 @@ def answer(
         contexts: the texts, of any length.
         batch_size: windows at a time.
         length, stride: tokens of question and window together, and those that windows share.
+        may_have_none: whether "no answer" may be the answer; None: as the model was trained.
 
     Raises ValueError (unequal numbers, no such model) or FileNotFoundError.
     """
@@ -254,7 +256,9 @@ def answer(
             for place, index in enumerate(chosen):
                 begins[index] = outputs.start_logits[place].float().cpu().numpy()
                 ends[index] = outputs.end_logits[place].float().cpu().numpy()
-    return _best(pairs, windows, begins, ends, bool(getattr(network.config, _MAYBE_NONE, False)))
+    if may_have_none is None:
+        may_have_none = bool(getattr(network.config, _MAYBE_NONE, False))
+    return _best(pairs, windows, begins, ends, may_have_none)
 
 
 def evaluate_qa(

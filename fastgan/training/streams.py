@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 # What noise is drawn for: each use has its own stream.
-NOISE, PENALTY, SAMPLES, INIT, DROPOUT, TEXTS, PERTURBATION, PLAYERS = range(8)
+NOISE, PENALTY, SAMPLES, INIT, DROPOUT, TEXTS, PERTURBATION, PLAYERS, EVALUATION = range(9)
 
 
 def mixed_seed(seed: int, use: int, number: int) -> int:

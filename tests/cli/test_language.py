@@ -37,7 +37,7 @@ def fastgan(*arguments):
     return result
 
 
-@pytest.mark.parametrize(("objective", "tokenizer"), [("clm", "bpe"), ("mlm", "wordpiece")])
+@pytest.mark.parametrize(("objective", "tokenizer"), [("clm", "bpe"), ("mlm", "wordpiece"), ("rtd", "bpe")])
 def test_prepare_pretrain_and_resume(text, tmp_path, objective, tokenizer):
     corpus, run = tmp_path / "corpus", tmp_path / "run"
     result = fastgan("prepare", "text", text, "--out", corpus, "--vocab-size", 300, "--lowercase", "--tokenizer",
@@ -47,8 +47,9 @@ def test_prepare_pretrain_and_resume(text, tmp_path, objective, tokenizer):
     assert "lines" in result.output
     result = fastgan("pretrain", "--objective", objective, "--data", corpus, "--out", run, *SMALL)
     assert result.exit_code == 0, result.output
-    for words in ("step 2: validation loss", "step 4 of 4", "tokens/s", "finished: 4 steps", "nats per token"):
+    for words in ("step 2: validation loss", "step 4 of 4", "tokens/s", "finished: 4 steps", " per token"):
         assert words in result.output
+    assert ("nats per masked word" in result.output) == (objective == "rtd")
     assert ("per character" in result.output) == (objective == "clm")
     result = fastgan("pretrain", "--out", run, "--resume", "--max-steps", 6)
     assert result.exit_code == 0, result.output

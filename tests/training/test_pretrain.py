@@ -153,7 +153,7 @@ def test_a_model_is_gone_on_from_and_another_tokenizer_is_refused(corpus, tmp_pa
 
 def test_what_cannot_be_is_refused_by_name(corpus, tmp_path):
     for options, words in [
-        ({"width": 15}, "width"), ({"heads": 0}, "heads"), ({"lr": 0.0}, "lr"), ({"objective": "rtd"}, "objective"),
+        ({"width": 15}, "width"), ({"heads": 0}, "heads"), ({"lr": 0.0}, "lr"), ({"objective": "nsp"}, "objective"),
         ({"precision": "int8"}, "precision"), ({"length": 3}, "length"), ({"dropout": 1.0}, "dropout"),
         ({"max_steps": 0}, "max_steps"), ({"seed": -1}, "seed"),
     ]:  # fmt: skip
