@@ -1,0 +1,538 @@
+// Batch norm and activation on CUDA. Registers: at most 128, no spills (nvcc 13: sm_80, sm_90a, sm_100).
+//
+// One kernel for both layouts and both directions. A block has 256 threads: X columns of channels and 256 / X
+// rows. In (batch, spatial, channels) a thread owns V neighbouring channels, one vector of each row that it
+// visits, and X columns make 128 bytes, so that a warp reads whole lines of memory. In (batch, channels,
+// spatial) a block owns one channel, X is 1, and the threads take neighbouring vectors of its planes.
+//
+// Work is in two phases, sums over the items of a channel and then a value for each item. Where a channel is
+// small (up to kWholeItems items a thread) one block does both, one launch in all, the second read from the
+// cache. Elsewhere the items are cut into splits: a first launch leaves the sums of each split in scratch, a
+// second adds them again in every block, in the order of the splits, and writes. That costs a few kilobytes a
+// block, and needs neither atomics nor a cleared counter: the bits are the same in every run.
+//
+// Numerics: as the CPU kernel (norm_act_cpu.cpp). A thread takes a chunk of values into registers, and sums
+// squares about the chunk's own mean; chunks, threads and splits are joined in double by Chan's formula, in
+// which nothing cancels. The sums of a backward are in the accumulate type within a chunk, double beyond it.
+// The output is fma(x - float(mean), scale, shift) with the mean's rest in the shift; the mask is recomputed by
+// the same two instructions.
+#include "norm_act/norm_act.h"
+
+#include "common/cuda_block.h"
+#include "common/cuda_types.h"
+
+namespace fastgan {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kWholeItems = 32;  // items a thread, up to which one block does a channel alone
+constexpr int kSplitItems = 16;  // items a thread, of a split
+constexpr int kMostSplits = 256;
+constexpr int kMostChannels = 4;  // of a thread
+
+// How a call is cut; from shapes and alignment alone. An item is a vector of V elements.
+struct Plan {
+  int columns, rows;     // of threads; columns is X above
+  int tiles;             // of channels
+  int splits;            // of the items
+  int64_t items;         // of a channel (or of a tile's row) in a group
+  int64_t split_items;   // the last split may have fewer
+  bool vectors;          // V elements an item; one otherwise
+  bool whole;            // both phases in one launch
+};
+
+template <class S>
+constexpr int vector_width(bool channels_last) {
+  return channels_last && sizeof(S) == 2 ? 4 : 16 / int(sizeof(S));
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Which phases a launch has.
+struct Phases {
+  bool sums, values;
+};
+
+// Count, mean and second moment about it.
+struct Moments {
+  double count, mean, square;
+  FASTGAN_DEVICE void merge(const Moments& other) {
+    if (other.count == 0) return;
+    double all = count + other.count, delta = other.mean - mean, share = other.count / all;
+    square += other.square + delta * delta * (count * share);
+    mean += delta * share;
+    count = all;
+  }
+};
+
+// The two sums of a backward: of dz, and of dz (x - T(mean)).
+struct Sums {
+  double dz, along;
+  FASTGAN_DEVICE void merge(const Sums& other) {
+    dz += other.dz;
+    along += other.along;
+  }
+};
+
+// z = (x - mean) * scale + shift; dx = dz * scale - (x - mean) * along - constant
+template <class T>
+struct Coefficients {
+  T mean, scale, shift, along, constant;
+};
+
+template <class T>
+FASTGAN_DEVICE T preactivation(T x, const Coefficients<T>& c) {
+  return fma(x - c.mean, c.scale, c.shift);
+}
+// The negated comparisons keep a NaN.
+template <class T>
+FASTGAN_DEVICE T activate(T z, Activation act, T slope) {
+  if (act == Activation::relu) return z < T(0) ? T(0) : z;
+  if (act == Activation::leaky_relu) return z > T(0) ? z : z * slope;
+  return z;
+}
+template <class T>
+FASTGAN_DEVICE T masked(T grad, T z, Activation act, T slope) {
+  if (act == Activation::relu) return z <= T(0) ? T(0) : grad;
+  if (act == Activation::leaky_relu) return z > T(0) ? grad : grad * slope;
+  return grad;
+}
+
+// What one thread sees of a call: its channels, its items, and the ways to their memory.
+template <class S, int V, bool Last>
+struct Walk {
+  using T = AccumulateType<S>;
+  static constexpr int K = Last ? V : 1;                            // channels of a thread
+  static constexpr int U = Last ? (V > 1 ? 4 : 8) : (V > 1 ? 16 / V : 8);  // items of a chunk
+  static_assert(K <= kMostChannels);
+
+  const NormActArgs& args;
+  const Plan& plan;
+  int column, row;
+  int64_t channel;  // the first of K; those beyond the last are not touched
+
+  FASTGAN_DEVICE Walk(const NormActArgs& a, const Plan& p, int tile) : args(a), plan(p) {
+    column = int(threadIdx.x) % p.columns, row = int(threadIdx.x) / p.columns;
+    channel = (int64_t(tile) * p.columns + column) * K;
+  }
+  FASTGAN_DEVICE bool is_inside() const { return channel < args.channels; }
+  FASTGAN_DEVICE int64_t group_images() const { return args.batch / args.groups; }
+  FASTGAN_DEVICE double count() const { return double(group_images()) * double(args.spatial); }
+
+  // Where an item of a group lies. In planes, a division an item: memory waits longer.
+  FASTGAN_DEVICE int64_t offset(int64_t group, int64_t item) const {
+    if (Last) return (group * group_images() * args.spatial + item) * args.channels + channel;
+    int64_t per_plane = args.spatial / V;
+    int64_t plane = per_plane <= 0x7fffffff && item <= 0x7fffffff
+                        ? int64_t(uint32_t(item) / uint32_t(per_plane))
+                        : item / per_plane;
+    return ((group * group_images() + plane) * args.channels + channel) * args.spatial +
+           (item - plane * per_plane) * V;
+  }
+
+  // Which of the thread's channels element e of a vector belongs to.
+  static FASTGAN_DEVICE int owner(int e) { return Last ? e : 0; }
+
+  FASTGAN_DEVICE void range(int split, int64_t& begin, int64_t& end) const {
+    begin = split * plan.split_items;
+    end = begin + plan.split_items < plan.items ? begin + plan.split_items : plan.items;
+  }
+
+  FASTGAN_DEVICE void moments(int64_t group, int split, Moments (&out)[K]) const {
+    const S* x = static_cast<const S*>(args.input);
+    int64_t begin, end;
+    range(split, begin, end);
+    for (int64_t first = begin + row; first < end; first += int64_t(U) * plan.rows) {
+      T values[U][V];
+      int items = 0;
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        int64_t item = first + int64_t(u) * plan.rows;
+        if (item < end) load_vector<V>(x + offset(group, item), values[u]), items = u + 1;
+      }
+      T number = T(items * (Last ? 1 : V));
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        T pivot = values[0][k], sum = 0, s1 = 0, s2 = 0;
+#pragma unroll
+        for (int u = 0; u < U; ++u)
+#pragma unroll
+          for (int e = 0; e < V; ++e)
+            if (owner(e) == k && u < items) sum += values[u][e] - pivot;
+        pivot += sum / number;
+#pragma unroll
+        for (int u = 0; u < U; ++u)
+#pragma unroll
+          for (int e = 0; e < V; ++e)
+            if (owner(e) == k && u < items) {
+              T d = values[u][e] - pivot;
+              s1 += d;
+              s2 = fma(d, d, s2);
+            }
+        T rest = s1 / number;  // pivot is rounded: what is left of the mean
+        out[k].merge({double(number), double(pivot) + double(rest), double(s2 - s1 * rest)});
+      }
+    }
+  }
+
+  FASTGAN_DEVICE void sums(int64_t group, int split, const Coefficients<T> (&c)[K], Sums (&out)[K]) const {
+    const S *x = static_cast<const S*>(args.input), *dy = static_cast<const S*>(args.grad_output);
+    T slope = T(args.negative_slope);
+    int64_t begin, end;
+    range(split, begin, end);
+    for (int64_t first = begin + row; first < end; first += int64_t(U) * plan.rows) {
+      T dz[K] = {}, along[K] = {};
+#pragma unroll
+      for (int u = 0; u < U; ++u) {
+        int64_t item = first + int64_t(u) * plan.rows;
+        if (item >= end) break;
+        T values[V], grads[V];
+        load_vector<V>(x + offset(group, item), values);
+        load_vector<V>(dy + offset(group, item), grads);
+#pragma unroll
+        for (int e = 0; e < V; ++e) {
+          const int k = owner(e);
+          T d = masked(grads[e], preactivation(values[e], c[k]), args.act, slope);
+          dz[k] += d;
+          along[k] = fma(d, values[e] - c[k].mean, along[k]);
+        }
+      }
+#pragma unroll
+      for (int k = 0; k < K; ++k) out[k].merge({double(dz[k]), double(along[k])});
+    }
+  }
+
+  FASTGAN_DEVICE void outputs(int64_t group, int split, const Coefficients<T> (&c)[K]) const {
+    const S* x = static_cast<const S*>(args.input);
+    S* y = static_cast<S*>(args.output);
+    T slope = T(args.negative_slope);
+    int64_t begin, end;
+    range(split, begin, end);
+    for (int64_t item = begin + row; item < end; item += plan.rows) {
+      int64_t at = offset(group, item);
+      T values[V];
+      load_vector<V>(x + at, values);
+#pragma unroll
+      for (int e = 0; e < V; ++e) values[e] = activate(preactivation(values[e], c[owner(e)]), args.act, slope);
+      store_vector<V>(y + at, values);
+    }
+  }
+
+  FASTGAN_DEVICE void gradients(int64_t group, int split, const Coefficients<T> (&c)[K]) const {
+    const S *x = static_cast<const S*>(args.input), *dy = static_cast<const S*>(args.grad_output);
+    S* dx = static_cast<S*>(args.grad_input);
+    T slope = T(args.negative_slope);
+    int64_t begin, end;
+    range(split, begin, end);
+    for (int64_t item = begin + row; item < end; item += plan.rows) {
+      int64_t at = offset(group, item);
+      T values[V], grads[V];
+      load_vector<V>(x + at, values);
+      load_vector<V>(dy + at, grads);
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        const Coefficients<T>& of = c[owner(e)];
+        T dz = masked(grads[e], preactivation(values[e], of), args.act, slope);
+        // In evaluation x - mean has no part in it: infinity times the zero coefficient would be NaN.
+        values[e] =
+            args.batch_statistics ? dz * of.scale - (values[e] - of.mean) * of.along - of.constant : dz * of.scale;
+      }
+      store_vector<V>(dx + at, values);
+    }
+  }
+
+  // ---- coefficients ----
+
+  template <class Parameter>
+  FASTGAN_DEVICE static double parameter(const void* p, int64_t c, double absent) {
+    return p ? double(static_cast<const Parameter*>(p)[c]) : absent;
+  }
+  FASTGAN_DEVICE double invstd(double var) const { return 1.0 / sqrt(var + args.eps); }
+
+  FASTGAN_DEVICE Coefficients<T> affine(int64_t c, double mean, double var) const {
+    double scale = parameter<T>(args.weight, c, 1.0) * invstd(var), shift = parameter<T>(args.bias, c, 0.0);
+    T high = T(mean);
+    double rest = mean - double(high);
+    // An infinite mean has no remainder; x - mean is then NaN or infinite by itself.
+    return {high, T(scale), T(rest == rest ? shift - rest * scale : shift), T(0), T(0)};
+  }
+
+  FASTGAN_DEVICE void gradient(Coefficients<T>& c, int64_t channel_of, double mean, double var,
+                               const Sums& sums) const {
+    if (!args.batch_statistics) return;
+    double inverse = invstd(var), scale = parameter<T>(args.weight, channel_of, 1.0) * inverse;
+    double rest = mean - double(T(mean));
+    double along = scale * inverse * inverse * (sums.along - rest * sums.dz) / count();
+    c.along = T(along);
+    c.constant = T(scale * sums.dz / count() - rest * along);
+  }
+};
+
+// All rows' values of each column and channel, joined: a tree in shared memory, the same in every run. All
+// threads get the result.
+template <class Value, int K>
+FASTGAN_DEVICE void join_rows(Value (&values)[K], int columns, int rows, Value* memory) {
+  int thread = int(threadIdx.x);
+  block_sync();  // the memory may still be read from a former call
+#pragma unroll
+  for (int k = 0; k < K; ++k) memory[k * kThreads + thread] = values[k];
+  for (int half = rows / 2; half > 0; half /= 2) {
+    block_sync();
+    if (thread < half * columns)
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        Value mine = memory[k * kThreads + thread];
+        mine.merge(memory[k * kThreads + thread + half * columns]);
+        memory[k * kThreads + thread] = mine;
+      }
+  }
+  block_sync();
+#pragma unroll
+  for (int k = 0; k < K; ++k) values[k] = memory[k * kThreads + thread % columns];
+}
+
+// Scratch: for each group and split a row of numbers for the channels, three of moments or two of sums.
+template <class Value>
+FASTGAN_DEVICE double* partial(const NormActArgs& args, const Plan& plan, int64_t group, int split,
+                               int64_t channel) {
+  constexpr int numbers = int(sizeof(Value) / sizeof(double));
+  return args.scratch + ((group * plan.splits + split) * args.channels + channel) * numbers;
+}
+
+template <class Value, class W>
+FASTGAN_DEVICE void store_partial(const W& walk, int64_t group, int split, const Value (&values)[W::K]) {
+  constexpr int numbers = int(sizeof(Value) / sizeof(double));
+  if (walk.row != 0 || !walk.is_inside()) return;
+#pragma unroll
+  for (int k = 0; k < W::K; ++k) {
+    double* to = partial<Value>(walk.args, walk.plan, group, split, walk.channel + k);
+    const double* from = reinterpret_cast<const double*>(&values[k]);
+#pragma unroll
+    for (int i = 0; i < numbers; ++i) to[i] = from[i];
+  }
+}
+
+template <class Value, class W>
+FASTGAN_DEVICE void join_partials(const W& walk, int64_t group, Value (&values)[W::K], Value* memory) {
+  constexpr int numbers = int(sizeof(Value) / sizeof(double));
+  if (walk.is_inside())
+    for (int split = walk.row; split < walk.plan.splits; split += walk.plan.rows)
+#pragma unroll
+      for (int k = 0; k < W::K; ++k) {
+        const double* from = partial<Value>(walk.args, walk.plan, group, split, walk.channel + k);
+        Value value;
+        double* to = reinterpret_cast<double*>(&value);
+#pragma unroll
+        for (int i = 0; i < numbers; ++i) to[i] = from[i];
+        values[k].merge(value);
+      }
+  join_rows(values, walk.plan.columns, walk.plan.rows, memory);
+}
+
+// A block has one (tile, split, group), the tile fastest: neighbours read neighbouring memory.
+template <class S, int V, bool Last>
+__global__ void __launch_bounds__(kThreads) forward_kernel(NormActArgs args, Plan plan, Phases phases) {
+  using W = Walk<S, V, Last>;
+  using T = typename W::T;
+  constexpr int K = W::K;
+  SharedMemory shared;
+  Moments* memory = args.batch_statistics ? shared.take<Moments>(K * kThreads) : nullptr;
+  int tile = int(blockIdx.x) % plan.tiles, split = int(blockIdx.x) / plan.tiles % plan.splits;
+  int64_t group = int64_t(blockIdx.x) / plan.tiles / plan.splits;
+  W walk(args, plan, tile);
+  Moments moments[K] = {};
+  if (args.batch_statistics) {
+    if (phases.sums) {
+      if (walk.is_inside()) walk.moments(group, split, moments);
+      join_rows(moments, plan.columns, plan.rows, memory);
+      if (!phases.values) return store_partial(walk, group, split, moments);
+    } else {
+      join_partials(walk, group, moments, memory);
+    }
+  }
+  if (!walk.is_inside()) return;
+  Coefficients<T> coefficients[K];
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    int64_t c = walk.channel + k, at = group * args.channels + c;
+    double mean = moments[k].mean, var = moments[k].square / walk.count();
+    if (!args.batch_statistics)
+      mean = args.mean[at], var = args.var[at];
+    else if (split == 0 && walk.row == 0)
+      args.mean[at] = mean, args.var[at] = var;
+    coefficients[k] = walk.affine(c, mean, var);
+  }
+  walk.outputs(group, split, coefficients);
+}
+
+// Weight and bias gradients join all groups. A whole block walks through the groups of its tile itself; of the
+// second launch of two, the last `tiles` blocks do this alone.
+template <class S, int V, bool Last>
+__global__ void __launch_bounds__(kThreads) backward_kernel(NormActArgs args, Plan plan, Phases phases) {
+  using W = Walk<S, V, Last>;
+  using T = typename W::T;
+  constexpr int K = W::K;
+  SharedMemory shared;
+  Sums* memory = shared.take<Sums>(K * kThreads);
+  int tile = int(blockIdx.x) % plan.tiles, split = int(blockIdx.x) / plan.tiles % plan.splits;
+  int64_t begin = int64_t(blockIdx.x) / plan.tiles / plan.splits, end = begin + 1;
+  bool parameters = plan.whole || begin == args.groups, values = args.grad_input && begin < args.groups;
+  if (parameters) begin = 0, end = args.groups;
+  W walk(args, plan, tile);
+  double weight_sum[K] = {}, bias_sum[K] = {};
+  for (int64_t group = begin; group < end; ++group) {
+    Coefficients<T> coefficients[K] = {};
+    double mean[K] = {}, var[K] = {};
+    if (walk.is_inside())
+#pragma unroll
+      for (int k = 0; k < K; ++k) {
+        int64_t c = walk.channel + k, at = group * args.channels + c;
+        mean[k] = args.mean[at], var[k] = args.var[at];
+        coefficients[k] = walk.affine(c, mean[k], var[k]);
+      }
+    Sums sums[K] = {};
+    if (phases.sums) {
+      if (walk.is_inside()) walk.sums(group, split, coefficients, sums);
+      join_rows(sums, plan.columns, plan.rows, memory);
+      if (!phases.values) {
+        store_partial(walk, group, split, sums);
+        continue;
+      }
+    } else if (args.batch_statistics || parameters) {
+      join_partials(walk, group, sums, memory);
+    }
+    if (!walk.is_inside()) continue;
+#pragma unroll
+    for (int k = 0; k < K; ++k) {
+      walk.gradient(coefficients[k], walk.channel + k, mean[k], var[k], sums[k]);
+      bias_sum[k] += sums[k].dz;
+      weight_sum[k] += (sums[k].along - (mean[k] - double(coefficients[k].mean)) * sums[k].dz) * walk.invstd(var[k]);
+    }
+    if (values) walk.gradients(group, split, coefficients);
+  }
+  if (!parameters || !phases.values || walk.row != 0 || !walk.is_inside()) return;
+#pragma unroll
+  for (int k = 0; k < K; ++k) {
+    if (args.grad_weight) args.grad_weight[walk.channel + k] = weight_sum[k];
+    if (args.grad_bias) args.grad_bias[walk.channel + k] = bias_sum[k];
+  }
+}
+
+template <class R>
+__global__ void __launch_bounds__(kThreads) move_kernel(NormActMoveArgs args) {
+  int64_t c = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (c >= args.channels) return;
+  for (int which = 0; which < 2; ++which) {
+    R& running = static_cast<R*>(args.running[which])[c * args.stride[which]];
+    double factor = which == 0 ? 1.0 : args.factor;
+    R now = running;
+    for (int64_t g = 0; g < args.groups; ++g)
+      now = R(double(now) * (1 - args.momentum) +
+              args.statistic[which][g * args.channels + c] * (factor * args.momentum));
+    running = now;
+  }
+}
+
+// ---- host ----
+
+template <class S>
+Plan plan_of(const NormActArgs& args) {
+  Plan plan{};
+  int64_t rows_of_group = args.batch / args.groups * args.spatial;
+  int width = vector_width<S>(args.channels_last);
+  int64_t run = args.channels_last ? args.channels : args.spatial, bytes = width * int64_t(sizeof(S));
+  plan.vectors = run % width == 0 && is_aligned(args.input, bytes) && is_aligned(args.output, bytes) &&
+                 is_aligned(args.grad_output, bytes) && is_aligned(args.grad_input, bytes);
+  if (!plan.vectors) width = 1;
+  plan.columns = 1;
+  if (args.channels_last)
+    while (plan.columns * width * int(sizeof(S)) < 128 && plan.columns * width < args.channels &&
+           plan.columns < kWarp)
+      plan.columns *= 2;
+  plan.rows = kThreads / plan.columns;
+  plan.tiles = int(args.channels_last ? ceil_div(args.channels, plan.columns * width) : args.channels);
+  plan.items = args.channels_last ? rows_of_group : rows_of_group / width;
+  plan.whole = plan.items <= int64_t(kWholeItems) * plan.rows;
+  int64_t splits = plan.whole ? 1 : ceil_div(plan.items, int64_t(kSplitItems) * plan.rows);
+  if (splits > kMostSplits) splits = kMostSplits;
+  plan.split_items = ceil_div(plan.items, splits);
+  plan.splits = int(ceil_div(plan.items, plan.split_items));
+  return plan;
+}
+
+template <class S, int V, bool Last>
+Error forward(const NormActArgs& args, const Plan& plan, void* stream) {
+  int64_t grid = args.groups * plan.splits * plan.tiles;
+  size_t shared =
+      args.batch_statistics ? SharedMemory::bytes<Moments>(Walk<S, V, Last>::K * kThreads) : size_t(0);
+  bool joined = plan.whole || !args.batch_statistics;
+  if (!joined)
+    if (Error error =
+            launch(forward_kernel<S, V, Last>, grid, kThreads, shared, stream, args, plan, Phases{true, false}))
+      return error;
+  return launch(forward_kernel<S, V, Last>, grid, kThreads, shared, stream, args, plan, Phases{joined, true});
+}
+
+template <class S, int V, bool Last>
+Error backward(const NormActArgs& args, const Plan& plan, void* stream) {
+  int64_t grid = args.groups * plan.splits * plan.tiles;
+  size_t shared = SharedMemory::bytes<Sums>(Walk<S, V, Last>::K * kThreads);
+  if (plan.whole)  // a block walks through the groups
+    return launch(backward_kernel<S, V, Last>, plan.tiles, kThreads, shared, stream, args, plan,
+                  Phases{true, true});
+  bool parameters = args.grad_weight || args.grad_bias;
+  if (parameters || (args.grad_input && args.batch_statistics))
+    if (Error error = launch(backward_kernel<S, V, Last>, grid, kThreads, shared, stream, args, plan,
+                             Phases{true, false}))
+      return error;
+  return launch(backward_kernel<S, V, Last>, grid + (parameters ? plan.tiles : 0), kThreads, shared, stream,
+                args, plan, Phases{false, true});
+}
+
+template <class S>
+Error run(const NormActArgs& args, void* stream, bool is_backward) {
+  Plan plan = plan_of<S>(args);
+  constexpr int last = vector_width<S>(true), planes = vector_width<S>(false);
+#define FASTGAN_BY_WIDTH(V, Last) \
+  (is_backward ? backward<S, V, Last>(args, plan, stream) : forward<S, V, Last>(args, plan, stream))
+  if (args.channels_last) return plan.vectors ? FASTGAN_BY_WIDTH(last, true) : FASTGAN_BY_WIDTH(1, true);
+  return plan.vectors ? FASTGAN_BY_WIDTH(planes, false) : FASTGAN_BY_WIDTH(1, false);
+#undef FASTGAN_BY_WIDTH
+}
+
+Error by_dtype(const NormActArgs& args, void* stream, bool is_backward) {
+  switch (args.dtype) {
+    case Dtype::float32:
+      return run<float>(args, stream, is_backward);
+    case Dtype::float64:
+      return run<double>(args, stream, is_backward);
+    case Dtype::bfloat16:
+      return run<bfloat16>(args, stream, is_backward);
+    case Dtype::float16:
+      return run<float16>(args, stream, is_backward);
+  }
+  return "no such dtype";
+}
+
+}  // namespace
+}  // namespace fastgan
+
+extern "C" const char* fastgan_norm_act_forward_cuda(const fastgan::NormActArgs& args, void* stream) {
+  return fastgan::by_dtype(args, stream, false);
+}
+
+extern "C" const char* fastgan_norm_act_backward_cuda(const fastgan::NormActArgs& args, void* stream) {
+  return fastgan::by_dtype(args, stream, true);
+}
+
+extern "C" const char* fastgan_norm_act_move_cuda(const fastgan::NormActMoveArgs& args, void* stream) {
+  using namespace fastgan;
+  int64_t grid = ceil_div(args.channels, kThreads);
+  if (args.dtype == Dtype::float64) return launch(move_kernel<double>, grid, kThreads, 0, stream, args);
+  return launch(move_kernel<float>, grid, kThreads, 0, stream, args);
+}
+
+extern "C" int64_t fastgan_norm_act_scratch_cuda(const fastgan::NormActArgs& args) {
+  // Three numbers for each channel of each split; bounds every plan, whatever the alignment.
+  return args.groups * fastgan::kMostSplits * args.channels * 3;
+}

@@ -1,0 +1,70 @@
+"""Compiles .cu sources with the host's compiler on the emulator's headers."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+REPOSITORY = HERE.parent.parent
+CXX = os.environ.get("CXX", "g++")
+
+# The emulator's headers are found before those of csrc/; -fno-strict-aliasing because CUDA's vector accesses need it.
+_FLAGS = [
+    "-std=gnu++20", "-O1", "-g", "-Wall", "-Wextra", "-Wno-unused-function", "-Wno-unknown-pragmas", "-Wno-psabi",
+    "-fno-strict-aliasing", "-ffp-contract=off", "-fno-omit-frame-pointer",
+    f"-I{HERE}", f"-I{REPOSITORY / 'csrc'}", f"-I{REPOSITORY / 'tests' / 'kernel_harness'}",
+]  # fmt: skip
+SANITIZERS = {
+    "none": [],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-fsanitize=thread"],
+}
+
+needs_compiler = pytest.mark.skipif(shutil.which(CXX) is None, reason=f"no C++ compiler ({CXX}) on this machine")
+
+
+def run(command: Sequence[str | Path], **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(part) for part in command], capture_output=True, text=True, **options)
+
+
+def _compile(command: Sequence[str | Path]) -> None:
+    done = run(command, timeout=280)
+    if done.returncode != 0 and "cannot find -l" in done.stderr + done.stdout:
+        pytest.skip(f"the compiler lacks a sanitizer's library: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def build(
+    folder: Path,
+    name: str,
+    sources: Sequence[Path],
+    *,
+    sanitizer: str = "none",
+    shared: bool = False,
+    flags: Sequence[str] = (),
+    libraries: Sequence[str | Path] = (),
+) -> Path:
+    """An executable, or a shared library, of .cu and .cpp sources and the emulator; returns its path."""
+    pic = ["-fPIC"] if shared else []
+    extra = [*_FLAGS, *pic]
+    if sanitizer == "thread":
+        # The runtime is told of fibers and barriers by hand; instrumented, the emulator's own tables would be races.
+        own = ["-DEMULATOR_TSAN", "-fno-tree-loop-distribute-patterns"]
+    else:
+        own = SANITIZERS[sanitizer]
+    emulator = folder / f"emulator_{sanitizer}_{'pic' if shared else 'exe'}.o"
+    if not emulator.exists():
+        _compile([CXX, *extra, *own, "-c", HERE / "emulator.cpp", "-o", emulator])
+    objects = [emulator]
+    for i, source in enumerate(sources):
+        objects.append(folder / f"{name}_{sanitizer}_{i}.o")
+        _compile([CXX, *extra, *SANITIZERS[sanitizer], *flags, "-x", "c++", "-c", source, "-o", objects[-1]])
+    out = folder / (f"lib{name}.so" if shared else f"{name}_{sanitizer}")
+    _compile([CXX, *SANITIZERS[sanitizer], *(["-shared"] if shared else []), *objects, *libraries, "-o", out])
+    return out

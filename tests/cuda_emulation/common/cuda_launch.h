@@ -1,0 +1,25 @@
+// csrc/common/cuda_launch.h for the emulator.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "emulator.h"
+
+#define FASTGAN_DEVICE inline __attribute__((always_inline))
+
+namespace fastgan {
+
+using Error = const char*;
+
+template <class... Parameters, class... Args>
+inline Error launch(void (*kernel)(Parameters...), int64_t grid, int threads, size_t shared_bytes, void*,
+                    const Args&... args) {
+  if (grid <= 0) return nullptr;
+  if (grid > 0x7fffffff) return "the tensor is too large for one launch";
+  if (shared_bytes > 227 * 1024) return "emulator: no GPU has that much shared memory";
+  return emulator::launch(unsigned(grid), unsigned(threads), shared_bytes, [&] { kernel(args...); });
+}
+
+}  // namespace fastgan

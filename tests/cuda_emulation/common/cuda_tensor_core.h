@@ -1,0 +1,78 @@
+// csrc/common/cuda_tensor_core.h for the emulator: fragments by the layout that is documented there, and
+// asynchronous copies as late as they may come, at the wait; before it, the place holds NaNs.
+#pragma once
+#include "common/cuda_block.h"
+#include "common/cuda_types.h"
+
+namespace fastgan {
+
+template <class S>
+FASTGAN_DEVICE float half_of(uint32_t word, int which) {
+  return widen(S{uint16_t(which ? word >> 16 : word)});
+}
+
+// Products in float, summed in double and rounded once: hardware's order is its own, and a test's bound has
+// to hold for any.
+template <class S>
+inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                         emulator::Where where = emulator::Where::current()) {
+  struct Lane {
+    uint32_t a[4], b[2];
+  } mine, all[kWarp];
+  std::memcpy(mine.a, a, sizeof a);
+  std::memcpy(mine.b, b, sizeof b);
+  emulator::gather(&mine, sizeof mine, 0, kWarp, all, where);
+  int lane = int(threadIdx.x % kWarp);
+  for (int i = 0; i < 4; ++i) {
+    int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    double sum = double(c[i]);
+    for (int k = 0; k < 16; ++k) {
+      const Lane& from_a = all[row % 8 * 4 + k % 8 / 2];
+      const Lane& from_b = all[column * 4 + k % 8 / 2];
+      sum += double(half_of<S>(from_a.a[row / 8 + k / 8 * 2], k % 2)) *
+             double(half_of<S>(from_b.b[k / 8], k % 2));
+    }
+    c[i] = float(sum);
+  }
+}
+
+inline void load_matrices_of(uint32_t (&out)[4], const void* row, bool transposed, emulator::Where where) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) emulator::fault("ldmatrix: a row is not aligned to 16 bytes");
+  const uint16_t* rows[kWarp];
+  emulator::gather(&row, sizeof row, 0, kWarp, rows, where);
+  int r = int(threadIdx.x % kWarp) / 4, q = int(threadIdx.x % kWarp) % 4;
+  for (int tile = 0; tile < 4; ++tile) {
+    const uint16_t* const* from = rows + tile * 8;
+    uint16_t low = transposed ? from[2 * q][r] : from[r][2 * q];
+    uint16_t high = transposed ? from[2 * q + 1][r] : from[r][2 * q + 1];
+    out[tile] = uint32_t(low) | uint32_t(high) << 16;
+  }
+}
+FASTGAN_DEVICE void load_matrices(uint32_t (&out)[4], const void* row,
+                                  emulator::Where where = emulator::Where::current()) {
+  load_matrices_of(out, row, false, where);
+}
+FASTGAN_DEVICE void load_matrices_transposed(uint32_t (&out)[4], const void* row,
+                                             emulator::Where where = emulator::Where::current()) {
+  load_matrices_of(out, row, true, where);
+}
+
+inline void async_copy16(void* to, const void* from, bool valid) {
+  if (reinterpret_cast<uintptr_t>(to) % 16 || (valid && reinterpret_cast<uintptr_t>(from) % 16))
+    emulator::fault("cp.async: an address is not aligned to 16 bytes");
+  std::memset(to, 0xff, 16);
+  emulator::async_add({to, from, valid});
+}
+inline void async_commit() { emulator::async_end_group(); }
+template <int pending>
+inline void async_wait() {
+  emulator::AsyncCopy copy;
+  while (emulator::async_take(pending, &copy)) {
+    if (copy.valid)
+      std::memcpy(copy.to, copy.from, 16);
+    else
+      std::memset(copy.to, 0, 16);
+  }
+}
+
+}  // namespace fastgan

@@ -1,0 +1,55 @@
+// csrc/common/cuda_types.h for the emulator.
+#pragma once
+#include "common/cuda_launch.h"
+#include "common/types.h"
+
+namespace fastgan {
+
+// Conversions by the compiler's own half type and by bits: nothing shared with the CPU kernels that judge.
+FASTGAN_DEVICE float widen(float x) { return x; }
+FASTGAN_DEVICE double widen(double x) { return x; }
+FASTGAN_DEVICE float widen(bfloat16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
+FASTGAN_DEVICE float widen(float16 x) { return float(__builtin_bit_cast(_Float16, x.bits)); }
+
+FASTGAN_DEVICE void narrow(float& out, float x) { out = x; }
+FASTGAN_DEVICE void narrow(double& out, double x) { out = x; }
+FASTGAN_DEVICE void narrow(bfloat16& out, float x) {
+  uint32_t bits = __builtin_bit_cast(uint32_t, x);
+  out.bits = x != x ? 0x7fff : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+FASTGAN_DEVICE void narrow(float16& out, float x) {
+  out.bits = __builtin_bit_cast(uint16_t, static_cast<_Float16>(x));
+}
+
+template <class S>
+struct AccumulateIn {
+  using type = float;
+};
+template <>
+struct AccumulateIn<double> {
+  using type = double;
+};
+template <class S>
+using AccumulateType = typename AccumulateIn<S>::type;
+
+template <class S, int V>
+struct alignas(sizeof(S) * V) Packed {
+  S values[V];
+};
+
+template <int V, class S>
+FASTGAN_DEVICE void load_vector(const S* p, AccumulateType<S> (&out)[V]) {
+  Packed<S, V> packed = *reinterpret_cast<const Packed<S, V>*>(p);
+  for (int i = 0; i < V; ++i) out[i] = widen(packed.values[i]);
+}
+
+template <int V, class S>
+FASTGAN_DEVICE void store_vector(S* p, const AccumulateType<S> (&from)[V]) {
+  Packed<S, V> packed;
+  for (int i = 0; i < V; ++i) narrow(packed.values[i], from[i]);
+  *reinterpret_cast<Packed<S, V>*>(p) = packed;
+}
+
+inline bool is_aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
+
+}  // namespace fastgan

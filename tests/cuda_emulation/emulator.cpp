@@ -1,0 +1,411 @@
+// Fibers, barriers and shared memory of the emulator. Compiled without ThreadSanitizer's instrumentation,
+// whose runtime is told of the fibers and of what a barrier orders (EMULATOR_TSAN): a shuffle orders nothing.
+#include "emulator.h"
+
+#include <sys/mman.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#endif
+#if defined(EMULATOR_TSAN)
+#include <sanitizer/tsan_interface.h>
+#endif
+#if !defined(__x86_64__)
+#include <ucontext.h>
+#endif
+
+namespace emulator {
+namespace {
+
+#if defined(__SANITIZE_ADDRESS__) || defined(EMULATOR_TSAN)
+constexpr size_t kStack = 256 * 1024;
+#else
+constexpr size_t kStack = 64 * 1024;
+#endif
+constexpr size_t kSlot = 64, kGap = 64;
+constexpr unsigned kLanes = 32, kCopies = 128, kArrays = 64;
+
+enum class State { ready, at_block_barrier, in_warp, done };
+
+struct Fiber {
+  void* stack = nullptr;
+  void* context = nullptr;  // the stack pointer while it does not run
+  void* tsan = nullptr;
+  void* fake_stack = nullptr;
+  State state = State::done;
+  Where where;
+  AsyncCopy copies[kCopies];  // a ring
+  unsigned groups[kCopies];
+  unsigned first_copy, end_copy, group;
+#if !defined(__x86_64__)
+  ucontext_t machine;
+#endif
+};
+
+struct Warp {
+  unsigned arrived = 0, round = 0;
+  unsigned char slots[2][kLanes][kSlot];  // by turns: a lane may be one exchange ahead of another
+};
+
+struct Array {
+  size_t offset, bytes;
+  unsigned char* data;
+};
+
+struct Machine {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  unsigned threads = 0, grid = 0, block = 0, running = 0, at_barrier = 0;
+  const std::function<void()>* body = nullptr;
+  std::string error;
+  Array arrays[kArrays];
+  unsigned array_count = 0;
+  std::vector<unsigned char> arena;
+  std::vector<std::vector<unsigned char>>
+      arenas_before;  // freed when the launch has ended: blocks run at once
+  size_t arena_used = 0, shared_bytes = 0;
+  Fiber main;
+  const void* main_bottom = nullptr;
+  size_t main_size = 0;
+};
+Machine machine;
+
+#if defined(EMULATOR_TSAN)
+// What orders what: the end of a launch, and for each block its barrier and those of its warps. A block has
+// tokens of its own, or one block's barriers would hide another's races.
+constexpr unsigned kTokenBlocks = 256;
+uint64_t launch_token, tokens[kTokenBlocks][1 + 1024 / kLanes];
+uint64_t* barrier_token() { return &tokens[machine.block % kTokenBlocks][0]; }
+uint64_t* warp_token() { return &tokens[machine.block % kTokenBlocks][1 + machine.running / kLanes]; }
+
+// A number that is given to a new fiber would make the accesses of both one thread's: kept to the end.
+constexpr size_t kMostFibers = 4096;
+std::vector<void*> ended;
+void destroy_ended() {
+  for (void* each : ended) __tsan_destroy_fiber(each);
+  ended.clear();
+}
+#endif
+
+#if defined(__x86_64__)
+extern "C" void emulator_switch(void** save, void* load);
+asm(R"(
+.text
+.p2align 4
+.type emulator_switch,@function
+emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size emulator_switch, .-emulator_switch
+)");
+#endif
+
+void change(Fiber& from, Fiber& to, bool from_ends) {
+#if defined(EMULATOR_TSAN)
+  __tsan_switch_to_fiber(to.tsan, __tsan_switch_to_fiber_no_sync);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  bool to_main = &to == &machine.main;
+  __sanitizer_start_switch_fiber(from_ends ? nullptr : &from.fake_stack,
+                                 to_main ? machine.main_bottom : to.stack,
+                                 to_main ? machine.main_size : kStack);
+#endif
+  (void)from_ends;
+#if defined(__x86_64__)
+  emulator_switch(&from.context, to.context);
+#else
+  swapcontext(&from.machine, &to.machine);
+#endif
+#if defined(__SANITIZE_ADDRESS__)
+  const void* bottom;
+  size_t size;
+  __sanitizer_finish_switch_fiber(from.fake_stack, &bottom, &size);
+#endif
+}
+
+Fiber& current() { return machine.fibers[machine.running]; }
+
+void leave(bool ends) { change(current(), machine.main, ends); }
+
+void entry() {
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &machine.main_bottom, &machine.main_size);
+#endif
+  (*machine.body)();
+#if defined(EMULATOR_TSAN)
+  __tsan_release(&launch_token);
+#endif
+  current().state = State::done;
+  leave(true);
+  std::abort();
+}
+
+void* new_stack() {
+  void* out = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (out == MAP_FAILED) std::abort();
+  return out;
+}
+
+void start(Fiber& fiber) {
+  fiber.first_copy = fiber.end_copy = fiber.group = 0;
+#if defined(EMULATOR_TSAN)
+  // Fresh memory: that another fiber wrote an old frame there is no race.
+  fiber.stack = new_stack();
+  fiber.tsan = __tsan_create_fiber(0);
+#endif
+  if (!fiber.stack) fiber.stack = new_stack();
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(fiber.stack, kStack);
+#endif
+  fiber.fake_stack = nullptr;
+  fiber.state = State::ready;
+#if defined(__x86_64__)
+  void** top = reinterpret_cast<void**>(static_cast<char*>(fiber.stack) + kStack) - 2;
+  *top = reinterpret_cast<void*>(&entry);  // where emulator_switch returns to, after six registers
+  fiber.context = top - 6;
+#else
+  getcontext(&fiber.machine);
+  fiber.machine.uc_stack.ss_sp = fiber.stack;
+  fiber.machine.uc_stack.ss_size = kStack;
+  fiber.machine.uc_link = nullptr;
+  makecontext(&fiber.machine, entry, 0);
+#endif
+}
+
+void finish(Fiber& fiber) {
+  (void)fiber;
+#if defined(EMULATOR_TSAN)
+  ended.push_back(fiber.tsan);
+  munmap(fiber.stack, kStack);
+  fiber.stack = nullptr;
+#endif
+}
+
+void start_block() {
+#if defined(EMULATOR_TSAN)
+  if (ended.size() > kMostFibers) destroy_ended();
+#endif
+  machine.array_count = 0;
+#if defined(__SANITIZE_ADDRESS__)
+  if (!machine.arena.empty()) __asan_unpoison_memory_region(machine.arena.data(), machine.arena.size());
+#endif
+  // Room for gaps between arrays; every byte 0xff makes NaNs of what is read unwritten.
+  machine.arenas_before.push_back(std::move(machine.arena));
+  machine.arena = std::vector<unsigned char>(machine.shared_bytes + kArrays * kGap + 16, 0xff);
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_poison_memory_region(machine.arena.data(), machine.arena.size());
+#endif
+  machine.arena_used = -reinterpret_cast<uintptr_t>(machine.arena.data()) % 16;
+  machine.at_barrier = 0;
+  machine.warps.assign((machine.threads + kLanes - 1) / kLanes, {});
+  for (Fiber& fiber : machine.fibers) start(fiber);
+}
+
+std::string described(const Fiber& fiber) {
+  switch (fiber.state) {
+    case State::done:
+      return "has ended";
+    case State::at_block_barrier:
+      return "waits for its block at line " + std::to_string(fiber.where.line());
+    case State::in_warp:
+      return "waits for its warp at line " + std::to_string(fiber.where.line());
+    default:
+      return "runs";
+  }
+}
+
+// Nobody can go on: which threads wait where, in runs of equals.
+std::string deadlock() {
+  std::string out = "divergence: not all threads reach a barrier or shuffle";
+  for (unsigned i = 0; i < machine.threads;) {
+    unsigned end = i + 1;
+    std::string state = described(machine.fibers[i]);
+    while (end < machine.threads && described(machine.fibers[end]) == state) ++end;
+    if (out.size() < 600)
+      out += "; thread " + std::to_string(i) + (end > i + 1 ? " to " + std::to_string(end - 1) : "") + " " +
+             state;
+    i = end;
+  }
+  return out;
+}
+
+void run_block() {
+  start_block();
+  for (bool alive = true; alive && machine.error.empty();) {
+    bool moved = false;
+    alive = false;
+    for (unsigned i = 0; i < machine.threads && machine.error.empty(); ++i) {
+      Fiber& fiber = machine.fibers[i];
+      if (fiber.state == State::ready) {
+        machine.running = i;
+        change(machine.main, fiber, false);
+        moved = true;
+      }
+      alive = alive || fiber.state != State::done;
+    }
+    if (alive && !moved && machine.error.empty()) machine.error = deadlock();
+  }
+  for (Fiber& fiber : machine.fibers) finish(fiber);
+}
+
+void copy(unsigned char* to, const unsigned char* from, size_t bytes) {
+  for (size_t i = 0; i < bytes; ++i) to[i] = from[i];  // not memcpy, which ThreadSanitizer intercepts
+}
+
+bool same_place(const Where& a, const Where& b) { return a.line() == b.line() && a.column() == b.column(); }
+
+// One lane more has come; goes on when all have.
+void meet_warp(Where where) {
+  unsigned first = machine.running / kLanes * kLanes;
+  Warp& warp = machine.warps[machine.running / kLanes];
+  current().where = where;
+  if (warp.arrived > 0) {
+    for (unsigned i = first; i < first + kLanes; ++i)
+      if (machine.fibers[i].state == State::in_warp && !same_place(machine.fibers[i].where, where))
+        fault("divergence: two lanes of a warp wait at different places");
+  }
+  if (++warp.arrived == kLanes) {
+    warp.arrived = 0;
+    ++warp.round;
+    for (unsigned i = first; i < first + kLanes; ++i) machine.fibers[i].state = State::ready;
+    return;
+  }
+  current().state = State::in_warp;
+  leave(false);
+}
+
+}  // namespace
+
+Index thread_index() { return {machine.running, 0, 0}; }
+Index block_index() { return {machine.block, 0, 0}; }
+Index block_size() { return {machine.threads, 1, 1}; }
+Index grid_size() { return {machine.grid, 1, 1}; }
+
+void fault(const char* message) {
+  machine.error = message;
+  leave(false);
+  std::abort();
+}
+
+const char* launch(unsigned grid, unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
+  static std::string last;
+  if (threads == 0 || threads > 1024 || threads % kLanes) return "emulator: threads must be 32, 64, ... 1024";
+  if (machine.fibers.size() < threads) machine.fibers.resize(threads);
+  machine.threads = threads, machine.grid = grid, machine.shared_bytes = shared_bytes;
+  machine.body = &body;
+  machine.error.clear();
+  std::vector<Fiber> rest;  // a launch of fewer threads than before leaves the others' stacks alone
+  while (machine.fibers.size() > threads) {
+    rest.push_back(std::move(machine.fibers.back()));
+    machine.fibers.pop_back();
+  }
+#if defined(EMULATOR_TSAN)
+  machine.main.tsan = __tsan_get_current_fiber();
+#endif
+  for (machine.block = 0; machine.block < grid && machine.error.empty(); ++machine.block) run_block();
+#if defined(EMULATOR_TSAN)
+  __tsan_acquire(&launch_token);
+  destroy_ended();
+#endif
+  machine.arenas_before.clear();
+  for (Fiber& fiber : rest) machine.fibers.push_back(std::move(fiber));
+  if (machine.error.empty()) return nullptr;
+  last = "emulator: block " + std::to_string(machine.block - 1) + ", " + machine.error;
+  return last.c_str();
+}
+
+void block_barrier(Where where) {
+  for (unsigned i = 0; machine.at_barrier > 0 && i < machine.threads; ++i)
+    if (machine.fibers[i].state == State::at_block_barrier && !same_place(machine.fibers[i].where, where))
+      fault("divergence: two threads of a block wait at different barriers");
+#if defined(EMULATOR_TSAN)
+  __tsan_release(barrier_token());
+#endif
+  current().where = where;
+  if (++machine.at_barrier == machine.threads) {
+    machine.at_barrier = 0;
+    for (unsigned i = 0; i < machine.threads; ++i) machine.fibers[i].state = State::ready;
+  } else {
+    current().state = State::at_block_barrier;
+    leave(false);
+  }
+#if defined(EMULATOR_TSAN)
+  __tsan_acquire(barrier_token());
+#endif
+}
+
+void warp_barrier(Where where) {
+#if defined(EMULATOR_TSAN)
+  __tsan_release(warp_token());
+#endif
+  meet_warp(where);
+#if defined(EMULATOR_TSAN)
+  __tsan_acquire(warp_token());
+#endif
+}
+
+void gather(const void* mine, size_t bytes, int first, int count, void* out, Where where) {
+  if (bytes > kSlot) fault("a lane hands in at most 64 bytes");
+  if (first < 0 || first + count > int(kLanes)) fault("no such lane");
+  Warp& warp = machine.warps[machine.running / kLanes];
+  unsigned turn = warp.round % 2;
+  copy(warp.slots[turn][machine.running % kLanes], static_cast<const unsigned char*>(mine), bytes);
+  meet_warp(where);
+  for (int i = 0; i < count; ++i)
+    copy(static_cast<unsigned char*>(out) + size_t(i) * bytes, warp.slots[turn][first + i], bytes);
+}
+
+void* shared(size_t offset, size_t bytes) {
+  if (offset + bytes > machine.shared_bytes) fault("shared memory: more is taken than was launched with");
+  for (unsigned i = 0; i < machine.array_count; ++i)
+    if (machine.arrays[i].offset == offset) {
+      if (machine.arrays[i].bytes != bytes) fault("shared memory: threads take different arrays");
+      return machine.arrays[i].data;
+    }
+  if (machine.array_count == kArrays) fault("shared memory: more than 64 arrays");
+  Array& array = machine.arrays[machine.array_count++];
+  array = {offset, bytes, machine.arena.data() + machine.arena_used};
+  machine.arena_used += (bytes + 15) / 16 * 16 + kGap;
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(array.data, bytes);
+#endif
+  return array.data;
+}
+
+void async_add(const AsyncCopy& copy) {
+  Fiber& fiber = current();
+  if (fiber.end_copy - fiber.first_copy == kCopies) fault("cp.async: more than 128 copies under way");
+  fiber.copies[fiber.end_copy % kCopies] = copy;
+  fiber.groups[fiber.end_copy++ % kCopies] = fiber.group;
+}
+
+void async_end_group() { ++current().group; }
+
+bool async_take(unsigned pending, AsyncCopy* out) {
+  Fiber& fiber = current();
+  if (fiber.first_copy == fiber.end_copy) return false;
+  if (fiber.groups[fiber.first_copy % kCopies] + pending >= fiber.group) return false;
+  *out = fiber.copies[fiber.first_copy++ % kCopies];
+  return true;
+}
+
+}  // namespace emulator

@@ -1,0 +1,65 @@
+// Runs CUDA kernels on the host, one fiber for each thread of a block, block after block. A fiber runs until
+// it waits for others; what hardware leaves undefined is a fault here:
+//
+//   a barrier or a shuffle that not all threads reach at the same place of the source (divergence)
+//   shared memory beyond what was launched with, or, under AddressSanitizer, beyond an array of it
+//   shared memory that nobody wrote (it holds NaNs), an asynchronous copy read before it was waited for
+//   under ThreadSanitizer: accesses of two threads, of one block or of two, that no barrier orders
+//
+// A fault ends the launch and comes back as its error; only the sanitizers' end the process.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <source_location>
+
+namespace emulator {
+
+struct Index {
+  unsigned x, y, z;
+};
+using Where = std::source_location;
+
+// Of the thread that is running.
+Index thread_index();
+Index block_index();
+Index block_size();
+Index grid_size();
+
+// Null, or a fault in words. `body` is one thread's work.
+const char* launch(unsigned grid, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
+
+void block_barrier(Where where);
+void warp_barrier(Where where);
+// Each lane of a warp hands in `bytes` (64 at most) and gets those of `count` lanes from lane `first` on.
+void gather(const void* mine, size_t bytes, int first, int count, void* out, Where where);
+
+// `bytes` of the block's shared memory at an offset; the same for every thread.
+void* shared(size_t offset, size_t bytes);
+
+struct AsyncCopy {
+  void* to;
+  const void* from;
+  bool valid;
+};
+// Of the running thread: adds a copy to the open group; ends the group; takes the oldest copy out of those
+// that are older than the last `pending` ended groups, false if there is none.
+void async_add(const AsyncCopy& copy);
+void async_end_group();
+bool async_take(unsigned pending, AsyncCopy* out);
+
+// Ends the launch.
+[[noreturn]] void fault(const char* message);
+
+}  // namespace emulator
+
+// What the toolkit's headers would bring.
+#define __global__ static
+#define __device__
+#define __host__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define threadIdx (emulator::thread_index())
+#define blockIdx (emulator::block_index())
+#define blockDim (emulator::block_size())
+#define gridDim (emulator::grid_size())
