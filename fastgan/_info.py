@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastgan import _impl
+from fastgan import _cuda, _impl
 from fastgan._version import __version__
 
 _OPTIONAL = {
@@ -70,8 +70,9 @@ def info() -> Info:
 
     Keys: ``fastgan``, ``python``, ``torch``, ``cpu`` (the processor's name), ``threads`` (torch's), ``capability`` (the
     instruction set in use, or None without the extension), ``capabilities`` (those built that this machine can run),
-    ``extension`` ("loaded" or why not and what to do), ``cuda``, ``operators`` (the path each takes on the CPU) and
-    ``optional`` (version of each optional package, or how to install it).
+    ``extension`` ("loaded" or why not and what to do), ``cuda`` (the device's name), ``cuda_kernels`` (whether they are
+    loaded, will be built at first use, or why not), ``operators`` (the path each takes on the CPU) and ``optional``
+    (version of each optional package, or how to install it).
     """
     out = Info(fastgan=__version__, python=sys.version.split()[0], torch=torch.__version__, cpu=_cpu_name())
     out["threads"] = torch.get_num_threads()
@@ -88,9 +89,8 @@ def info() -> Info:
             f"missing ({_impl.extension_error}); build it with `pip install . --no-build-isolation` from the sources, "
             "which needs a C++20 compiler"
         )
-    out["cuda"] = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device; CUDA kernels are not built yet"
-    )
+    out["cuda"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "no CUDA device"
+    out["cuda_kernels"] = _cuda.status()
     out["operators"] = _operators()
     optional = {}
     for package, extra in _OPTIONAL.items():

@@ -54,3 +54,8 @@ const char* const* available_capabilities();
 #endif
 
 #define FASTGAN_SELECT(name) fastgan_select_##name()
+
+// The kernel for CUDA, in csrc/<stem>/<stem>.cu and the library fastgan._C_cuda: pointers on the current
+// device, a cudaStream_t. Null, or what went wrong.
+#define FASTGAN_DECLARE_CUDA_KERNEL(name, Arguments) \
+  extern "C" const char* fastgan_##name##_cuda(const Arguments&, void* stream);

@@ -10,8 +10,35 @@
 #include <stdexcept>
 #include <vector>
 
+#include "common/capability.h"
 #include "common/threads.h"
 #include "common/types.h"
+
+// An *_op.cpp with a CUDA kernel is compiled for the CPU and, with FASTGAN_CUDA, for fastgan._C_cuda: the
+// same checks and outputs. The tests compile it with FASTGAN_EMULATED as well, in a namespace of its own, to
+// run CUDA's kernels on the CPU's tensors.
+#if defined(FASTGAN_EMULATED)
+#define FASTGAN_NAMESPACE fastgan_emulated
+#define FASTGAN_DEVICE_KEY CPU
+#elif defined(FASTGAN_CUDA)
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#define FASTGAN_NAMESPACE fastgan
+#define FASTGAN_DEVICE_KEY CUDA
+#else
+#define FASTGAN_NAMESPACE fastgan
+#define FASTGAN_DEVICE_KEY CPU
+#endif
+#define FASTGAN_LIBRARY_IMPL_(space, key, m) STABLE_TORCH_LIBRARY_IMPL(space, key, m)  // expands the names
+#define FASTGAN_LIBRARY_IMPL(m) FASTGAN_LIBRARY_IMPL_(FASTGAN_NAMESPACE, FASTGAN_DEVICE_KEY, m)
+
+// Runs a kernel of the contract on the device of `tensor`.
+#if defined(FASTGAN_CUDA)
+#define FASTGAN_RUN(name, args, tensor) \
+  fastgan::check_launch(#name, fastgan_##name##_cuda(args, fastgan::current_stream(tensor)))
+#else
+#define FASTGAN_RUN(name, args, tensor) FASTGAN_SELECT(name)(args, fastgan::torch_threads())
+#endif
 
 // Guards memory; what a user can get wrong is refused in fastgan/nn/functional.py, with torch's exception
 // types.
@@ -62,5 +89,38 @@ inline ScalarType accumulate_type(ScalarType type) {
 }
 
 inline Tensor empty(std::vector<int64_t> sizes, ScalarType type) { return torch::stable::empty(sizes, type); }
+
+#if defined(FASTGAN_CUDA)
+inline void check_launch(const char* kernel, const char* error) {
+  FASTGAN_CHECK(!error, kernel, ": ", error);
+}
+#endif
+
+#if defined(FASTGAN_CUDA) && !defined(FASTGAN_EMULATED)
+// Makes the tensor's device the current one while it lives.
+struct DeviceScope {
+  explicit DeviceScope(const Tensor& tensor) : guard(tensor.get_device_index()) {}
+  torch::stable::accelerator::DeviceGuard guard;
+};
+inline void* current_stream(const Tensor& tensor) {
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  return stream;
+}
+inline std::optional<torch::stable::Device> device_of(const Tensor& tensor) { return tensor.device(); }
+inline bool is_here(const Tensor& tensor, const Tensor& beside) { return tensor.device() == beside.device(); }
+#else
+struct DeviceScope {
+  explicit DeviceScope(const Tensor&) {}
+};
+inline void* current_stream(const Tensor&) { return nullptr; }
+inline std::optional<torch::stable::Device> device_of(const Tensor&) { return std::nullopt; }
+inline bool is_here(const Tensor& tensor, const Tensor&) { return tensor.is_cpu(); }
+#endif
+
+// On the device of `beside`.
+inline Tensor empty(std::vector<int64_t> sizes, ScalarType type, const Tensor& beside) {
+  return torch::stable::empty(sizes, type, std::nullopt, device_of(beside));
+}
 
 }  // namespace fastgan

@@ -43,7 +43,7 @@ struct GanLossArgs {
   void* loss_value;       // a scalar, or of the logits' shape for Reduction::none, contiguous
   bool loss_accumulates;  // loss_value has the accumulate type, not the storage type
   double* partial_sums;   // one for each image and output row
-  int32_t* bad_target;    // set to 1 if a target outside [0, 1] is met where the loss wants it inside
+  int32_t* bad_target;    // set to 1 if a target outside [0, 1] is met where the loss wants it inside (CPU)
 
   // backward; a null gradient is not wanted
   Strided grad_loss;  // stride 0 for a scalar
@@ -64,3 +64,5 @@ inline int64_t gan_loss_workspace(const GanLossArgs& a) {
 
 FASTGAN_DECLARE_KERNEL(gan_loss_forward, fastgan::GanLossArgs)
 FASTGAN_DECLARE_KERNEL(gan_loss_backward, fastgan::GanLossArgs)
+FASTGAN_DECLARE_CUDA_KERNEL(gan_loss_forward, fastgan::GanLossArgs)
+FASTGAN_DECLARE_CUDA_KERNEL(gan_loss_backward, fastgan::GanLossArgs)

@@ -14,8 +14,8 @@
 // Numerics: as the CPU kernel (norm_act_cpu.cpp). A thread takes a chunk of values into registers, and sums
 // squares about the chunk's own mean; chunks, threads and splits are joined in double by Chan's formula, in
 // which nothing cancels. The sums of a backward are in the accumulate type within a chunk, double beyond it.
-// The output is fma(x - float(mean), scale, shift) with the mean's rest in the shift; the mask is recomputed by
-// the same two instructions.
+// The output is fma(x - float(mean), scale, shift) with the mean's rest in the shift; the mask is recomputed
+// by the same two instructions.
 #include "norm_act/norm_act.h"
 
 #include "common/cuda_block.h"
@@ -32,13 +32,13 @@ constexpr int kMostChannels = 4;  // of a thread
 
 // How a call is cut; from shapes and alignment alone. An item is a vector of V elements.
 struct Plan {
-  int columns, rows;     // of threads; columns is X above
-  int tiles;             // of channels
-  int splits;            // of the items
-  int64_t items;         // of a channel (or of a tile's row) in a group
-  int64_t split_items;   // the last split may have fewer
-  bool vectors;          // V elements an item; one otherwise
-  bool whole;            // both phases in one launch
+  int columns, rows;    // of threads; columns is X above
+  int tiles;            // of channels
+  int splits;           // of the items
+  int64_t items;        // of a channel (or of a tile's row) in a group
+  int64_t split_items;  // the last split may have fewer
+  bool vectors;         // V elements an item; one otherwise
+  bool whole;           // both phases in one launch
 };
 
 template <class S>
@@ -48,9 +48,9 @@ constexpr int vector_width(bool channels_last) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Which phases a launch has.
+// Which phases a launch has, and whether the second needs the sums.
 struct Phases {
-  bool sums, values;
+  bool sums, values, needs_sums;
 };
 
 // Count, mean and second moment about it.
@@ -102,7 +102,7 @@ FASTGAN_DEVICE T masked(T grad, T z, Activation act, T slope) {
 template <class S, int V, bool Last>
 struct Walk {
   using T = AccumulateType<S>;
-  static constexpr int K = Last ? V : 1;                            // channels of a thread
+  static constexpr int K = Last ? V : 1;                                   // channels of a thread
   static constexpr int U = Last ? (V > 1 ? 4 : 8) : (V > 1 ? 16 / V : 8);  // items of a chunk
   static_assert(K <= kMostChannels);
 
@@ -138,18 +138,32 @@ struct Walk {
     end = begin + plan.split_items < plan.items ? begin + plan.split_items : plan.items;
   }
 
+  // The offsets of up to U items from `first` on, a block's rows apart, and how many there are.
+  FASTGAN_DEVICE int chunk(int64_t group, int64_t first, int64_t end, int64_t (&at)[U]) const {
+    int items = 0;
+#pragma unroll
+    for (int u = 0; u < U; ++u) {
+      int64_t item = first + int64_t(u) * plan.rows;
+      if (item < end) at[u] = offset(group, item), items = u + 1;
+    }
+    return items;
+  }
+  // All loads of a chunk come before the first use: enough are under way to fill the memory's latency.
+  static FASTGAN_DEVICE void load_chunk(const S* from, const int64_t (&at)[U], int items, T (&values)[U][V]) {
+#pragma unroll
+    for (int u = 0; u < U; ++u)
+      if (u < items) load_vector<V>(from + at[u], values[u]);
+  }
+
   FASTGAN_DEVICE void moments(int64_t group, int split, Moments (&out)[K]) const {
     const S* x = static_cast<const S*>(args.input);
     int64_t begin, end;
     range(split, begin, end);
     for (int64_t first = begin + row; first < end; first += int64_t(U) * plan.rows) {
+      int64_t at[U];
       T values[U][V];
-      int items = 0;
-#pragma unroll
-      for (int u = 0; u < U; ++u) {
-        int64_t item = first + int64_t(u) * plan.rows;
-        if (item < end) load_vector<V>(x + offset(group, item), values[u]), items = u + 1;
-      }
+      int items = chunk(group, first, end, at);
+      load_chunk(x, at, items, values);
       T number = T(items * (Last ? 1 : V));
 #pragma unroll
       for (int k = 0; k < K; ++k) {
@@ -181,22 +195,21 @@ struct Walk {
     int64_t begin, end;
     range(split, begin, end);
     for (int64_t first = begin + row; first < end; first += int64_t(U) * plan.rows) {
-      T dz[K] = {}, along[K] = {};
+      int64_t at[U];
+      T values[U][V], grads[U][V], dz[K] = {}, along[K] = {};
+      int items = chunk(group, first, end, at);
+      load_chunk(x, at, items, values);
+      load_chunk(dy, at, items, grads);
 #pragma unroll
-      for (int u = 0; u < U; ++u) {
-        int64_t item = first + int64_t(u) * plan.rows;
-        if (item >= end) break;
-        T values[V], grads[V];
-        load_vector<V>(x + offset(group, item), values);
-        load_vector<V>(dy + offset(group, item), grads);
+      for (int u = 0; u < U; ++u)
 #pragma unroll
         for (int e = 0; e < V; ++e) {
           const int k = owner(e);
-          T d = masked(grads[e], preactivation(values[e], c[k]), args.act, slope);
+          if (u >= items) continue;
+          T d = masked(grads[u][e], preactivation(values[u][e], c[k]), args.act, slope);
           dz[k] += d;
-          along[k] = fma(d, values[e] - c[k].mean, along[k]);
+          along[k] = fma(d, values[u][e] - c[k].mean, along[k]);
         }
-      }
 #pragma unroll
       for (int k = 0; k < K; ++k) out[k].merge({double(dz[k]), double(along[k])});
     }
@@ -208,13 +221,19 @@ struct Walk {
     T slope = T(args.negative_slope);
     int64_t begin, end;
     range(split, begin, end);
-    for (int64_t item = begin + row; item < end; item += plan.rows) {
-      int64_t at = offset(group, item);
-      T values[V];
-      load_vector<V>(x + at, values);
+    for (int64_t first = begin + row; first < end; first += int64_t(U) * plan.rows) {
+      int64_t at[U];
+      T values[U][V];
+      int items = chunk(group, first, end, at);
+      load_chunk(x, at, items, values);
 #pragma unroll
-      for (int e = 0; e < V; ++e) values[e] = activate(preactivation(values[e], c[owner(e)]), args.act, slope);
-      store_vector<V>(y + at, values);
+      for (int u = 0; u < U; ++u) {
+        if (u >= items) continue;
+#pragma unroll
+        for (int e = 0; e < V; ++e)
+          values[u][e] = activate(preactivation(values[u][e], c[owner(e)]), args.act, slope);
+        store_vector<V>(y + at[u], values[u]);
+      }
     }
   }
 
@@ -224,20 +243,26 @@ struct Walk {
     T slope = T(args.negative_slope);
     int64_t begin, end;
     range(split, begin, end);
-    for (int64_t item = begin + row; item < end; item += plan.rows) {
-      int64_t at = offset(group, item);
-      T values[V], grads[V];
-      load_vector<V>(x + at, values);
-      load_vector<V>(dy + at, grads);
+    for (int64_t first = begin + row; first < end; first += int64_t(U) * plan.rows) {
+      int64_t at[U];
+      T values[U][V], grads[U][V];
+      int items = chunk(group, first, end, at);
+      load_chunk(x, at, items, values);
+      load_chunk(dy, at, items, grads);
 #pragma unroll
-      for (int e = 0; e < V; ++e) {
-        const Coefficients<T>& of = c[owner(e)];
-        T dz = masked(grads[e], preactivation(values[e], of), args.act, slope);
-        // In evaluation x - mean has no part in it: infinity times the zero coefficient would be NaN.
-        values[e] =
-            args.batch_statistics ? dz * of.scale - (values[e] - of.mean) * of.along - of.constant : dz * of.scale;
+      for (int u = 0; u < U; ++u) {
+        if (u >= items) continue;
+#pragma unroll
+        for (int e = 0; e < V; ++e) {
+          const Coefficients<T>& of = c[owner(e)];
+          T dz = masked(grads[u][e], preactivation(values[u][e], of), args.act, slope);
+          // In evaluation x - mean has no part in it: infinity times the zero coefficient would be NaN.
+          values[u][e] = args.batch_statistics
+                             ? dz * of.scale - (values[u][e] - of.mean) * of.along - of.constant
+                             : dz * of.scale;
+        }
+        store_vector<V>(dx + at[u], values[u]);
       }
-      store_vector<V>(dx + at, values);
     }
   }
 
@@ -365,8 +390,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(NormActArgs args, Pla
   walk.outputs(group, split, coefficients);
 }
 
-// Weight and bias gradients join all groups. A whole block walks through the groups of its tile itself; of the
-// second launch of two, the last `tiles` blocks do this alone.
+// Weight and bias gradients join all groups. A whole block walks through the groups of its tile itself; of
+// the second launch of two, the last `tiles` blocks do this alone.
 template <class S, int V, bool Last>
 __global__ void __launch_bounds__(kThreads) backward_kernel(NormActArgs args, Plan plan, Phases phases) {
   using W = Walk<S, V, Last>;
@@ -391,14 +416,14 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(NormActArgs args, Pl
         coefficients[k] = walk.affine(c, mean[k], var[k]);
       }
     Sums sums[K] = {};
-    if (phases.sums) {
+    if (phases.sums && phases.needs_sums) {
       if (walk.is_inside()) walk.sums(group, split, coefficients, sums);
       join_rows(sums, plan.columns, plan.rows, memory);
       if (!phases.values) {
         store_partial(walk, group, split, sums);
         continue;
       }
-    } else if (args.batch_statistics || parameters) {
+    } else if (phases.needs_sums) {
       join_partials(walk, group, sums, memory);
     }
     if (!walk.is_inside()) continue;
@@ -406,7 +431,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(NormActArgs args, Pl
     for (int k = 0; k < K; ++k) {
       walk.gradient(coefficients[k], walk.channel + k, mean[k], var[k], sums[k]);
       bias_sum[k] += sums[k].dz;
-      weight_sum[k] += (sums[k].along - (mean[k] - double(coefficients[k].mean)) * sums[k].dz) * walk.invstd(var[k]);
+      weight_sum[k] +=
+          (sums[k].along - (mean[k] - double(coefficients[k].mean)) * sums[k].dz) * walk.invstd(var[k]);
     }
     if (values) walk.gradients(group, split, coefficients);
   }
@@ -436,13 +462,14 @@ __global__ void __launch_bounds__(kThreads) move_kernel(NormActMoveArgs args) {
 // ---- host ----
 
 template <class S>
-Plan plan_of(const NormActArgs& args) {
+Plan plan_of(const NormActArgs& args, bool may_use_vectors) {
   Plan plan{};
   int64_t rows_of_group = args.batch / args.groups * args.spatial;
   int width = vector_width<S>(args.channels_last);
   int64_t run = args.channels_last ? args.channels : args.spatial, bytes = width * int64_t(sizeof(S));
-  plan.vectors = run % width == 0 && is_aligned(args.input, bytes) && is_aligned(args.output, bytes) &&
-                 is_aligned(args.grad_output, bytes) && is_aligned(args.grad_input, bytes);
+  plan.vectors = may_use_vectors && run % width == 0 && is_aligned(args.input, bytes) &&
+                 is_aligned(args.output, bytes) && is_aligned(args.grad_output, bytes) &&
+                 is_aligned(args.grad_input, bytes);
   if (!plan.vectors) width = 1;
   plan.columns = 1;
   if (args.channels_last)
@@ -462,36 +489,36 @@ Plan plan_of(const NormActArgs& args) {
 
 template <class S, int V, bool Last>
 Error forward(const NormActArgs& args, const Plan& plan, void* stream) {
+  auto kernel = forward_kernel<S, V, Last>;
   int64_t grid = args.groups * plan.splits * plan.tiles;
-  size_t shared =
-      args.batch_statistics ? SharedMemory::bytes<Moments>(Walk<S, V, Last>::K * kThreads) : size_t(0);
-  bool joined = plan.whole || !args.batch_statistics;
-  if (!joined)
-    if (Error error =
-            launch(forward_kernel<S, V, Last>, grid, kThreads, shared, stream, args, plan, Phases{true, false}))
-      return error;
-  return launch(forward_kernel<S, V, Last>, grid, kThreads, shared, stream, args, plan, Phases{joined, true});
+  bool needs_sums = args.batch_statistics, whole = plan.whole || !needs_sums;
+  size_t shared = needs_sums ? SharedMemory::bytes<Moments>(Walk<S, V, Last>::K * kThreads) : size_t(0);
+  Error error = nullptr;
+  if (!whole) error = launch(kernel, grid, kThreads, shared, stream, args, plan, Phases{true, false, true});
+  if (error) return error;
+  return launch(kernel, grid, kThreads, shared, stream, args, plan, Phases{whole, true, needs_sums});
 }
 
 template <class S, int V, bool Last>
 Error backward(const NormActArgs& args, const Plan& plan, void* stream) {
-  int64_t grid = args.groups * plan.splits * plan.tiles;
+  auto kernel = backward_kernel<S, V, Last>;
+  bool parameters = args.grad_weight || args.grad_bias;
+  bool needs_sums = parameters || (args.grad_input && args.batch_statistics);
   size_t shared = SharedMemory::bytes<Sums>(Walk<S, V, Last>::K * kThreads);
   if (plan.whole)  // a block walks through the groups
-    return launch(backward_kernel<S, V, Last>, plan.tiles, kThreads, shared, stream, args, plan,
-                  Phases{true, true});
-  bool parameters = args.grad_weight || args.grad_bias;
-  if (parameters || (args.grad_input && args.batch_statistics))
-    if (Error error = launch(backward_kernel<S, V, Last>, grid, kThreads, shared, stream, args, plan,
-                             Phases{true, false}))
-      return error;
-  return launch(backward_kernel<S, V, Last>, grid + (parameters ? plan.tiles : 0), kThreads, shared, stream,
-                args, plan, Phases{false, true});
+    return launch(kernel, plan.tiles, kThreads, shared, stream, args, plan, Phases{true, true, needs_sums});
+  int64_t grid = args.groups * plan.splits * plan.tiles;
+  Error error = nullptr;
+  if (needs_sums)
+    error = launch(kernel, grid, kThreads, shared, stream, args, plan, Phases{true, false, true});
+  if (error) return error;
+  return launch(kernel, grid + (parameters ? plan.tiles : 0), kThreads, shared, stream, args, plan,
+                Phases{false, true, needs_sums});
 }
 
 template <class S>
 Error run(const NormActArgs& args, void* stream, bool is_backward) {
-  Plan plan = plan_of<S>(args);
+  Plan plan = plan_of<S>(args, true);
   constexpr int last = vector_width<S>(true), planes = vector_width<S>(false);
 #define FASTGAN_BY_WIDTH(V, Last) \
   (is_backward ? backward<S, V, Last>(args, plan, stream) : forward<S, V, Last>(args, plan, stream))
@@ -533,6 +560,10 @@ extern "C" const char* fastgan_norm_act_move_cuda(const fastgan::NormActMoveArgs
 }
 
 extern "C" int64_t fastgan_norm_act_scratch_cuda(const fastgan::NormActArgs& args) {
-  // Three numbers for each channel of each split; bounds every plan, whatever the alignment.
-  return args.groups * fastgan::kMostSplits * args.channels * 3;
+  // Three numbers for each channel of each split. Without vectors there are at least as many splits as with.
+  bool half = args.dtype == fastgan::Dtype::bfloat16 || args.dtype == fastgan::Dtype::float16;
+  fastgan::Plan plan = args.dtype == fastgan::Dtype::float64 ? fastgan::plan_of<double>(args, false)
+                       : half ? fastgan::plan_of<fastgan::bfloat16>(args, false)
+                              : fastgan::plan_of<float>(args, false);
+  return plan.whole ? 0 : args.groups * plan.splits * args.channels * 3;
 }

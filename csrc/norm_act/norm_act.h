@@ -36,7 +36,7 @@ struct NormActArgs {
   void* grad_input;         // null: not wanted
   double* grad_weight;      // (channels), null: not wanted
   double* grad_bias;
-  double* scratch;  // norm_act_scratch(args) of them
+  double* scratch;  // norm_act_scratch(args) of them; on CUDA fastgan_norm_act_scratch_cuda(args)
 };
 
 // channels_last: rows are cut into blocks of 64 KB or more that never cross a group; this many rows each.
@@ -57,7 +57,22 @@ static inline int64_t norm_act_scratch(const NormActArgs& args) {
   return args.groups * padded * (7 + (args.channels_last ? 2 * norm_act_blocks(args) : 0));
 }
 
+// running = (1 - momentum) * running + momentum * statistic for each group in turn, rounded once a group;
+// mean and var are 0 and 1. On CUDA; the CPU does it in norm_act_op.cpp.
+struct NormActMoveArgs {
+  Dtype dtype;  // of the running statistics: float32 or float64
+  int64_t channels, groups;
+  void* running[2];
+  int64_t stride[2];           // of running, in elements
+  const double* statistic[2];  // (groups, channels)
+  double momentum, factor;     // factor: for the variance
+};
+
 }  // namespace fastgan
 
 FASTGAN_DECLARE_KERNEL(norm_act_forward, fastgan::NormActArgs)
 FASTGAN_DECLARE_KERNEL(norm_act_backward, fastgan::NormActArgs)
+FASTGAN_DECLARE_CUDA_KERNEL(norm_act_forward, fastgan::NormActArgs)
+FASTGAN_DECLARE_CUDA_KERNEL(norm_act_backward, fastgan::NormActArgs)
+FASTGAN_DECLARE_CUDA_KERNEL(norm_act_move, fastgan::NormActMoveArgs)
+extern "C" int64_t fastgan_norm_act_scratch_cuda(const fastgan::NormActArgs&);

@@ -1,5 +1,5 @@
-// fastgan::norm_act, norm_act_eval and their backwards for PyTorch; see fastgan/ops/norm_act.py for the
-// schemas in words.
+// fastgan::norm_act, norm_act_eval and their backwards for PyTorch, on the CPU and on CUDA; see
+// fastgan/ops/norm_act.py for the schemas in words.
 #include <string>
 #include <tuple>
 
@@ -46,7 +46,8 @@ std::vector<int64_t> sizes(const Tensor& x) {
 
 Tensor empty_like(const Tensor& x, MemoryFormat format) {
   std::vector<int64_t> shape = sizes(x);
-  return torch::stable::empty(shape, x.scalar_type(), std::nullopt, std::nullopt, std::nullopt, format);
+  return torch::stable::empty(shape, x.scalar_type(), std::nullopt, fastgan::device_of(x), std::nullopt,
+                              format);
 }
 
 Tensor contiguous_as(const Tensor& x, ScalarType type) {
@@ -55,6 +56,7 @@ Tensor contiguous_as(const Tensor& x, ScalarType type) {
 
 // Arguments and the tensors that they point into.
 struct Call {
+  fastgan::DeviceScope scope;
   NormActArgs args{};
   MemoryFormat format;
   Tensor input;
@@ -63,7 +65,8 @@ struct Call {
   Tensor scratch;
 
   Call(const Tensor& x, const OptionalTensor& w, const OptionalTensor& b, double eps, const std::string& act,
-       double negative_slope, int64_t groups) {
+       double negative_slope, int64_t groups)
+      : scope(x) {
     FASTGAN_CHECK(x.dim() >= 2, "input must have at least 2 dimensions, got ", x.dim());
     FASTGAN_CHECK(groups >= 1 && x.size(0) % groups == 0, "groups must divide the batch, got groups=", groups,
                   " and a batch of ", x.size(0));
@@ -86,6 +89,7 @@ struct Call {
 
   OptionalTensor parameter(const OptionalTensor& tensor, const char* name, const void** pointer) {
     if (!tensor.has_value()) return std::nullopt;
+    FASTGAN_CHECK(fastgan::is_here(*tensor, input), name, " must be on input's device");
     FASTGAN_CHECK(tensor->numel() == args.channels, name, " must have ", args.channels, " elements, got ",
                   tensor->numel());
     Tensor out = contiguous_as(*tensor, fastgan::accumulate_type(input.scalar_type()));
@@ -97,6 +101,8 @@ struct Call {
     FASTGAN_CHECK(m.numel() == args.groups * args.channels && v.numel() == m.numel(),
                   "mean and var must have ", args.groups * args.channels, " elements, got ", m.numel(),
                   " and ", v.numel());
+    FASTGAN_CHECK(fastgan::is_here(m, input) && fastgan::is_here(v, input),
+                  "mean and var must be on input's device");
     mean = contiguous_as(m, ScalarType::Double);
     var = contiguous_as(v, ScalarType::Double);
     args.mean = static_cast<double*>(mean.data_ptr());
@@ -106,7 +112,12 @@ struct Call {
   bool is_empty() const { return input.numel() == 0; }
 
   void make_scratch() {
-    scratch = fastgan::empty({fastgan::norm_act_scratch(args)}, ScalarType::Double);
+#if defined(FASTGAN_CUDA)
+    int64_t size = fastgan_norm_act_scratch_cuda(args);
+#else
+    int64_t size = fastgan::norm_act_scratch(args);
+#endif
+    scratch = fastgan::empty({size}, ScalarType::Double, input);
     args.scratch = static_cast<double*>(scratch.data_ptr());
   }
 
@@ -115,7 +126,7 @@ struct Call {
     if (is_empty()) return output;
     args.output = output.data_ptr();
     make_scratch();
-    FASTGAN_SELECT(norm_act_forward)(args, fastgan::torch_threads());
+    FASTGAN_RUN(norm_act_forward, args, input);
     return output;
   }
 
@@ -124,13 +135,14 @@ struct Call {
     FASTGAN_CHECK(needs.size() == 3, "needs must have 3 elements, got ", needs.size());
     FASTGAN_CHECK(grad_output.scalar_type() == input.scalar_type() && sizes(grad_output) == sizes(input),
                   "grad_output must have input's shape and dtype");
+    FASTGAN_CHECK(fastgan::is_here(grad_output, input), "grad_output must be on input's device");
     FASTGAN_CHECK((!needs[1] || w.has_value()) && (!needs[2] || b.has_value()),
                   "needs asks for an absent parameter's");
     ScalarType type = input.scalar_type();
     Tensor grad = torch::stable::contiguous(grad_output, format);
-    Tensor grad_input = needs[0] ? empty_like(input, format) : fastgan::empty({0}, type);
-    Tensor grad_weight = fastgan::empty({needs[1] ? args.channels : 0}, ScalarType::Double);
-    Tensor grad_bias = fastgan::empty({needs[2] ? args.channels : 0}, ScalarType::Double);
+    Tensor grad_input = needs[0] ? empty_like(input, format) : fastgan::empty({0}, type, input);
+    Tensor grad_weight = fastgan::empty({needs[1] ? args.channels : 0}, ScalarType::Double, input);
+    Tensor grad_bias = fastgan::empty({needs[2] ? args.channels : 0}, ScalarType::Double, input);
     if (is_empty()) {
       torch::stable::zero_(grad_weight);
       torch::stable::zero_(grad_bias);
@@ -140,7 +152,7 @@ struct Call {
       args.grad_weight = needs[1] ? static_cast<double*>(grad_weight.data_ptr()) : nullptr;
       args.grad_bias = needs[2] ? static_cast<double*>(grad_bias.data_ptr()) : nullptr;
       make_scratch();
-      FASTGAN_SELECT(norm_act_backward)(args, fastgan::torch_threads());
+      FASTGAN_RUN(norm_act_backward, args, input);
     }
     ScalarType weight_type = needs[1] ? w->scalar_type() : type,
                bias_type = needs[2] ? b->scalar_type() : type;
@@ -153,8 +165,8 @@ std::tuple<Tensor, Tensor, Tensor> norm_act(Tensor input, OptionalTensor weight,
                                             int64_t groups) {
   Call call(input, weight, bias, eps, act, negative_slope, groups);
   call.args.batch_statistics = true;
-  Tensor mean = fastgan::empty({groups, call.args.channels}, ScalarType::Double);
-  Tensor var = fastgan::empty({groups, call.args.channels}, ScalarType::Double);
+  Tensor mean = fastgan::empty({groups, call.args.channels}, ScalarType::Double, input);
+  Tensor var = fastgan::empty({groups, call.args.channels}, ScalarType::Double, input);
   call.statistics(mean, var);
   if (call.is_empty()) {
     torch::stable::zero_(mean);
@@ -190,6 +202,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_act_eval_backward(Tensor grad_output, Te
   return call.backward(grad_output, weight, bias, needs);
 }
 
+#if !defined(FASTGAN_CUDA)
 // running = (1 - momentum) * running + momentum * statistic for each group in turn, rounded once a group.
 template <class S>
 void move(const Tensor& running, const Tensor& statistic, double momentum, double factor) {
@@ -202,29 +215,51 @@ void move(const Tensor& running, const Tensor& statistic, double momentum, doubl
       to[c * stride] = S(now * (1 - momentum) + from[g * channels + c] * (factor * momentum));
     }
 }
+#endif
 
 // The one operator that changes its arguments: for a small layer, PyTorch's four calls and their conversions
 // take longer than the layer. factor turns the biased variance into the unbiased one.
 void norm_act_move(Tensor running_mean, Tensor running_var, Tensor mean, Tensor var, double momentum,
                    double factor) {
+  ScalarType type = running_mean.scalar_type();
+  FASTGAN_CHECK(
+      running_var.scalar_type() == type && (type == ScalarType::Float || type == ScalarType::Double),
+      "running statistics must both be float32 or both float64");
   for (const Tensor* running : {&running_mean, &running_var}) {
     const Tensor& statistic = running == &running_mean ? mean : var;
-    FASTGAN_CHECK(running->dim() == 1 && statistic.dim() == 2 && running->size(0) == statistic.size(1) &&
-                      statistic.is_contiguous() && statistic.scalar_type() == ScalarType::Double,
-                  "running statistics must be (C,), the batch's contiguous float64 (groups, C)");
-    double scale = running == &running_mean ? 1.0 : factor;
-    if (running->scalar_type() == ScalarType::Float)
-      move<float>(*running, statistic, momentum, scale);
-    else if (running->scalar_type() == ScalarType::Double)
-      move<double>(*running, statistic, momentum, scale);
-    else
-      throw std::runtime_error("running statistics must be float32 or float64");
+    FASTGAN_CHECK(
+        running->dim() == 1 && statistic.dim() == 2 && running->size(0) == statistic.size(1) &&
+            running->size(0) == running_mean.size(0) && statistic.size(0) == mean.size(0) &&
+            statistic.is_contiguous() && statistic.scalar_type() == ScalarType::Double &&
+            fastgan::is_here(*running, running_mean) && fastgan::is_here(statistic, running_mean),
+        "running statistics must be (C,), the batch's contiguous float64 (groups, C), on one device");
   }
+#if defined(FASTGAN_CUDA)
+  fastgan::DeviceScope scope(running_mean);
+  fastgan::NormActMoveArgs args{};
+  args.dtype = fastgan::dtype_of(running_mean);
+  args.channels = mean.size(1), args.groups = mean.size(0);
+  args.momentum = momentum, args.factor = factor;
+  args.running[0] = running_mean.data_ptr(), args.running[1] = running_var.data_ptr();
+  args.stride[0] = running_mean.stride(0), args.stride[1] = running_var.stride(0);
+  args.statistic[0] = static_cast<const double*>(mean.data_ptr());
+  args.statistic[1] = static_cast<const double*>(var.data_ptr());
+  FASTGAN_RUN(norm_act_move, args, running_mean);
+#else
+  for (const Tensor* running : {&running_mean, &running_var}) {
+    const Tensor& statistic = running == &running_mean ? mean : var;
+    double scale = running == &running_mean ? 1.0 : factor;
+    if (type == ScalarType::Float)
+      move<float>(*running, statistic, momentum, scale);
+    else
+      move<double>(*running, statistic, momentum, scale);
+  }
+#endif
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
+FASTGAN_LIBRARY_IMPL(m) {
   m.impl("norm_act", TORCH_BOX(&norm_act));
   m.impl("norm_act_backward", TORCH_BOX(&norm_act_backward));
   m.impl("norm_act_move", TORCH_BOX(&norm_act_move));

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as _F
 from torch import Tensor
 
-from fastgan import _impl
+from fastgan import _cuda, _impl
 from fastgan.nn import _attention_inputs, _gan_loss_inputs, _linear_cross_entropy_inputs
 from fastgan.nn._gan_loss_inputs import pair as _pair
 from fastgan.ops import conv as _conv
@@ -308,7 +308,7 @@ def batch_norm_act(
     if input.dim() != 1 or input.shape[0] > 0:  # torch lets an empty vector through
         _check_batch_norm(input, running_mean, running_var, weight, bias, training, eps, act, groups)
     groups = groups if training else 1
-    if input.device.type not in ("cpu", "meta") or input.dtype not in _NORM_DTYPES or input.dim() < 2:
+    if not _runs(input, "norm_act") or input.dtype not in _NORM_DTYPES or input.dim() < 2:
         return _composed_batch_norm_act(
             input, running_mean, running_var, weight, bias, training, momentum, eps, act, negative_slope, groups
         )
@@ -326,6 +326,12 @@ def batch_norm_act(
         move = _norm_act.move_reference if reference else _norm_act.move_running_statistics
         move(running_mean, running_var, mean, var, momentum, count / (count - 1))
     return output
+
+
+def _runs(input: Tensor, operator: str) -> bool:
+    """True where ``operator`` has a kernel (or only shapes are asked for)."""
+    device = input.device.type
+    return device in ("cpu", "meta") or (device == "cuda" and _cuda.has_kernel(operator))
 
 
 _NORM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -510,7 +516,7 @@ def conv_gan_loss(
     )
     parts = (*tensors, loss_index)
     settings = (float(label_smoothing), reduction_index, autocast)
-    if _impl.reference_selected() or input.device.type != "cpu":
+    if _impl.reference_selected() or input.is_meta or not _runs(input, "conv_gan_loss"):
         _gan_loss_inputs.check_target_values(tensors[0], loss)
         return _gan_loss.reference(input, weight, bias, *parts, stride, padding, *settings)
     return _gan_loss.conv_gan_loss(input, weight, bias, *parts, stride, padding, *settings)

@@ -149,11 +149,11 @@ def move_running_statistics(
     if (
         torch.compiler.is_compiling()
         or in_functorch()
-        or running_mean.device.type != "cpu"
+        or running_mean.device.type not in ("cpu", "cuda")
         or running_mean.is_inference()
         or running_var.is_inference()
         or running_mean.dtype not in dtypes
-        or running_var.dtype not in dtypes
+        or running_mean.dtype != running_var.dtype
         or not type(running_mean) is type(running_var) is type(mean) is Tensor
     ):
         move_reference(running_mean, running_var, mean, var, momentum, factor)

@@ -1,6 +1,7 @@
 // csrc/common/cuda_launch.h for the emulator.
 #pragma once
-#include <cmath>
+#include <math.h>  // the global overloads for float
+
 #include <cstddef>
 #include <cstdint>
 #include <cstring>

@@ -1,0 +1,30 @@
+"""The harnesses that judge the CPU kernels by plain loops, run on the CUDA kernels under the sanitizers.
+
+ThreadSanitizer sees races between the threads of a block and between blocks; AddressSanitizer sees reads and writes
+beyond shared memory, and beyond tensors and scratch, which have exactly the size that was asked for.
+"""
+
+import pytest
+
+from tests.cuda_emulation.build import HERE, REPOSITORY, build, needs_compiler, run
+
+pytestmark = [needs_compiler, pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+@pytest.mark.parametrize("sanitizer", ["address", "thread"])
+@pytest.mark.parametrize("stem", ["norm_act", "gan_loss"])
+def test_a_harness_reports_nothing(tmp_path, stem, sanitizer):
+    program = build(
+        tmp_path,
+        stem,
+        [
+            REPOSITORY / "tests" / "kernel_harness" / f"{stem}_harness.cpp",
+            REPOSITORY / "csrc" / stem / f"{stem}.cu",
+            HERE / f"{stem}_isa.cpp",
+        ],
+        sanitizer=sanitizer,
+        flags=["-DFASTGAN_ISA=emulated", "-include", str(HERE / "isa.h")],
+    )
+    done = run([program], timeout=600)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    assert done.stderr == ""

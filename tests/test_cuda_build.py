@@ -1,0 +1,209 @@
+"""``fastgan._C_cuda``: found, built at first use, kept, and what is said where it cannot be had. No GPU is needed.
+
+A process pretends to have a CUDA torch and a GPU; the two libraries of a CUDA torch that the build links are stubs
+with the one function that the kernels' host code asks for. So everything but the launch of a kernel is real: the
+compiler, the link, the loading, the registration.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastgan import _cuda, _impl
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CUDA_HOME = next(
+    (Path(p) for p in (os.environ.get("CUDA_HOME"), "/usr/local/cuda") if p and (Path(p) / "bin" / "nvcc").exists()),
+    None,
+)
+needs_nvcc = pytest.mark.skipif(CUDA_HOME is None, reason="no CUDA compiler (nvcc) on this machine")
+pytestmark = pytest.mark.skipif(_impl.extension_error is not None, reason="no compiled extension in this build")
+
+PRETEND = """
+import os, sys, warnings, torch, torch.utils.cpp_extension as e
+torch.version.cuda = os.environ.get("PRETEND_CUDA", "13.0")
+torch.cuda.is_available = lambda: True
+torch.cuda.device_count = lambda: 1
+torch.cuda.get_device_capability = lambda i=0: tuple(int(x) for x in os.environ.get("PRETEND_GPU", "9.0").split("."))
+e.CUDA_HOME = os.environ.get("PRETEND_CUDA_HOME")
+if os.environ.get("PRETEND_STUBS"):
+    import ctypes
+    for name in ("libc10_cuda.so", "libtorch_cuda.so"):
+        ctypes.CDLL(os.path.join(os.environ["PRETEND_STUBS"], name), mode=ctypes.RTLD_GLOBAL)
+import fastgan
+from fastgan import _cuda
+"""
+ASK = """
+print(*[_cuda.has_kernel(name) for name in ("norm_act", "conv_gan_loss", "attention")])
+print(_cuda.status())
+"""
+
+
+def start(code: str, **environment: str | Path | None) -> subprocess.Popen[str]:
+    given = {k: str(v) for k, v in environment.items() if v is not None}
+    env = {k: v for k, v in os.environ.items() if k not in ("TORCH_CUDA_ARCH_LIST", "FASTGAN_CUDA", "FASTGAN_CACHE")}
+    return subprocess.Popen(
+        [sys.executable, "-c", PRETEND + code],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**env, **given},
+        cwd=sysconfig.get_path("stdlib"),
+        start_new_session=True,  # so that a killed build takes its compilers along
+    )
+
+
+def finish(process: subprocess.Popen[str], timeout: float = 800) -> tuple[str, str]:
+    out, err = process.communicate(timeout=timeout)
+    assert process.returncode == 0, err
+    return out, err
+
+
+def run(code: str, **environment) -> tuple[str, str]:
+    return finish(start(code, **environment), 120)
+
+
+@pytest.fixture(scope="module")
+def stubs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("stubs")
+    source = folder / "stub.c"
+    source.write_text(
+        "int aoti_torch_get_current_cuda_stream(int device, void** stream) { (void)device; *stream = 0; return 0; }\n"
+    )
+    for name in ("libc10_cuda.so", "libtorch_cuda.so"):
+        subprocess.run(["cc", "-shared", "-fPIC", source, "-o", folder / name], check=True)
+    return folder
+
+
+# ---- what is said; nothing is built ----
+
+
+def test_without_a_gpu_nothing_is_tried_and_status_says_why():
+    if torch.version.cuda is not None and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    assert not _cuda.has_kernel("norm_act")
+    assert "torch is built without CUDA" in _cuda.status() or "no CUDA device" in _cuda.status()
+
+
+def test_no_compiler_is_one_warning_that_says_what_to_install(tmp_path):
+    code = ASK + "\nprint(_cuda.has_kernel('norm_act'))"
+    out, err = run(code, FASTGAN_CACHE=tmp_path, PRETEND_CUDA_HOME=tmp_path)
+    assert out.startswith("False False False\nnot loaded: building them needs the CUDA compiler")
+    assert err.count("RuntimeWarning") == 1
+    assert "install the CUDA toolkit 13.0" in err
+
+
+def test_a_toolkit_of_another_major_version_is_said(tmp_path):
+    (tmp_path / "bin").mkdir()
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.4, V12.4.131'\n")
+    nvcc.chmod(0o755)
+    _, err = run(ASK, FASTGAN_CACHE=tmp_path / "cache", PRETEND_CUDA_HOME=tmp_path)
+    assert "torch is built with CUDA 13.0" in err
+    assert "CUDA 12.4" in err
+
+
+def test_a_cache_that_cannot_be_written_is_said_by_its_name(tmp_path):
+    (tmp_path / "file").write_text("")  # a folder cannot be made below it, even by root
+    _, err = run(ASK, FASTGAN_CACHE=tmp_path / "file" / "cache", PRETEND_CUDA_HOME=CUDA_HOME or tmp_path)
+    assert str(tmp_path / "file" / "cache") in err
+    assert "FASTGAN_CACHE names another folder" in err
+
+
+def test_an_old_gpu_and_switching_off(tmp_path):
+    _, err = run(ASK, FASTGAN_CACHE=tmp_path, PRETEND_GPU="7.5")
+    assert "compute capability 8.0 or later is needed, got 7.5" in err
+    out, err = run(ASK, FASTGAN_CACHE=tmp_path, FASTGAN_CUDA="off")
+    assert "FASTGAN_CUDA=off" in out
+    assert err == ""
+
+
+def test_a_failed_build_leaves_nothing_and_says_the_compilers_error(tmp_path):
+    (tmp_path / "home" / "bin").mkdir(parents=True)
+    nvcc = tmp_path / "home" / "bin" / "nvcc"
+    nvcc.write_text(
+        "#!/bin/sh\ncase $* in *--version*) echo 'release 13.0, V13.0';; *) echo 'error: No space left on device' >&2; "
+        "exit 1;; esac\n"
+    )
+    nvcc.chmod(0o755)
+    # The compiler of the .cpp files fails as well: the build ends at once.
+    _, err = run(ASK, FASTGAN_CACHE=tmp_path / "cache", PRETEND_CUDA_HOME=tmp_path / "home", CXX="false")
+    assert err.count("RuntimeWarning") == 1
+    assert "building them failed" in err
+    assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+def test_the_key_follows_sources_and_gpus(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "a.cu").write_text("1")
+    before = _cuda._key(tmp_path, "8.0")
+    assert _cuda._key(tmp_path, "8.0") == before
+    assert _cuda._key(tmp_path, "9.0a") != before
+    (tmp_path / "a" / "a.cu").write_text("2")
+    assert _cuda._key(tmp_path, "8.0") != before
+
+
+def test_the_wheels_sources_are_there():
+    sources = _cuda._sources()
+    for stem in ("norm_act", "gan_loss"):
+        assert (sources / stem / f"{stem}.cu").exists()
+        assert (sources / stem / f"{stem}_op.cpp").exists()
+
+
+# ---- the build itself ----
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_built_at_first_use_once_for_two_processes_after_a_killed_build(tmp_path, stubs):
+    """A build is killed; then two processes start at once: one builds, both load; a third finds it; a copy serves."""
+    cache = tmp_path / "cache"
+    environment = {
+        "FASTGAN_CACHE": cache,
+        "PRETEND_CUDA_HOME": CUDA_HOME,
+        "PRETEND_STUBS": stubs,
+        "LIBRARY_PATH": stubs,
+        "MAX_JOBS": "1",
+    }
+    killed = start(ASK, **environment)
+    deadline = time.monotonic() + 120
+    while not list(cache.glob("*.part-*/build.ninja")) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert list(cache.glob("*.part-*/build.ninja"))
+    os.killpg(killed.pid, signal.SIGKILL)
+    killed.communicate()
+
+    pair = [start(ASK, **environment) for _ in range(2)]
+    results = [finish(each) for each in pair]
+    for out, _ in results:
+        assert out.startswith("True True False\nloaded (")
+    said = "".join(err for _, err in results)
+    assert said.count("building its CUDA kernels for 9.0a") == 1
+    assert said.count("fastgan: built in") == 1
+    assert "waiting for it" in said
+    assert sorted(p.suffix for p in cache.iterdir()) == ["", ".lock"]
+
+    third = run(ASK + "\nprint(fastgan.info()['cuda_kernels'])", **environment)
+    assert third[0].count("loaded (") == 2
+    assert third[1] == ""
+
+    whole = next(p for p in cache.iterdir() if p.is_dir())
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(
+        whole, elsewhere / whole.name
+    )  # no lock file, which a cache that is read-only would not let be made
+    out, err = run(ASK, **{**environment, "FASTGAN_CACHE": elsewhere})
+    assert out.startswith("True True False")
+    assert err == ""
+    assert [p.name for p in elsewhere.iterdir()] == [whole.name]

@@ -1,0 +1,79 @@
+"""Every .cu compiles for the GPUs that it is meant for: no spills, and no more registers than its header states."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin")
+SOURCES = sorted((REPOSITORY / "csrc").glob("*/*.cu"))
+
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no CUDA compiler (nvcc) on this machine")
+
+
+def compile_for(architecture: str, source: Path, out: Path, *flags: str) -> str:
+    """What ptxas says of the kernels of a source."""
+    done = subprocess.run(
+        [
+            str(NVCC), "-std=c++20", "-O3", f"-I{REPOSITORY / 'csrc'}", "-Werror=all-warnings", "-Xptxas=-v",
+            f"-gencode=arch=compute_{architecture},code=sm_{architecture}", "-c", source, "-o", out, *flags,
+        ],
+        capture_output=True, text=True, timeout=600,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stderr
+
+
+def stated_registers(source: Path) -> int:
+    found = re.search(r"Registers: at most (\d+), no spills", source.read_text())
+    assert found, f"{source.name} does not state its registers"
+    return int(found.group(1))
+
+
+def check(report: str, most: int) -> None:
+    kernels = re.findall(r"Used (\d+) registers", report)
+    spills = re.findall(r"(\d+) bytes spill stores, (\d+) bytes spill loads", report)
+    assert kernels
+    assert len(spills) >= len(kernels)
+    assert max(map(int, kernels)) <= most
+    assert not [pair for pair in spills if pair != ("0", "0")]
+
+
+@needs_nvcc
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("architecture", ["80", "90a", "100"])
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_no_spills_and_the_registers_that_the_header_states(source, architecture, tmp_path):
+    check(compile_for(architecture, source, tmp_path / "kernel.o"), stated_registers(source))
+
+
+@needs_nvcc
+def test_a_kernel_that_spills_would_be_seen(tmp_path):
+    source = tmp_path / "spills.cu"
+    source.write_text(
+        "// Registers: at most 32, no spills\n"
+        "__global__ void spills(float* x) {\n"
+        "  float v[96];\n"
+        "#pragma unroll\n"
+        "  for (int i = 0; i < 96; ++i) v[i] = x[i * 256 + threadIdx.x];\n"
+        "  __syncthreads();\n"
+        "#pragma unroll\n"
+        "  for (int i = 0; i < 96; ++i) x[i * 256 + threadIdx.x] = v[95 - i] * v[i];\n"
+        "}\n"
+    )
+    assert stated_registers(source) == 32
+    with pytest.raises(AssertionError):
+        check(compile_for("80", source, tmp_path / "spills.o", "-maxrregcount=32"), 32)
+
+
+def test_every_source_states_its_registers():
+    assert SOURCES
+    for source in SOURCES:
+        stated_registers(source)
