@@ -32,13 +32,14 @@ constexpr int kMostChannels = 4;  // of a thread
 
 // How a call is cut; from shapes and alignment alone. An item is a vector of V elements.
 struct Plan {
-  int columns, rows;    // of threads; columns is X above
-  int tiles;            // of channels
-  int splits;           // of the items
-  int64_t items;        // of a channel (or of a tile's row) in a group
-  int64_t split_items;  // the last split may have fewer
-  bool vectors;         // V elements an item; one otherwise
-  bool whole;           // both phases in one launch
+  int columns, rows;     // of threads; columns is X above
+  int tiles;             // of channels
+  int splits;            // of the items
+  int64_t items;         // of a channel (or of a tile's row) in a group
+  int64_t split_items;   // the last split may have fewer
+  bool vectors;          // V elements an item; one otherwise
+  int64_t group_images;  // the batch of a group
+  bool whole;            // both phases in one launch
 };
 
 template <class S>
@@ -56,9 +57,17 @@ struct Phases {
 // Count, mean and second moment about it.
 struct Moments {
   double count, mean, square;
+  // The share of what comes is found in precision T: in float its rounding is 6e-8 of the distance of two
+  // means.
+  template <class T = double>
   FASTGAN_DEVICE void merge(const Moments& other) {
     if (other.count == 0) return;
-    double all = count + other.count, delta = other.mean - mean, share = other.count / all;
+    if (count == 0) {  // the distance would be the whole mean
+      *this = other;
+      return;
+    }
+    double all = count + other.count, delta = other.mean - mean,
+           share = double(quick_divide(T(other.count), T(all)));
     square += other.square + delta * delta * (count * share);
     mean += delta * share;
     count = all;
@@ -102,8 +111,8 @@ FASTGAN_DEVICE T masked(T grad, T z, Activation act, T slope) {
 template <class S, int V, bool Last>
 struct Walk {
   using T = AccumulateType<S>;
-  static constexpr int K = Last ? V : 1;                                   // channels of a thread
-  static constexpr int U = Last ? (V > 1 ? 4 : 8) : (V > 1 ? 16 / V : 8);  // items of a chunk
+  static constexpr int K = Last ? V : 1;                                     // channels of a thread
+  static constexpr int U = (V > 1 ? 16 / V : 8) / (sizeof(T) == 8 ? 2 : 1);  // items of a chunk
   static_assert(K <= kMostChannels);
 
   const NormActArgs& args;
@@ -116,18 +125,16 @@ struct Walk {
     channel = (int64_t(tile) * p.columns + column) * K;
   }
   FASTGAN_DEVICE bool is_inside() const { return channel < args.channels; }
-  FASTGAN_DEVICE int64_t group_images() const { return args.batch / args.groups; }
+  FASTGAN_DEVICE int64_t group_images() const { return plan.group_images; }
   FASTGAN_DEVICE double count() const { return double(group_images()) * double(args.spatial); }
 
-  // Where an item of a group lies. In planes, a division an item: memory waits longer.
+  // Where an item of a group lies. In planes, a division an item: memory waits longer. There are fewer than
+  // 2^31 items (the host looks), and a division in 64 bits would be a call.
   FASTGAN_DEVICE int64_t offset(int64_t group, int64_t item) const {
     if (Last) return (group * group_images() * args.spatial + item) * args.channels + channel;
-    int64_t per_plane = args.spatial / V;
-    int64_t plane = per_plane <= 0x7fffffff && item <= 0x7fffffff
-                        ? int64_t(uint32_t(item) / uint32_t(per_plane))
-                        : item / per_plane;
+    uint32_t per_plane = uint32_t(args.spatial / V), plane = uint32_t(item) / per_plane;
     return ((group * group_images() + plane) * args.channels + channel) * args.spatial +
-           (item - plane * per_plane) * V;
+           int64_t(uint32_t(item) - plane * per_plane) * V;
   }
 
   // Which of the thread's channels element e of a vector belongs to.
@@ -164,7 +171,7 @@ struct Walk {
       T values[U][V];
       int items = chunk(group, first, end, at);
       load_chunk(x, at, items, values);
-      T number = T(items * (Last ? 1 : V));
+      T number = T(items * (Last ? 1 : V)), inverse = quick_divide(T(1), number);
 #pragma unroll
       for (int k = 0; k < K; ++k) {
         T pivot = values[0][k], sum = 0, s1 = 0, s2 = 0;
@@ -173,7 +180,7 @@ struct Walk {
 #pragma unroll
           for (int e = 0; e < V; ++e)
             if (owner(e) == k && u < items) sum += values[u][e] - pivot;
-        pivot += sum / number;
+        pivot += sum * inverse;
 #pragma unroll
         for (int u = 0; u < U; ++u)
 #pragma unroll
@@ -183,8 +190,8 @@ struct Walk {
               s1 += d;
               s2 = fma(d, d, s2);
             }
-        T rest = s1 / number;  // pivot is rounded: what is left of the mean
-        out[k].merge({double(number), double(pivot) + double(rest), double(s2 - s1 * rest)});
+        T rest = s1 * inverse;  // pivot is rounded: what is left of the mean
+        out[k].template merge<T>({double(number), double(pivot) + double(rest), double(s2 - s1 * rest)});
       }
     }
   }
@@ -363,7 +370,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(NormActArgs args, Pla
   SharedMemory shared;
   Moments* memory = args.batch_statistics ? shared.take<Moments>(K * kThreads) : nullptr;
   int tile = int(blockIdx.x) % plan.tiles, split = int(blockIdx.x) / plan.tiles % plan.splits;
-  int64_t group = int64_t(blockIdx.x) / plan.tiles / plan.splits;
+  int64_t group = int(blockIdx.x) / plan.tiles / plan.splits;
   W walk(args, plan, tile);
   Moments moments[K] = {};
   if (args.batch_statistics) {
@@ -400,20 +407,18 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(NormActArgs args, Pl
   SharedMemory shared;
   Sums* memory = shared.take<Sums>(K * kThreads);
   int tile = int(blockIdx.x) % plan.tiles, split = int(blockIdx.x) / plan.tiles % plan.splits;
-  int64_t begin = int64_t(blockIdx.x) / plan.tiles / plan.splits, end = begin + 1;
+  int64_t begin = int(blockIdx.x) / plan.tiles / plan.splits, end = begin + 1;
   bool parameters = plan.whole || begin == args.groups, values = args.grad_input && begin < args.groups;
   if (parameters) begin = 0, end = args.groups;
   W walk(args, plan, tile);
-  double weight_sum[K] = {}, bias_sum[K] = {};
   for (int64_t group = begin; group < end; ++group) {
+    const double *means = args.mean + group * args.channels, *vars = args.var + group * args.channels;
     Coefficients<T> coefficients[K] = {};
-    double mean[K] = {}, var[K] = {};
     if (walk.is_inside())
 #pragma unroll
       for (int k = 0; k < K; ++k) {
-        int64_t c = walk.channel + k, at = group * args.channels + c;
-        mean[k] = args.mean[at], var[k] = args.var[at];
-        coefficients[k] = walk.affine(c, mean[k], var[k]);
+        int64_t c = walk.channel + k;
+        coefficients[k] = walk.affine(c, means[c], vars[c]);
       }
     Sums sums[K] = {};
     if (phases.sums && phases.needs_sums) {
@@ -429,18 +434,16 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(NormActArgs args, Pl
     if (!walk.is_inside()) continue;
 #pragma unroll
     for (int k = 0; k < K; ++k) {
-      walk.gradient(coefficients[k], walk.channel + k, mean[k], var[k], sums[k]);
-      bias_sum[k] += sums[k].dz;
-      weight_sum[k] +=
-          (sums[k].along - (mean[k] - double(coefficients[k].mean)) * sums[k].dz) * walk.invstd(var[k]);
+      int64_t c = walk.channel + k;
+      walk.gradient(coefficients[k], c, means[c], vars[c], sums[k]);
+      if (!parameters || walk.row != 0) continue;
+      // One thread has the channel: what the groups before gave is its own.
+      double along =
+          (sums[k].along - (means[c] - double(coefficients[k].mean)) * sums[k].dz) * walk.invstd(vars[c]);
+      if (args.grad_weight) args.grad_weight[c] = (group == begin ? 0 : args.grad_weight[c]) + along;
+      if (args.grad_bias) args.grad_bias[c] = (group == begin ? 0 : args.grad_bias[c]) + sums[k].dz;
     }
     if (values) walk.gradients(group, split, coefficients);
-  }
-  if (!parameters || !phases.values || walk.row != 0 || !walk.is_inside()) return;
-#pragma unroll
-  for (int k = 0; k < K; ++k) {
-    if (args.grad_weight) args.grad_weight[walk.channel + k] = weight_sum[k];
-    if (args.grad_bias) args.grad_bias[walk.channel + k] = bias_sum[k];
   }
 }
 
@@ -464,7 +467,8 @@ __global__ void __launch_bounds__(kThreads) move_kernel(NormActMoveArgs args) {
 template <class S>
 Plan plan_of(const NormActArgs& args, bool may_use_vectors) {
   Plan plan{};
-  int64_t rows_of_group = args.batch / args.groups * args.spatial;
+  plan.group_images = args.batch / args.groups;
+  int64_t rows_of_group = plan.group_images * args.spatial;
   int width = vector_width<S>(args.channels_last);
   int64_t run = args.channels_last ? args.channels : args.spatial, bytes = width * int64_t(sizeof(S));
   plan.vectors = may_use_vectors && run % width == 0 && is_aligned(args.input, bytes) &&
@@ -519,6 +523,7 @@ Error backward(const NormActArgs& args, const Plan& plan, void* stream) {
 template <class S>
 Error run(const NormActArgs& args, void* stream, bool is_backward) {
   Plan plan = plan_of<S>(args, true);
+  if (plan.items > 0x7fffffff) return "a channel has more than 2^31 values";
   constexpr int last = vector_width<S>(true), planes = vector_width<S>(false);
 #define FASTGAN_BY_WIDTH(V, Last) \
   (is_backward ? backward<S, V, Last>(args, plan, stream) : forward<S, V, Last>(args, plan, stream))

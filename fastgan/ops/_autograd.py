@@ -6,7 +6,7 @@
 ====================  ================================================================================================
 dispatch key          what runs
 ====================  ================================================================================================
-CPU, CUDA             the compiled kernel, registered by ``fastgan._C`` (imported) and ``fastgan._C_cuda`` (``_cuda.py``)
+CPU, CUDA             the compiled kernel, registered by ``fastgan._C`` and by ``fastgan._C_cuda`` (``_cuda.py``)
 CompositeExplicit...  the reference: on devices, or in builds, without a kernel
 Meta                  ``fake``: shapes, dtypes and strides alone
 Autograd              a single-level ``autograd.Function`` applied in Python, which is what torch's own operators do

@@ -1,7 +1,8 @@
-"""CUDA's kernels as operators on the CPU's tensors: ``torch.ops.fastgan_emulated``, built once for a run of tests."""
+"""CUDA's kernels as operators on the CPU's tensors: by the emulator, and on a GPU where there is one."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,13 +18,38 @@ STEMS = {
 _library: list[torch.library.Library] = []
 
 
+class _OnDevice:
+    """``torch.ops.fastgan`` on a GPU, for tensors of the CPU."""
+
+    def __getattr__(self, name: str):
+        operator = getattr(torch.ops.fastgan, name)
+
+        def call(*args):
+            moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
+            out = operator(*moved)
+            for argument, before, after in zip(operator.default._schema.arguments, args, moved, strict=True):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    before.copy_(after)
+            return tuple(each.cpu() for each in out) if isinstance(out, tuple) else None if out is None else out.cpu()
+
+        return call
+
+
+@pytest.fixture(scope="session", params=["emulator", "device"])
+def cuda_kernels(request):
+    """The operators with their own checks and the .cu kernels, called with the CPU's tensors."""
+    if request.param == "emulator":
+        return request.getfixturevalue("emulated")
+    if not fastgan._cuda.has_kernel("norm_act"):
+        pytest.skip(f"no CUDA kernels on a device: {fastgan._cuda.status()}")
+    return _OnDevice()
+
+
 @pytest.fixture(scope="session")
 def emulated(tmp_path_factory):
-    """``torch.ops.fastgan_emulated``: the operators' own checks, and the .cu kernels run by the emulator."""
+    """``torch.ops.fastgan_emulated``."""
     if fastgan._impl.extension_error is not None:
         pytest.skip("no compiled extension in this build to compare with")
-    import shutil
-
     if shutil.which(CXX) is None:
         pytest.skip(f"no C++ compiler ({CXX}) on this machine")
     torch_folder = Path(torch.__file__).parent

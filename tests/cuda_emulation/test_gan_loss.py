@@ -1,4 +1,4 @@
-"""gan_loss.cu on the emulator: judged by float64, measured by the CPU kernel's own error at the same precision."""
+"""gan_loss.cu, emulated and on a GPU where there is one: judged by float64 and by the CPU kernel's own error."""
 
 from __future__ import annotations
 
@@ -33,7 +33,9 @@ def _wide(arguments):
     return [a.double() if isinstance(a, torch.Tensor) else a for a in arguments]
 
 
-def _check(emulated, shape, dtype, channels_last, loss, reduction, *, smoothing=0.1, float32_loss=False, whole=True):
+def _check(
+    cuda_kernels, shape, dtype, channels_last, loss, reduction, *, smoothing=0.1, float32_loss=False, whole=True
+):
     n, c, h, w, k, kernel, stride, padding = shape
     x = torch.randn(n, c, h, w).to(dtype)
     if channels_last:
@@ -46,7 +48,7 @@ def _check(emulated, shape, dtype, channels_last, loss, reduction, *, smoothing=
     positive = torch.rand(k, 1, 1, dtype=accumulate) + 0.5 if whole else None
     settings = (target, 0.9, sample, positive, loss, stride, padding, smoothing, reduction)
     arguments = (x, weight, bias, *settings, float32_loss)
-    cpu, got = torch.ops.fastgan.conv_gan_loss(*arguments), emulated.conv_gan_loss(*arguments)
+    cpu, got = torch.ops.fastgan.conv_gan_loss(*arguments), cuda_kernels.conv_gan_loss(*arguments)
     exact = reference.reference(*_wide(arguments))
     ulp = torch.finfo(dtype).eps
     for a, b, want, name in zip(got, cpu, exact, ("loss", "logits"), strict=True):
@@ -61,7 +63,7 @@ def _check(emulated, shape, dtype, channels_last, loss, reduction, *, smoothing=
     backward = (grad_loss, grad_logits, x, weight, bias, cpu[1], *settings)
     needs = [True, True, whole]
     cpu = torch.ops.fastgan.conv_gan_loss_backward(*backward, needs)
-    got = emulated.conv_gan_loss_backward(*backward, needs)
+    got = cuda_kernels.conv_gan_loss_backward(*backward, needs)
     if loss == 1 and dtype != torch.float64:
         exact = [each.double() for each in cpu]  # a hinge's corner is where the rounded logit is
     else:
@@ -75,35 +77,35 @@ def _check(emulated, shape, dtype, channels_last, loss, reduction, *, smoothing=
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_every_shape_and_loss(emulated, dtype, channels_last):
+def test_every_shape_and_loss(cuda_kernels, dtype, channels_last):
     for i, shape in enumerate(SHAPES):
-        _check(emulated, shape, dtype, channels_last, i % 4, i % 3)
-        _check(emulated, shape, dtype, channels_last, (i + 1) % 4, (i + 1) % 3, whole=False, smoothing=0.0)
-    _check(emulated, SHAPES[0], dtype, channels_last, 0, 1, float32_loss=True)
+        _check(cuda_kernels, shape, dtype, channels_last, i % 4, i % 3)
+        _check(cuda_kernels, shape, dtype, channels_last, (i + 1) % 4, (i + 1) % 3, whole=False, smoothing=0.0)
+    _check(cuda_kernels, SHAPES[0], dtype, channels_last, 0, 1, float32_loss=True)
 
 
-def test_many_logits_have_a_warp_each(emulated):
-    _check(emulated, (2, 5, 68, 40, 1, (3, 3), (1, 1), (0, 0)), torch.float32, False, 0, 1)
-    _check(emulated, (2, 5, 68, 40, 1, (3, 3), (1, 1), (0, 0)), torch.float32, True, 2, 1)
+def test_many_logits_have_a_warp_each(cuda_kernels):
+    _check(cuda_kernels, (2, 5, 68, 40, 1, (3, 3), (1, 1), (0, 0)), torch.float32, False, 0, 1)
+    _check(cuda_kernels, (2, 5, 68, 40, 1, (3, 3), (1, 1), (0, 0)), torch.float32, True, 2, 1)
 
 
-def test_confident_logits_lose_no_digits_and_nan_stays(emulated):
+def test_confident_logits_lose_no_digits_and_nan_stays(cuda_kernels):
     x = torch.tensor([-200.0, -40.0, -1e-4, 0.0, 1e-4, 40.0, 200.0]).view(-1, 1, 1, 1)
     weight = torch.ones(1, 1, 1, 1)
     arguments = (None, None, 1.0, None, None, 0, (1, 1), (0, 0), 0.0, 0, False)
-    got = emulated.conv_gan_loss(x, weight, *arguments)[0]
+    got = cuda_kernels.conv_gan_loss(x, weight, *arguments)[0]
     exact = torch.nn.functional.softplus(-x.double())
     torch.testing.assert_close(got, exact.float(), rtol=3e-7, atol=0)
     x[2] = float("nan")
-    got = emulated.conv_gan_loss(x, weight, *arguments)[0]
+    got = cuda_kernels.conv_gan_loss(x, weight, *arguments)[0]
     assert got.isnan().flatten().tolist() == [False, False, True, False, False, False, False]
 
 
-def test_gradients_that_nobody_wants_are_not_made(emulated):
+def test_gradients_that_nobody_wants_are_not_made(cuda_kernels):
     x, weight = torch.randn(2, 3, 4, 4), torch.randn(1, 3, 4, 4)
-    loss, logits = emulated.conv_gan_loss(x, weight, None, None, 1.0, None, None, 0, (1, 1), (0, 0), 0.0, 1, False)
+    loss, logits = cuda_kernels.conv_gan_loss(x, weight, None, None, 1.0, None, None, 0, (1, 1), (0, 0), 0.0, 1, False)
     for needs in ([True, False, False], [False, True, False]):
-        got = emulated.conv_gan_loss_backward(
+        got = cuda_kernels.conv_gan_loss_backward(
             torch.ones_like(loss),
             None,
             x,
@@ -134,7 +136,7 @@ def test_gradients_that_nobody_wants_are_not_made(emulated):
     reduction=st.integers(0, 2),
     channels_last=st.booleans(),
 )
-def test_any_small_shape(emulated, sizes, kernel, stride, padding, loss, reduction, channels_last):
+def test_any_small_shape(cuda_kernels, sizes, kernel, stride, padding, loss, reduction, channels_last):
     n, c, h, w, k = sizes
     if kernel[0] <= h + 2 * padding[0] and kernel[1] <= w + 2 * padding[1]:
-        _check(emulated, (n, c, h, w, k, kernel, stride, padding), torch.float64, channels_last, loss, reduction)
+        _check(cuda_kernels, (n, c, h, w, k, kernel, stride, padding), torch.float64, channels_last, loss, reduction)

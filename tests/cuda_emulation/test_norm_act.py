@@ -1,4 +1,4 @@
-"""norm_act.cu on the emulator: judged by float64, measured by the CPU kernel's own error at the same precision."""
+"""norm_act.cu, emulated and on a GPU where there is one: judged by float64 and by the CPU kernel's own error."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def _case(shape, dtype, channels_last, mean=3.0):
     return x, torch.randn_like(x), weight, bias
 
 
-def _check_training(emulated, shape, dtype, channels_last, act, groups, needs=(True, True, True), mean=3.0):
+def _check_training(cuda_kernels, shape, dtype, channels_last, act, groups, needs=(True, True, True), mean=3.0):
     x, dy, weight, bias = _case(shape, dtype, channels_last, mean)
     settings = (EPS, act, SLOPE, groups)
     cpu = torch.ops.fastgan.norm_act(x, weight, bias, *settings)
-    got = emulated.norm_act(x, weight, bias, *settings)
+    got = cuda_kernels.norm_act(x, weight, bias, *settings)
     exact = reference.norm_act_reference(x.double(), weight.double(), bias.double(), *settings)
     _no_worse(got[0], cpu[0], exact[0], dtype, "output")
     for i, name in ((1, "mean"), (2, "var")):  # float64 each: a few float ulp
         torch.testing.assert_close(got[i], exact[i], rtol=1e-6, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
     arguments = (x, weight, bias, cpu[1], cpu[2], *settings, list(needs))
     cpu = torch.ops.fastgan.norm_act_backward(dy, *arguments)
-    got = emulated.norm_act_backward(dy, *arguments)
+    got = cuda_kernels.norm_act_backward(dy, *arguments)
     # The mask is the kernels': where float64 sees the other side of the corner, the gradient is another.
     z = torch.ops.fastgan.norm_act(x, weight, bias, EPS, "none", SLOPE, groups)[0]
     wide = reference.norm_act_reference(x.double(), weight.double(), bias.double(), EPS, "none", SLOPE, groups)[0]
@@ -66,16 +66,16 @@ def _check_training(emulated, shape, dtype, channels_last, act, groups, needs=(T
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_training_in_one_launch(emulated, dtype, channels_last):
+def test_training_in_one_launch(cuda_kernels, dtype, channels_last):
     # odd widths, whole vectors, several tiles of channels, two groups
     for shape, groups in [((4, 3, 5, 5), 2), ((2, 8, 4, 4), 1), ((6, 40, 2, 2), 3), ((2, 33, 3, 1), 1)]:
         for act in reference.ACTIVATIONS:
-            _check_training(emulated, shape, dtype, channels_last, act, groups)
+            _check_training(cuda_kernels, shape, dtype, channels_last, act, groups)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_training_in_two_launches(emulated, dtype, channels_last):
+def test_training_in_two_launches(cuda_kernels, dtype, channels_last):
     """Channels of more items than one block takes: sums of splits, joined again by every block."""
     shapes = (
         [((2, 2, 131, 129), 1), ((4, 2, 96, 96), 2)]
@@ -83,17 +83,17 @@ def test_training_in_two_launches(emulated, dtype, channels_last):
         else [((2, 5, 41, 40), 1), ((4, 8, 32, 48), 2)]
     )
     for shape, groups in shapes:
-        _check_training(emulated, shape, dtype, channels_last, "leaky_relu", groups)
+        _check_training(cuda_kernels, shape, dtype, channels_last, "leaky_relu", groups)
     for needs in [(True, False, False), (False, True, True), (False, False, True)]:
-        _check_training(emulated, shapes[0][0], dtype, channels_last, "relu", 1, needs)
+        _check_training(cuda_kernels, shapes[0][0], dtype, channels_last, "relu", 1, needs)
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_statistics_of_a_large_mean_keep_their_digits(emulated, channels_last):
+def test_statistics_of_a_large_mean_keep_their_digits(cuda_kernels, channels_last):
     for mean in (1e4, -3e5):
         x, _, weight, bias = _case((4, 8, 12, 12), torch.float32, channels_last, mean)
         x[0, :, 0, 0] = 0.0  # the first value is far from all others
-        output, got_mean, got_var = emulated.norm_act(x, weight, bias, EPS, "none", SLOPE, 1)
+        output, got_mean, got_var = cuda_kernels.norm_act(x, weight, bias, EPS, "none", SLOPE, 1)
         wide = x.double().movedim(1, 0).reshape(8, -1)
         torch.testing.assert_close(got_mean[0], wide.mean(1), rtol=1e-7, atol=0)
         torch.testing.assert_close(got_var[0], wide.var(1, correction=0), rtol=1e-6, atol=0)
@@ -103,18 +103,18 @@ def test_statistics_of_a_large_mean_keep_their_digits(emulated, channels_last):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_evaluation(emulated, dtype, channels_last):
+def test_evaluation(cuda_kernels, dtype, channels_last):
     for shape in [(3, 5, 7, 3), (2, 16, 8, 8), (2, 6, 80, 64)]:
         x, dy, weight, bias = _case(shape, dtype, channels_last)
         mean, var = torch.randn(shape[1], dtype=weight.dtype) + 3, torch.rand(shape[1], dtype=weight.dtype) + 0.5
         arguments = (x, mean, var, weight, bias, EPS, "leaky_relu", SLOPE)
         wide = tuple(a.double() if isinstance(a, torch.Tensor) else a for a in arguments)
         exact = reference.norm_act_eval_reference(*wide)
-        cpu, got = torch.ops.fastgan.norm_act_eval(*arguments), emulated.norm_act_eval(*arguments)
+        cpu, got = torch.ops.fastgan.norm_act_eval(*arguments), cuda_kernels.norm_act_eval(*arguments)
         _no_worse(got, cpu, exact, dtype, "output")
         for needs in ([True, True, True], [True, False, False], [False, True, False]):
             cpu = torch.ops.fastgan.norm_act_eval_backward(dy, *arguments, needs)
-            got = emulated.norm_act_eval_backward(dy, *arguments, needs)
+            got = cuda_kernels.norm_act_eval_backward(dy, *arguments, needs)
             for a, b, need in zip(got, cpu, needs, strict=True):
                 assert a.shape == b.shape
                 if need:
@@ -128,41 +128,41 @@ def test_evaluation(emulated, dtype, channels_last):
     channels_last=st.booleans(),
     act=st.sampled_from(reference.ACTIVATIONS),
 )
-def test_any_small_shape(emulated, shape, dtype, channels_last, act):
+def test_any_small_shape(cuda_kernels, shape, dtype, channels_last, act):
     if shape[0] * shape[2] * shape[3] > 1:
-        _check_training(emulated, shape, dtype, channels_last, act, 1)
+        _check_training(cuda_kernels, shape, dtype, channels_last, act, 1)
 
 
-def test_absent_parameters_rank_two_and_unaligned_memory(emulated):
+def test_absent_parameters_rank_two_and_unaligned_memory(cuda_kernels):
     settings = (EPS, "relu", SLOPE, 2)
     x = torch.randn(6, 7)
     torch.testing.assert_close(
-        emulated.norm_act(x, None, None, *settings), torch.ops.fastgan.norm_act(x, None, None, *settings)
+        cuda_kernels.norm_act(x, None, None, *settings), torch.ops.fastgan.norm_act(x, None, None, *settings)
     )
     x = torch.randn(4 * 8 * 16 + 1)[1:].view(4, 8, 4, 4)  # four bytes beyond a multiple of sixteen
     torch.testing.assert_close(
-        emulated.norm_act(x, None, None, *settings), torch.ops.fastgan.norm_act(x, None, None, *settings)
+        cuda_kernels.norm_act(x, None, None, *settings), torch.ops.fastgan.norm_act(x, None, None, *settings)
     )
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_nan_goes_where_it_belongs(emulated, channels_last):
+def test_nan_goes_where_it_belongs(cuda_kernels, channels_last):
     x, dy, weight, bias = _case((2, 6, 4, 4), torch.float32, channels_last)
     x[1, 2, 3, 3] = float("nan")
     for act in reference.ACTIVATIONS:
-        output, mean, var = emulated.norm_act(x, weight, bias, EPS, act, SLOPE, 1)
+        output, mean, var = cuda_kernels.norm_act(x, weight, bias, EPS, act, SLOPE, 1)
         assert output[:, 2].isnan().all()
         assert not output[:, [0, 1, 3, 4, 5]].isnan().any()
-        gradients = emulated.norm_act_backward(dy, x, weight, bias, mean, var, EPS, act, SLOPE, 1, [True] * 3)
+        gradients = cuda_kernels.norm_act_backward(dy, x, weight, bias, mean, var, EPS, act, SLOPE, 1, [True] * 3)
         assert gradients[0][:, 2].isnan().all()
         assert not gradients[0][:, [0, 1, 3, 4, 5]].isnan().any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_running_statistics_move_as_on_the_cpu(emulated, dtype):
+def test_running_statistics_move_as_on_the_cpu(cuda_kernels, dtype):
     mean, var = torch.randn(2, 300, dtype=torch.float64), torch.rand(2, 300, dtype=torch.float64)
     ours, cpu = ([torch.ones(600, dtype=dtype)[::2], torch.zeros(300, dtype=dtype)] for _ in range(2))
-    emulated.norm_act_move(*ours, mean, var, 0.1, 1.25)
+    cuda_kernels.norm_act_move(*ours, mean, var, 0.1, 1.25)
     torch.ops.fastgan.norm_act_move(*cpu, mean, var, 0.1, 1.25)
     for a, b in zip(ours, cpu, strict=True):
         torch.testing.assert_close(a, b, rtol=torch.finfo(dtype).eps, atol=0)
