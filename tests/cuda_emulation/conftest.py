@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 from pathlib import Path
 
@@ -59,10 +61,16 @@ def emulated(tmp_path_factory):
         "-DFASTGAN_CUDA", "-DFASTGAN_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000",
         "-isystem", str(torch_folder / "include"),
     ]  # fmt: skip
-    library = build(
-        tmp_path_factory.mktemp("emulated"), "fastgan_emulated", sources, shared=True, flags=flags,
-        libraries=[torch_folder / "lib" / "libtorch_cpu.so"],
-    )  # fmt: skip
+    # Workers of pytest-xdist share the folder above their own: the first builds, the others wait.
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "fastgan_emulated"
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        library = folder / "libfastgan_emulated.so"
+        if not library.exists():
+            link = [torch_folder / "lib" / "libtorch_cpu.so"]
+            library = build(folder, "fastgan_emulated", sources, shared=True, flags=flags, libraries=link)
     definitions = torch.library.Library("fastgan_emulated", "DEF")
     _library.append(definitions)  # an operator lives as long as its library
     for names in STEMS.values():
