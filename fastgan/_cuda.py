@@ -233,6 +233,10 @@ def _compile(sources: Path, architectures: str, folder: Path) -> None:
         )
     except (RuntimeError, ImportError, subprocess.CalledProcessError) as error:
         raise _Unavailable(f"building them failed: {_last_words(error)}") from error
+    except OSError as error:
+        if not (folder / "fastgan_C_cuda.so").exists():
+            raise  # the folder's: _build says so
+        raise _Unavailable(f"they were built, and do not load: {error.__cause__ or error}") from error
     finally:
         if before is None:
             del os.environ["TORCH_CUDA_ARCH_LIST"]

@@ -81,7 +81,7 @@ def stubs(tmp_path_factory) -> Path:
         "int aoti_torch_get_current_cuda_stream(int device, void** stream) { (void)device; *stream = 0; return 0; }\n"
     )
     for name in ("libc10_cuda.so", "libtorch_cuda.so"):
-        subprocess.run(["cc", "-shared", "-fPIC", source, "-o", folder / name], check=True)
+        subprocess.run(["cc", "-shared", "-fPIC", f"-Wl,-soname,{name}", source, "-o", folder / name], check=True)
     return folder
 
 
