@@ -73,6 +73,53 @@ def test_a_kernel_that_spills_would_be_seen(tmp_path):
         check(compile_for("80", source, tmp_path / "spills.o", "-maxrregcount=32"), 32)
 
 
+@needs_nvcc
+def test_the_tensor_core_header_compiles_to_the_instructions_that_it_names(tmp_path):
+    source = tmp_path / "tensor_core.cu"
+    source.write_text(
+        """
+#include "common/cuda_tensor_core.h"
+using namespace fastgan;
+template <class S>
+__global__ void kernel(const S* x, float* y) {
+  SharedMemory shared;
+  S* tile = shared.take<S>(512);
+  int lane = int(threadIdx.x);
+  async_copy16(tile + lane * 8, x + lane * 8, lane != 3);
+  async_commit();
+  async_wait<0>();
+  block_sync();
+  uint32_t a[4], t[4];
+  load_matrices(a, tile + lane * 8);
+  load_matrices_transposed(t, tile + lane * 8);
+  uint32_t b[2] = {t[0], t[1]};
+  float c[4] = {};
+  mma_m16n8k16<S>(c, a, b);
+  y[lane] = c[0] + c[1] + c[2] + c[3];
+}
+template __global__ void kernel(const bfloat16*, float*);
+template __global__ void kernel(const float16*, float*);
+"""
+    )
+    check(compile_for("80", source, tmp_path / "kernel.o"), 40)
+    ptx = tmp_path / "kernel.ptx"
+    done = subprocess.run(
+        [str(NVCC), "-std=c++20", f"-I{REPOSITORY / 'csrc'}", "-arch=compute_80", "-ptx", source, "-o", ptx],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    instructions = ptx.read_text()
+    for name in (
+        "m16n8k16.row.col.f32.bf16",
+        "m16n8k16.row.col.f32.f16",
+        "ldmatrix",
+        "x4.trans",
+        "cp.async.cg",
+        "wait_group",
+    ):
+        assert name in instructions
+
+
 def test_every_source_states_its_registers():
     assert SOURCES
     for source in SOURCES:

@@ -4,6 +4,8 @@ ThreadSanitizer sees races between the threads of a block and between blocks; Ad
 beyond shared memory, and beyond tensors and scratch, which have exactly the size that was asked for.
 """
 
+import os
+
 import pytest
 
 from tests.cuda_emulation.build import HERE, REPOSITORY, build, needs_compiler, run
@@ -25,6 +27,7 @@ def test_a_harness_reports_nothing(tmp_path, stem, sanitizer):
         sanitizer=sanitizer,
         flags=["-DFASTGAN_ISA=emulated", "-include", str(HERE / "isa.h")],
     )
-    done = run([program], timeout=600)
+    # Each 7th case meets every shape, layout and activation, by turns.
+    done = run([program], timeout=600, env={**os.environ, "HARNESS_EVERY": "7" if sanitizer == "thread" else "2"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stderr == ""
