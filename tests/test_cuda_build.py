@@ -34,6 +34,7 @@ import os, sys, warnings, torch, torch.utils.cpp_extension as e
 torch.version.cuda = os.environ.get("PRETEND_CUDA", "13.0")
 torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: 1
+torch.cuda.get_device_name = lambda *_: "a pretended GPU"
 torch.cuda.get_device_capability = lambda i=0: tuple(int(x) for x in os.environ.get("PRETEND_GPU", "9.0").split("."))
 e.CUDA_HOME = os.environ.get("PRETEND_CUDA_HOME")
 if os.environ.get("PRETEND_STUBS"):
