@@ -1,4 +1,4 @@
-// A discriminator's last convolution with its loss on CUDA. Registers: at most 64, no spills (nvcc 13: sm_80,
+// A discriminator's last convolution with its loss on CUDA. Registers: at most 96, no spills (nvcc 13: sm_80,
 // sm_90a, sm_100).
 //
 // There are few logits and each is a long dot product (8,192 products for DCGAN's 4x4 over 512 channels), so
@@ -180,7 +180,7 @@ FASTGAN_DEVICE AccumulateType<S> dot(const Args& a, const Place& p, int first, i
 
 // W warps a logit: all of the block, or one.
 template <class S, class Loss, int W>
-__global__ void __launch_bounds__(kThreads) logits_kernel(Args a, int64_t count) {
+__global__ void __launch_bounds__(kThreads, 2) logits_kernel(Args a, int64_t count) {
   using T = AccumulateType<S>;
   SharedMemory shared;
   T* memory = W > 1 ? shared.take<T>(kWarps) : nullptr;
@@ -207,7 +207,7 @@ __global__ void __launch_bounds__(kThreads) logits_kernel(Args a, int64_t count)
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads) loss_kernel(Args a, int64_t count) {
+__global__ void __launch_bounds__(kThreads, 2) loss_kernel(Args a, int64_t count) {
   using T = AccumulateType<S>;
   SharedMemory shared;
   double* memory = shared.take<double>(kWarps);
@@ -226,7 +226,7 @@ __global__ void __launch_bounds__(kThreads) loss_kernel(Args a, int64_t count) {
 // ---- backward ----
 
 template <class S, class Loss>
-__global__ void __launch_bounds__(kThreads) gradient_kernel(Args a, int64_t count) {
+__global__ void __launch_bounds__(kThreads, 2) gradient_kernel(Args a, int64_t count) {
   using T = AccumulateType<S>;
   int64_t logit = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (logit >= count) return;
@@ -328,7 +328,7 @@ FASTGAN_DEVICE void bias_gradient(const Args& a, int64_t k, double* memory) {
 }
 
 template <class S>
-__global__ void __launch_bounds__(kThreads) backward_kernel(Args a, Tasks tasks) {
+__global__ void __launch_bounds__(kThreads, 2) backward_kernel(Args a, Tasks tasks) {
   SharedMemory shared;
   AccumulateType<S>* memory = shared.take<AccumulateType<S>>(kThreads);
   double* of_warps = shared.take<double>(kWarps);

@@ -111,8 +111,9 @@ FASTGAN_DEVICE T masked(T grad, T z, Activation act, T slope) {
 template <class S, int V, bool Last>
 struct Walk {
   using T = AccumulateType<S>;
-  static constexpr int K = Last ? V : 1;                                     // channels of a thread
-  static constexpr int U = (V > 1 ? 16 / V : 8) / (sizeof(T) == 8 ? 2 : 1);  // items of a chunk
+  static constexpr int K = Last ? V : 1;  // channels of a thread
+  static constexpr int U = (V == 1 ? 8 : (Last ? 8 : 16) / V) / (sizeof(T) == 8 ? 2 : 1);  // items of a chunk
+  static constexpr int G = U > 1 ? U / 2 : 1;  // where two tensors are read
   static_assert(K <= kMostChannels);
 
   const NormActArgs& args;
@@ -122,8 +123,9 @@ struct Walk {
 
   FASTGAN_DEVICE Walk(const NormActArgs& a, const Plan& p, int tile) : args(a), plan(p) {
     column = int(threadIdx.x) % p.columns, row = int(threadIdx.x) / p.columns;
-    channel = (int64_t(tile) * p.columns + column) * K;
+    channel = first_channel(tile) + column * K;
   }
+  FASTGAN_DEVICE int64_t first_channel(int tile) const { return int64_t(tile) * plan.columns * K; }
   FASTGAN_DEVICE bool is_inside() const { return channel < args.channels; }
   FASTGAN_DEVICE int64_t group_images() const { return plan.group_images; }
   FASTGAN_DEVICE double count() const { return double(group_images()) * double(args.spatial); }
@@ -145,20 +147,22 @@ struct Walk {
     end = begin + plan.split_items < plan.items ? begin + plan.split_items : plan.items;
   }
 
-  // The offsets of up to U items from `first` on, a block's rows apart, and how many there are.
-  FASTGAN_DEVICE int chunk(int64_t group, int64_t first, int64_t end, int64_t (&at)[U]) const {
+  // The offsets of up to N items from `first` on, a block's rows apart, and how many there are.
+  template <int N>
+  FASTGAN_DEVICE int chunk(int64_t group, int64_t first, int64_t end, int64_t (&at)[N]) const {
     int items = 0;
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
+    for (int u = 0; u < N; ++u) {
       int64_t item = first + int64_t(u) * plan.rows;
       if (item < end) at[u] = offset(group, item), items = u + 1;
     }
     return items;
   }
   // All loads of a chunk come before the first use: enough are under way to fill the memory's latency.
-  static FASTGAN_DEVICE void load_chunk(const S* from, const int64_t (&at)[U], int items, T (&values)[U][V]) {
+  template <int N>
+  static FASTGAN_DEVICE void load_chunk(const S* from, const int64_t (&at)[N], int items, T (&values)[N][V]) {
 #pragma unroll
-    for (int u = 0; u < U; ++u)
+    for (int u = 0; u < N; ++u)
       if (u < items) load_vector<V>(from + at[u], values[u]);
   }
 
@@ -201,14 +205,14 @@ struct Walk {
     T slope = T(args.negative_slope);
     int64_t begin, end;
     range(split, begin, end);
-    for (int64_t first = begin + row; first < end; first += int64_t(U) * plan.rows) {
-      int64_t at[U];
-      T values[U][V], grads[U][V], dz[K] = {}, along[K] = {};
+    for (int64_t first = begin + row; first < end; first += int64_t(G) * plan.rows) {
+      int64_t at[G];
+      T values[G][V], grads[G][V], dz[K] = {}, along[K] = {};
       int items = chunk(group, first, end, at);
       load_chunk(x, at, items, values);
       load_chunk(dy, at, items, grads);
 #pragma unroll
-      for (int u = 0; u < U; ++u)
+      for (int u = 0; u < G; ++u)
 #pragma unroll
         for (int e = 0; e < V; ++e) {
           const int k = owner(e);
@@ -250,14 +254,14 @@ struct Walk {
     T slope = T(args.negative_slope);
     int64_t begin, end;
     range(split, begin, end);
-    for (int64_t first = begin + row; first < end; first += int64_t(U) * plan.rows) {
-      int64_t at[U];
-      T values[U][V], grads[U][V];
+    for (int64_t first = begin + row; first < end; first += int64_t(G) * plan.rows) {
+      int64_t at[G];
+      T values[G][V], grads[G][V];
       int items = chunk(group, first, end, at);
       load_chunk(x, at, items, values);
       load_chunk(dy, at, items, grads);
 #pragma unroll
-      for (int u = 0; u < U; ++u) {
+      for (int u = 0; u < G; ++u) {
         if (u >= items) continue;
 #pragma unroll
         for (int e = 0; e < V; ++e) {
@@ -300,10 +304,10 @@ struct Walk {
   }
 };
 
-// All rows' values of each column and channel, joined: a tree in shared memory, the same in every run. All
-// threads get the result.
+// All rows' values of each column and channel, joined: a tree in shared memory, the same in every run. What
+// comes out is memory[joined_at(i)] for channel i of the tile.
 template <class Value, int K>
-FASTGAN_DEVICE void join_rows(Value (&values)[K], int columns, int rows, Value* memory) {
+FASTGAN_DEVICE void join_rows(const Value (&values)[K], int columns, int rows, Value* memory) {
   int thread = int(threadIdx.x);
   block_sync();  // the memory may still be read from a former call
 #pragma unroll
@@ -311,7 +315,7 @@ FASTGAN_DEVICE void join_rows(Value (&values)[K], int columns, int rows, Value* 
   for (int half = rows / 2; half > 0; half /= 2) {
     block_sync();
     if (thread < half * columns)
-#pragma unroll
+#pragma unroll 1
       for (int k = 0; k < K; ++k) {
         Value mine = memory[k * kThreads + thread];
         mine.merge(memory[k * kThreads + thread + half * columns]);
@@ -319,8 +323,10 @@ FASTGAN_DEVICE void join_rows(Value (&values)[K], int columns, int rows, Value* 
       }
   }
   block_sync();
-#pragma unroll
-  for (int k = 0; k < K; ++k) values[k] = memory[k * kThreads + thread % columns];
+}
+template <int K>
+FASTGAN_DEVICE int joined_at(int channel) {
+  return channel % K * kThreads + channel / K;
 }
 
 // Scratch: for each group and split a row of numbers for the channels, three of moments or two of sums.
@@ -332,16 +338,15 @@ FASTGAN_DEVICE double* partial(const NormActArgs& args, const Plan& plan, int64_
 }
 
 template <class Value, class W>
-FASTGAN_DEVICE void store_partial(const W& walk, int64_t group, int split, const Value (&values)[W::K]) {
+FASTGAN_DEVICE void store_partial(const W& walk, int64_t group, int split, int tile, const Value* memory) {
   constexpr int numbers = int(sizeof(Value) / sizeof(double));
-  if (walk.row != 0 || !walk.is_inside()) return;
+  int i = int(threadIdx.x);
+  int64_t channel = walk.first_channel(tile) + i;
+  if (i >= walk.plan.columns * W::K || channel >= walk.args.channels) return;
+  double* to = partial<Value>(walk.args, walk.plan, group, split, channel);
+  const double* from = reinterpret_cast<const double*>(&memory[joined_at<W::K>(i)]);
 #pragma unroll
-  for (int k = 0; k < W::K; ++k) {
-    double* to = partial<Value>(walk.args, walk.plan, group, split, walk.channel + k);
-    const double* from = reinterpret_cast<const double*>(&values[k]);
-#pragma unroll
-    for (int i = 0; i < numbers; ++i) to[i] = from[i];
-  }
+  for (int n = 0; n < numbers; ++n) to[n] = from[n];
 }
 
 template <class Value, class W>
@@ -361,89 +366,108 @@ FASTGAN_DEVICE void join_partials(const W& walk, int64_t group, Value (&values)[
   join_rows(values, walk.plan.columns, walk.plan.rows, memory);
 }
 
-// A block has one (tile, split, group), the tile fastest: neighbours read neighbouring memory.
+template <class T, int K>
+FASTGAN_DEVICE void load_coefficients(const Coefficients<T>* shared, int column, Coefficients<T> (&out)[K]) {
+#pragma unroll
+  for (int k = 0; k < K; ++k) out[k] = shared[column * K + k];
+}
+
+// A block has one (tile, split, group), the tile fastest: neighbours read neighbouring memory. A channel's
+// coefficients are found by one thread and shared: square roots and divisions in double are long, and take
+// many registers.
 template <class S, int V, bool Last>
-__global__ void __launch_bounds__(kThreads) forward_kernel(NormActArgs args, Plan plan, Phases phases) {
+__global__ void __launch_bounds__(kThreads, 2) forward_kernel(NormActArgs args, Plan plan, Phases phases) {
   using W = Walk<S, V, Last>;
   using T = typename W::T;
   constexpr int K = W::K;
   SharedMemory shared;
+  Coefficients<T>* of_tile = shared.take<Coefficients<T>>(plan.columns * K);
   Moments* memory = args.batch_statistics ? shared.take<Moments>(K * kThreads) : nullptr;
   int tile = int(blockIdx.x) % plan.tiles, split = int(blockIdx.x) / plan.tiles % plan.splits;
   int64_t group = int(blockIdx.x) / plan.tiles / plan.splits;
   W walk(args, plan, tile);
-  Moments moments[K] = {};
   if (args.batch_statistics) {
+    Moments moments[K] = {};
     if (phases.sums) {
       if (walk.is_inside()) walk.moments(group, split, moments);
       join_rows(moments, plan.columns, plan.rows, memory);
-      if (!phases.values) return store_partial(walk, group, split, moments);
+      if (!phases.values) return store_partial(walk, group, split, tile, memory);
     } else {
       join_partials(walk, group, moments, memory);
     }
   }
+  int i = int(threadIdx.x);
+  int64_t c = walk.first_channel(tile) + i, at = group * args.channels + c;
+  if (i < plan.columns * K && c < args.channels) {
+    if (args.batch_statistics) {
+      const Moments& moments = memory[joined_at<K>(i)];
+      double mean = moments.mean, var = moments.square / walk.count();
+      if (split == 0) args.mean[at] = mean, args.var[at] = var;
+      of_tile[i] = walk.affine(c, mean, var);
+    } else {
+      of_tile[i] = walk.affine(c, args.mean[at], args.var[at]);
+    }
+  }
+  block_sync();
   if (!walk.is_inside()) return;
   Coefficients<T> coefficients[K];
-#pragma unroll
-  for (int k = 0; k < K; ++k) {
-    int64_t c = walk.channel + k, at = group * args.channels + c;
-    double mean = moments[k].mean, var = moments[k].square / walk.count();
-    if (!args.batch_statistics)
-      mean = args.mean[at], var = args.var[at];
-    else if (split == 0 && walk.row == 0)
-      args.mean[at] = mean, args.var[at] = var;
-    coefficients[k] = walk.affine(c, mean, var);
-  }
+  load_coefficients(of_tile, walk.column, coefficients);
   walk.outputs(group, split, coefficients);
 }
 
 // Weight and bias gradients join all groups. A whole block walks through the groups of its tile itself; of
 // the second launch of two, the last `tiles` blocks do this alone.
 template <class S, int V, bool Last>
-__global__ void __launch_bounds__(kThreads) backward_kernel(NormActArgs args, Plan plan, Phases phases) {
+__global__ void __launch_bounds__(kThreads, 2) backward_kernel(NormActArgs args, Plan plan, Phases phases) {
   using W = Walk<S, V, Last>;
   using T = typename W::T;
   constexpr int K = W::K;
   SharedMemory shared;
+  Coefficients<T>* of_tile = shared.take<Coefficients<T>>(plan.columns * K);
   Sums* memory = shared.take<Sums>(K * kThreads);
   int tile = int(blockIdx.x) % plan.tiles, split = int(blockIdx.x) / plan.tiles % plan.splits;
   int64_t begin = int(blockIdx.x) / plan.tiles / plan.splits, end = begin + 1;
   bool parameters = plan.whole || begin == args.groups, values = args.grad_input && begin < args.groups;
   if (parameters) begin = 0, end = args.groups;
   W walk(args, plan, tile);
+  int i = int(threadIdx.x);
+  int64_t c = walk.first_channel(tile) + i;
+  bool has_channel = i < plan.columns * K && c < args.channels;
   for (int64_t group = begin; group < end; ++group) {
-    const double *means = args.mean + group * args.channels, *vars = args.var + group * args.channels;
-    Coefficients<T> coefficients[K] = {};
-    if (walk.is_inside())
-#pragma unroll
-      for (int k = 0; k < K; ++k) {
-        int64_t c = walk.channel + k;
-        coefficients[k] = walk.affine(c, means[c], vars[c]);
+    const double *mean = args.mean + group * args.channels + c, *var = args.var + group * args.channels + c;
+    Coefficients<T> coefficients[K];
+    block_sync();  // the former group's coefficients may still be read
+    if (has_channel) of_tile[i] = walk.affine(c, *mean, *var);
+    block_sync();
+    if (phases.needs_sums) {
+      Sums sums[K] = {};
+      if (phases.sums) {
+        if (walk.is_inside()) {
+          load_coefficients(of_tile, walk.column, coefficients);
+          walk.sums(group, split, coefficients, sums);
+        }
+        join_rows(sums, plan.columns, plan.rows, memory);
+        if (!phases.values) {
+          store_partial(walk, group, split, tile, memory);
+          continue;
+        }
+      } else {
+        join_partials(walk, group, sums, memory);
       }
-    Sums sums[K] = {};
-    if (phases.sums && phases.needs_sums) {
-      if (walk.is_inside()) walk.sums(group, split, coefficients, sums);
-      join_rows(sums, plan.columns, plan.rows, memory);
-      if (!phases.values) {
-        store_partial(walk, group, split, sums);
-        continue;
+      if (has_channel) {
+        const Sums& joined = memory[joined_at<K>(i)];
+        walk.gradient(of_tile[i], c, *mean, *var, joined);
+        if (parameters) {  // what the groups before gave is this thread's own
+          double along = (joined.along - (*mean - double(of_tile[i].mean)) * joined.dz) * walk.invstd(*var);
+          if (args.grad_weight) args.grad_weight[c] = (group == begin ? 0 : args.grad_weight[c]) + along;
+          if (args.grad_bias) args.grad_bias[c] = (group == begin ? 0 : args.grad_bias[c]) + joined.dz;
+        }
       }
-    } else if (phases.needs_sums) {
-      join_partials(walk, group, sums, memory);
+      block_sync();
     }
-    if (!walk.is_inside()) continue;
-#pragma unroll
-    for (int k = 0; k < K; ++k) {
-      int64_t c = walk.channel + k;
-      walk.gradient(coefficients[k], c, means[c], vars[c], sums[k]);
-      if (!parameters || walk.row != 0) continue;
-      // One thread has the channel: what the groups before gave is its own.
-      double along =
-          (sums[k].along - (means[c] - double(coefficients[k].mean)) * sums[k].dz) * walk.invstd(vars[c]);
-      if (args.grad_weight) args.grad_weight[c] = (group == begin ? 0 : args.grad_weight[c]) + along;
-      if (args.grad_bias) args.grad_bias[c] = (group == begin ? 0 : args.grad_bias[c]) + sums[k].dz;
-    }
-    if (values) walk.gradients(group, split, coefficients);
+    if (!values || !walk.is_inside()) continue;
+    load_coefficients(of_tile, walk.column, coefficients);
+    walk.gradients(group, split, coefficients);
   }
 }
 
@@ -496,7 +520,9 @@ Error forward(const NormActArgs& args, const Plan& plan, void* stream) {
   auto kernel = forward_kernel<S, V, Last>;
   int64_t grid = args.groups * plan.splits * plan.tiles;
   bool needs_sums = args.batch_statistics, whole = plan.whole || !needs_sums;
-  size_t shared = needs_sums ? SharedMemory::bytes<Moments>(Walk<S, V, Last>::K * kThreads) : size_t(0);
+  using W = Walk<S, V, Last>;
+  size_t shared = SharedMemory::bytes<Coefficients<typename W::T>>(plan.columns * W::K) +
+                  (needs_sums ? SharedMemory::bytes<Moments>(W::K * kThreads) : size_t(0));
   Error error = nullptr;
   if (!whole) error = launch(kernel, grid, kThreads, shared, stream, args, plan, Phases{true, false, true});
   if (error) return error;
@@ -508,7 +534,9 @@ Error backward(const NormActArgs& args, const Plan& plan, void* stream) {
   auto kernel = backward_kernel<S, V, Last>;
   bool parameters = args.grad_weight || args.grad_bias;
   bool needs_sums = parameters || (args.grad_input && args.batch_statistics);
-  size_t shared = SharedMemory::bytes<Sums>(Walk<S, V, Last>::K * kThreads);
+  using W = Walk<S, V, Last>;
+  size_t shared = SharedMemory::bytes<Coefficients<typename W::T>>(plan.columns * W::K) +
+                  SharedMemory::bytes<Sums>(W::K * kThreads);
   if (plan.whole)  // a block walks through the groups
     return launch(kernel, plan.tiles, kThreads, shared, stream, args, plan, Phases{true, true, needs_sums});
   int64_t grid = args.groups * plan.splits * plan.tiles;
