@@ -13,7 +13,6 @@ ever). ``FASTGAN_CACHE`` names the cache's folder (default: ``$XDG_CACHE_HOME/fa
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import re
@@ -179,6 +178,8 @@ def _key(sources: Path, architectures: str) -> str:
 @contextmanager
 def _one_at_a_time(path: Path) -> Iterator[None]:
     """Holds the lock of a file, which the kernel lets go of when this process ends, however it ends."""
+    import fcntl  # of Unix alone, and so are the builds; elsewhere `import fastgan` must work
+
     with open(path, "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
