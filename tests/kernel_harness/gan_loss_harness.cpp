@@ -90,7 +90,7 @@ void check(const Shape& g, Dtype dtype, bool channels_last, double tolerance) {
   });
 
   harness::Buffer<T> first_input(input_count), first_weight(weight_count);
-  for (int threads = 1; threads <= 3; ++threads) {
+  for (int threads = 1; threads <= harness::most_threads(); ++threads) {
     harness::Buffer<T> out(logits_count), value(1), workspace(gan_loss_workspace(a));
     harness::Buffer<T> grad_input(input_count), grad_weight(weight_count), grad_bias(g.k);
     harness::Buffer<double> partial(g.n * a.out_height);

@@ -71,6 +71,12 @@ inline bool is_chosen() {
   return count++ % every == 0;
 }
 
+// Thread counts to try, 1 to this: HARNESS_THREADS, for an emulator whose threads are not ours.
+inline int most_threads() {
+  static const char* given = std::getenv("HARNESS_THREADS");
+  return given ? std::atoi(given) : 3;
+}
+
 inline int& failures() {
   static int count = 0;
   return count;
