@@ -1,5 +1,4 @@
-// Storage types in device code: conversions that round to nearest even, and vectors of up to 16 bytes that
-// are one access to memory.
+// Storage types in device code: conversions that round to nearest even, and vectors (cuda_vectors.h).
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -25,40 +24,6 @@ FASTGAN_DEVICE void narrow(float16& out, float x) { out.bits = __half_as_ushort(
 FASTGAN_DEVICE float quick_divide(float a, float b) { return __fdividef(a, b); }
 FASTGAN_DEVICE double quick_divide(double a, double b) { return a / b; }
 
-// What sums are kept in for each storage type.
-template <class S>
-struct AccumulateIn {
-  using type = float;
-};
-template <>
-struct AccumulateIn<double> {
-  using type = double;
-};
-template <class S>
-using AccumulateType = typename AccumulateIn<S>::type;
-
-template <class S, int V>
-struct alignas(sizeof(S) * V) Packed {
-  S values[V];
-};
-
-// V neighbouring elements, widened; p is aligned to all of them.
-template <int V, class S>
-FASTGAN_DEVICE void load_vector(const S* p, AccumulateType<S> (&out)[V]) {
-  Packed<S, V> packed = *reinterpret_cast<const Packed<S, V>*>(p);
-#pragma unroll
-  for (int i = 0; i < V; ++i) out[i] = widen(packed.values[i]);
-}
-
-template <int V, class S>
-FASTGAN_DEVICE void store_vector(S* p, const AccumulateType<S> (&from)[V]) {
-  Packed<S, V> packed;
-#pragma unroll
-  for (int i = 0; i < V; ++i) narrow(packed.values[i], from[i]);
-  *reinterpret_cast<Packed<S, V>*>(p) = packed;
-}
-
-// Host: whether `p` may be read as vectors of `bytes`; null may.
-inline bool is_aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
 }  // namespace fastgan
+
+#include "common/cuda_vectors.h"

@@ -14,4 +14,16 @@ struct float16 {
   uint16_t bits;
 };
 
+// What sums are kept in for each storage type.
+template <class Storage>
+struct AccumulateOf {
+  using type = float;
+};
+template <>
+struct AccumulateOf<double> {
+  using type = double;
+};
+template <class Storage>
+using Accumulate = typename AccumulateOf<Storage>::type;
+
 }  // namespace fastgan

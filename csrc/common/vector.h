@@ -132,18 +132,6 @@ FASTGAN_INLINE void store1(double* p, double x) { *p = x; }
 FASTGAN_INLINE void store1(bfloat16* p, float x) { *p = to_bfloat16(x); }
 FASTGAN_INLINE void store1(float16* p, float x) { *p = to_float16(x); }
 
-// What sums are kept in for each storage type.
-template <class Storage>
-struct AccumulateOf {
-  using type = float;
-};
-template <>
-struct AccumulateOf<double> {
-  using type = double;
-};
-template <class Storage>
-using Accumulate = typename AccumulateOf<Storage>::type;
-
 // ---- vectors ----
 
 template <class T>

@@ -4,15 +4,13 @@
 // There are few logits and each is a long dot product (8,192 products for DCGAN's 4x4 over 512 channels), so
 // that reading the input once is the time that it must take; the weights stay in the cache.
 //
-//   forward   A whole block shares a logit where there are few, a warp each where there are many. Lanes go
-//   along
-//             whatever is contiguous in the input: channels (channels_last) or taps. The logit goes through
-//             the loss as soon as it is summed; a second launch of one block adds the losses in double, in
-//             one order.
-//   backward  First the gradients of all logits. Then one launch whose blocks have three tasks: a thread for
-//   each
-//             element of grad_input gathers over the outputs that saw it; 32 neighbouring weights, eight
-//             threads each, sum over images and outputs; a block for each bias.
+// Forward. A whole block shares a logit where there are few, a warp each where there are many. Lanes go along
+// whatever is contiguous in the input: channels (channels_last) or taps. The logit goes through the loss as
+// soon as it is summed; a second launch of one block adds the losses in double, in one order.
+//
+// Backward. First the gradients of all logits. Then one launch whose blocks have three tasks: a thread for
+// each element of grad_input gathers over the outputs that saw it; 32 neighbouring weights, eight threads
+// each, sum over images and outputs; a block for each bias.
 //
 // No atomics: the bits are the same in every run. The loss of the rounded logit is taken, the one that is
 // returned. Targets outside [0, 1] are not looked for here: telling the host would make it wait for the
@@ -105,7 +103,7 @@ FASTGAN_DEVICE Place place_of(const Args& a, int64_t logit) {
 }
 
 template <class S>
-FASTGAN_DEVICE AccumulateType<S> at(const Strided& s, const Place& p) {
+FASTGAN_DEVICE Accumulate<S> at(const Strided& s, const Place& p) {
   return widen(static_cast<const S*>(
       s.data)[p.n * s.stride[0] + p.k * s.stride[1] + p.y * s.stride[2] + p.x * s.stride[3]]);
 }
@@ -121,13 +119,13 @@ FASTGAN_DEVICE void terms(const Args& a, const Place& p, T& real, T& fake, T& sa
 }
 
 template <class S>
-FASTGAN_DEVICE AccumulateType<S> input_at(const Args& a, int64_t n, int64_t c, int64_t y, int64_t x) {
+FASTGAN_DEVICE Accumulate<S> input_at(const Args& a, int64_t n, int64_t c, int64_t y, int64_t x) {
   if (y < 0 || y >= a.height || x < 0 || x >= a.width) return 0;
   const int64_t* s = a.input.stride;
   return widen(static_cast<const S*>(a.input.data)[n * s[0] + c * s[1] + y * s[2] + x * s[3]]);
 }
 template <class S>
-FASTGAN_DEVICE AccumulateType<S> weight_at(const Args& a, int64_t k, int64_t c, int64_t i, int64_t j) {
+FASTGAN_DEVICE Accumulate<S> weight_at(const Args& a, int64_t k, int64_t c, int64_t i, int64_t j) {
   const int64_t* s = a.weight.stride;
   return widen(static_cast<const S*>(a.weight.data)[k * s[0] + c * s[1] + i * s[2] + j * s[3]]);
 }
@@ -157,8 +155,8 @@ FASTGAN_DEVICE T sum_of_block(T value, T* memory) {
 // The dot product of one logit, a lane's part: elements `first`, `first` + `step`, ... of (C, kh, kw) in the
 // order that the input has in memory.
 template <class S>
-FASTGAN_DEVICE AccumulateType<S> dot(const Args& a, const Place& p, int first, int step) {
-  using T = AccumulateType<S>;
+FASTGAN_DEVICE Accumulate<S> dot(const Args& a, const Place& p, int first, int step) {
+  using T = Accumulate<S>;
   T sum = 0;
   int64_t y0 = p.y * a.stride[0] - a.padding[0], x0 = p.x * a.stride[1] - a.padding[1];
   if (a.input.stride[1] == 1 && a.channels > 1) {
@@ -181,7 +179,7 @@ FASTGAN_DEVICE AccumulateType<S> dot(const Args& a, const Place& p, int first, i
 // W warps a logit: all of the block, or one.
 template <class S, class Loss, int W>
 __global__ void __launch_bounds__(kThreads, 2) logits_kernel(Args a, int64_t count) {
-  using T = AccumulateType<S>;
+  using T = Accumulate<S>;
   SharedMemory shared;
   T* memory = W > 1 ? shared.take<T>(kWarps) : nullptr;
   int thread = int(threadIdx.x), part = thread % (W * kWarp);
@@ -208,7 +206,7 @@ __global__ void __launch_bounds__(kThreads, 2) logits_kernel(Args a, int64_t cou
 
 template <class S>
 __global__ void __launch_bounds__(kThreads, 2) loss_kernel(Args a, int64_t count) {
-  using T = AccumulateType<S>;
+  using T = Accumulate<S>;
   SharedMemory shared;
   double* memory = shared.take<double>(kWarps);
   double sum = 0;
@@ -227,7 +225,7 @@ __global__ void __launch_bounds__(kThreads, 2) loss_kernel(Args a, int64_t count
 
 template <class S, class Loss>
 __global__ void __launch_bounds__(kThreads, 2) gradient_kernel(Args a, int64_t count) {
-  using T = AccumulateType<S>;
+  using T = Accumulate<S>;
   int64_t logit = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (logit >= count) return;
   Place p = place_of(a, logit);
@@ -249,7 +247,7 @@ struct Tasks {
 
 template <class S>
 FASTGAN_DEVICE void input_gradient(const Args& a, int64_t block) {
-  using T = AccumulateType<S>;
+  using T = Accumulate<S>;
   const T* gradients = static_cast<const T*>(a.workspace);
   // A block has a part of one image.
   int64_t per_image = a.channels * a.height * a.width,
@@ -283,8 +281,8 @@ FASTGAN_DEVICE void input_gradient(const Args& a, int64_t block) {
 }
 
 template <class S>
-FASTGAN_DEVICE void weight_gradient(const Args& a, int64_t block, AccumulateType<S>* memory) {
-  using T = AccumulateType<S>;
+FASTGAN_DEVICE void weight_gradient(const Args& a, int64_t block, Accumulate<S>* memory) {
+  using T = Accumulate<S>;
   const T* gradients = static_cast<const T*>(a.workspace);
   int lane = int(threadIdx.x) % kWarp, slice = int(threadIdx.x) / kWarp;
   int64_t index = block * kWarp + lane, k = 0, c = 0, i = 0, j = 0;
@@ -315,7 +313,7 @@ FASTGAN_DEVICE void weight_gradient(const Args& a, int64_t block, AccumulateType
 
 template <class S>
 FASTGAN_DEVICE void bias_gradient(const Args& a, int64_t k, double* memory) {
-  using T = AccumulateType<S>;
+  using T = Accumulate<S>;
   const T* gradients = static_cast<const T*>(a.workspace);
   int64_t per_image = a.out_height * a.out_width;
   double sum = 0;
@@ -330,7 +328,7 @@ FASTGAN_DEVICE void bias_gradient(const Args& a, int64_t k, double* memory) {
 template <class S>
 __global__ void __launch_bounds__(kThreads, 2) backward_kernel(Args a, Tasks tasks) {
   SharedMemory shared;
-  AccumulateType<S>* memory = shared.take<AccumulateType<S>>(kThreads);
+  Accumulate<S>* memory = shared.take<Accumulate<S>>(kThreads);
   double* of_warps = shared.take<double>(kWarps);
   int64_t block = blockIdx.x;
   if (block < tasks.input_blocks) return input_gradient<S>(a, block);
@@ -341,17 +339,17 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(Args a, Tasks tas
 
 // ---- host ----
 
+int64_t count_of(const Args& a) { return a.batch * a.outputs * a.out_height * a.out_width; }
+
 bool too_large(const Args& a) {
   int64_t most = 0x7fffffff, weights = a.outputs * a.channels * a.kernel_height * a.kernel_width;
   int64_t image = a.channels * a.height * a.width;
-  return weights > most || image > most || a.batch * a.outputs * a.out_height * a.out_width > most;
+  return weights > most || image > most || count_of(a) > most;
 }
-
-int64_t count_of(const Args& a) { return a.batch * a.outputs * a.out_height * a.out_width; }
 
 template <class S, class Loss>
 Error forward(const Args& a, void* stream) {
-  using T = AccumulateType<S>;
+  using T = Accumulate<S>;
   int64_t count = count_of(a);
   size_t shared = SharedMemory::bytes<T>(kWarps);
   Error error =
@@ -364,7 +362,7 @@ Error forward(const Args& a, void* stream) {
 
 template <class S, class Loss>
 Error backward(const Args& a, void* stream) {
-  using T = AccumulateType<S>;
+  using T = Accumulate<S>;
   int64_t count = count_of(a);
   Error error = launch(gradient_kernel<S, Loss>, ceil_div(count, kThreads), kThreads, 0, stream, a, count);
   if (error) return error;

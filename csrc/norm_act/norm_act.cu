@@ -110,7 +110,7 @@ FASTGAN_DEVICE T masked(T grad, T z, Activation act, T slope) {
 // What one thread sees of a call: its channels, its items, and the ways to their memory.
 template <class S, int V, bool Last>
 struct Walk {
-  using T = AccumulateType<S>;
+  using T = Accumulate<S>;
   static constexpr int K = Last ? V : 1;  // channels of a thread
   static constexpr int U = (V == 1 ? 8 : (Last ? 8 : 16) / V) / (sizeof(T) == 8 ? 2 : 1);  // items of a chunk
   static constexpr int G = U > 1 ? U / 2 : 1;  // where two tensors are read

@@ -25,35 +25,6 @@ FASTGAN_DEVICE void narrow(float16& out, float x) {
 FASTGAN_DEVICE float quick_divide(float a, float b) { return a / b * (1 + 2 * 1.1920929e-7f); }
 FASTGAN_DEVICE double quick_divide(double a, double b) { return a / b; }
 
-template <class S>
-struct AccumulateIn {
-  using type = float;
-};
-template <>
-struct AccumulateIn<double> {
-  using type = double;
-};
-template <class S>
-using AccumulateType = typename AccumulateIn<S>::type;
-
-template <class S, int V>
-struct alignas(sizeof(S) * V) Packed {
-  S values[V];
-};
-
-template <int V, class S>
-FASTGAN_DEVICE void load_vector(const S* p, AccumulateType<S> (&out)[V]) {
-  Packed<S, V> packed = *reinterpret_cast<const Packed<S, V>*>(p);
-  for (int i = 0; i < V; ++i) out[i] = widen(packed.values[i]);
-}
-
-template <int V, class S>
-FASTGAN_DEVICE void store_vector(S* p, const AccumulateType<S> (&from)[V]) {
-  Packed<S, V> packed;
-  for (int i = 0; i < V; ++i) narrow(packed.values[i], from[i]);
-  *reinterpret_cast<Packed<S, V>*>(p) = packed;
-}
-
-inline bool is_aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
-
 }  // namespace fastgan
+
+#include "common/cuda_vectors.h"
