@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 
 from fastgan import _impl
+from fastgan._cache import cache_folder
 
 _LIBRARY = "_C_cuda.so"
 _FLAGS = ["-O3", "-std=c++20", "-DUSE_CUDA", "-DFASTGAN_CUDA", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
@@ -161,10 +162,10 @@ def _architectures() -> str:
 
 
 def _cache() -> Path:
-    given = os.environ.get("FASTGAN_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgan"
+    folder = cache_folder()
+    if folder is None:
+        raise _Unavailable("there is no home folder to keep them in; FASTGAN_CACHE names a folder")
+    return folder
 
 
 def _key(sources: Path, architectures: str) -> str:

@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
+from fastgan._cache import cache_folder
 from fastgan.data.decode import DECODER_VERSION, MODES, decode
 from fastgan.data.sources import Source, advice, open_source
 
@@ -202,17 +203,11 @@ class _CacheError(Exception):
 
 
 def _cache_folder(cache_dir: str | os.PathLike[str] | None) -> Path | None:
-    chosen = cache_dir or os.environ.get("FASTGAN_CACHE")
-    if chosen:
-        return Path(chosen).expanduser() / "images"
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(base):
-        return Path(base) / "fastgan" / "images"
-    try:
-        return Path.home() / ".cache" / "fastgan" / "images"
-    except RuntimeError:
+    folder = Path(cache_dir).expanduser() if cache_dir else cache_folder()
+    if folder is None:
         warnings.warn("no home folder to keep decoded pictures in; they stay in memory", stacklevel=3)
         return None
+    return folder / "images"
 
 
 def _read_cache(folder: Path, key: str, shape: tuple[int, int, int]) -> ImageArray | None:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fastgan.data.images import _cache_folder
+from fastgan._cache import cache_folder
 from fastgan.data.labelled import LABEL_NAMES, TEXT_NAMES
 from fastgan.data.units import TextError
 from fastgan.training.hub import _PATIENCE, _first
@@ -61,8 +61,7 @@ def _local(given: str, field: str, task: str, config: Any) -> str:
     key = json.dumps([task, parts["name"], parts["config"], split, parts["column"], columns])
     suffix = {"qa": ".json", "translate": ".txt", "generate": ".txt"}.get(task, ".jsonl")
     name = f"{parts['name'].replace('/', '--')}-{hashlib.sha256(key.encode()).hexdigest()[:16]}{suffix}"
-    pictures = _cache_folder(None)
-    folder = (pictures.parent if pictures is not None else Path(tempfile.gettempdir()) / "fastgan") / "hub"
+    folder = (cache_folder() or Path(tempfile.gettempdir()) / "fastgan") / "hub"
     path = folder / name
     if not path.exists():
         rows = _load(given, parts["name"], parts["config"], split)
