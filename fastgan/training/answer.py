@@ -140,7 +140,7 @@ def answer_from(
             batch_size=batch_size, length=length, stride=stride, may_have_none=False,
         )  # fmt: skip
         if threshold is None:
-            threshold = 0.0 if getattr(reader[0].config, "may_have_no_answer", False) else -math.inf
+            threshold = 0.0 if qa.may_have_no_answer(reader[0]) else -math.inf
     replies, at = [], 0
     for question, one in zip(asked, found, strict=True):
         own = spans[at : at + len(one.numbers)]

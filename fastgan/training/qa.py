@@ -100,7 +100,7 @@ def _prepare(config: QAConfig, say: Callable[[str], None]) -> Prepared:
     held, held_windows = _windows(tokenizer, validation, length, config.stride)
     order = longest_first(_lengths(held))
     held, held_windows = [held[index] for index in order], [held_windows[index] for index in order]
-    maybe_none = bool(getattr(model.config, _MAYBE_NONE))
+    maybe_none = may_have_no_answer(model)
 
     def measure(predicted: Any) -> dict[str, float]:
         begins, ends = (np.asarray(each) for each in predicted.predictions[:2])
@@ -213,6 +213,11 @@ def _best(
     return found
 
 
+def may_have_no_answer(model: Any) -> bool:
+    """Whether a model was trained on questions without an answer."""
+    return bool(getattr(model.config, _MAYBE_NONE, False))
+
+
 @torch.no_grad()
 def answer(
     model: str | os.PathLike[str] | tuple[Any, Any],
@@ -257,7 +262,7 @@ def answer(
                 begins[index] = outputs.start_logits[place].float().cpu().numpy()
                 ends[index] = outputs.end_logits[place].float().cpu().numpy()
     if may_have_none is None:
-        may_have_none = bool(getattr(network.config, _MAYBE_NONE, False))
+        may_have_none = may_have_no_answer(network)
     return _best(pairs, windows, begins, ends, may_have_none)
 
 
