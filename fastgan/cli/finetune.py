@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +29,50 @@ ACCUMULATION = typer.Option(1, help="Batches to a step.")
 EVAL_EVERY = typer.Option(0, help="Steps between evaluations, each with a checkpoint; 0: an epoch.")
 EARLY_STOPPING = typer.Option(0, help="Stop after so many evaluations that are no better; 0: never.")
 AVERAGE = typer.Option(0, help="Try the mean of the weights of the last so many evaluations; 0: do not.")
-REPORT_TO = typer.Option("none", help="tensorboard, wandb, ..., parted by commas.")
-ATTENTION = typer.Option("fastgan", help="fastgan, or transformers' own: sdpa, eager.")
-ADVERSARY = typer.Option(
-    None, help="Train against noise, r-drop, r3f, fgm, pgd, freelb, smart or vat; sentiment also against gan-bert."
-)
-ADVERSARY_STEPS = typer.Option(None, help="Perturbed passes of a step, or ascents; default: the method's.")
-ADVERSARY_RADIUS = typer.Option(None, help="Of a perturbation, in mean norms of a word vector; default: the method's.")
-ADVERSARY_LR = typer.Option(None, help="An ascent's, default: the radius; gan-bert's generator's, default: --lr.")
-ADVERSARY_NORM = typer.Option(None, help="l2 (of a sentence) or linf; default: the method's.")
-ADVERSARY_WEIGHT = typer.Option(None, help="Of the divergence between two passes; default: the method's.")
-ADVERSARY_MASKS = typer.Option(None, help="Dropout's in a step's passes: shared or fresh; default: the method's.")
-RESUME = typer.Option(False, "--resume", help="Go on with the run in --out.")
 OWN_DROPOUT = typer.Option(None, help="Default: the model's own.")
 LENGTH = typer.Option(128, help="Tokens of a text; longer ones are cut, and counted.")
 BATCH_SIZE = typer.Option(16, help="Examples at a time, in each process; those of like lengths together.")
+
+
+def _ending(
+    report_to: str = typer.Option("none", help="tensorboard, wandb, ..., parted by commas."),
+    attention: str = typer.Option("fastgan", help="fastgan, or transformers' own: sdpa, eager."),
+    adversary: str | None = typer.Option(
+        None, help="Train against noise, r-drop, r3f, fgm, pgd, freelb, smart or vat; sentiment also against gan-bert."
+    ),
+    adversary_steps: int | None = typer.Option(
+        None, help="Perturbed passes of a step, or ascents; default: the method's."
+    ),
+    adversary_radius: float | None = typer.Option(
+        None, help="Of a perturbation, in mean norms of a word vector; default: the method's."
+    ),
+    adversary_lr: float | None = typer.Option(
+        None, help="An ascent's, default: the radius; gan-bert's generator's, default: --lr."
+    ),
+    adversary_norm: str | None = typer.Option(None, help="l2 (of a sentence) or linf; default: the method's."),
+    adversary_weight: float | None = typer.Option(
+        None, help="Of the divergence between two passes; default: the method's."
+    ),
+    adversary_masks: str | None = typer.Option(
+        None, help="Dropout's in a step's passes: shared or fresh; default: the method's."
+    ),
+    resume: bool = typer.Option(False, "--resume", help="Go on with the run in --out."),
+) -> None:
+    """The options that end every command; what is given of them is read from the context."""
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """Makes a command of a function: its own options, and those of ``_ending``."""
+    own, ending = (inspect.signature(each, eval_str=True).parameters for each in (function, _ending))
+
+    @functools.wraps(function)
+    def command(**given: Any) -> None:
+        function(**{name: given[name] for name in own})
+
+    parameters = [*own.values(), *ending.values()]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    return app.command()(command)
 
 
 @app.callback()
@@ -52,7 +84,7 @@ def _finetune() -> None:
     """
 
 
-@app.command()
+@_command
 def sentiment(
     context: typer.Context,
     train: Path = typer.Option(None, help="Texts with labels: .tsv, .csv or .jsonl, also with .gz."),
@@ -79,16 +111,6 @@ def sentiment(
     eval_every: int = EVAL_EVERY,
     early_stopping: int = EARLY_STOPPING,
     average: int = AVERAGE,
-    report_to: str = REPORT_TO,
-    attention: str = ATTENTION,
-    adversary: str | None = ADVERSARY,
-    adversary_steps: int | None = ADVERSARY_STEPS,
-    adversary_radius: float | None = ADVERSARY_RADIUS,
-    adversary_lr: float | None = ADVERSARY_LR,
-    adversary_norm: str | None = ADVERSARY_NORM,
-    adversary_weight: float | None = ADVERSARY_WEIGHT,
-    adversary_masks: str | None = ADVERSARY_MASKS,
-    resume: bool = RESUME,
 ) -> None:
     """Fine-tune an encoder to tell classes of texts apart, or go on with a run.
 
@@ -100,7 +122,7 @@ def sentiment(
 
     Then: fastgan evaluate sentiment --model runs/mine --data test.tsv
     """
-    result = _run(context, "sentiment", out, resume)
+    result = _run(context, "sentiment", out)
     figures = result.figures
     typer.echo(
         f"  accuracy on validation {figures['accuracy']:.2%} at step {result.best_step} (always the commonest label of "
@@ -108,7 +130,7 @@ def sentiment(
     )
 
 
-@app.command()
+@_command
 def translate(
     context: typer.Context,
     train: tuple[Path, Path] = typer.Option(None, help="Two parallel files, source and target; plain or .gz."),
@@ -136,16 +158,6 @@ def translate(
     eval_every: int = EVAL_EVERY,
     early_stopping: int = EARLY_STOPPING,
     average: int = typer.Option(5, help="Try the mean of the weights of the last so many evaluations."),
-    report_to: str = REPORT_TO,
-    attention: str = ATTENTION,
-    adversary: str | None = ADVERSARY,
-    adversary_steps: int | None = ADVERSARY_STEPS,
-    adversary_radius: float | None = ADVERSARY_RADIUS,
-    adversary_lr: float | None = ADVERSARY_LR,
-    adversary_norm: str | None = ADVERSARY_NORM,
-    adversary_weight: float | None = ADVERSARY_WEIGHT,
-    adversary_masks: str | None = ADVERSARY_MASKS,
-    resume: bool = RESUME,
 ) -> None:
     """Train a translator on parallel lines, from scratch or from a pretrained one, or go on with a run.
 
@@ -157,14 +169,14 @@ def translate(
 
     Then: fastgan evaluate translate --model runs/de-en --data test.de test.en
     """
-    result = _run(context, "translate", out, resume)
+    result = _run(context, "translate", out)
     figures = result.figures
     searched = "".join(f", {value:.2f} with {name.rpartition('_')[2]} beams" for name, value in figures.items()
                        if name.startswith("bleu_beam"))  # fmt: skip
     typer.echo(f"  BLEU on validation {figures['bleu']:.2f} greedily at step {result.best_step}{searched}")
 
 
-@app.command()
+@_command
 def summarize(
     context: typer.Context,
     train: Path = typer.Option(None, help="JSONL, a document and its summary or summaries a line; plain or .gz."),
@@ -193,16 +205,6 @@ def summarize(
     eval_every: int = EVAL_EVERY,
     early_stopping: int = EARLY_STOPPING,
     average: int = AVERAGE,
-    report_to: str = REPORT_TO,
-    attention: str = ATTENTION,
-    adversary: str | None = ADVERSARY,
-    adversary_steps: int | None = ADVERSARY_STEPS,
-    adversary_radius: float | None = ADVERSARY_RADIUS,
-    adversary_lr: float | None = ADVERSARY_LR,
-    adversary_norm: str | None = ADVERSARY_NORM,
-    adversary_weight: float | None = ADVERSARY_WEIGHT,
-    adversary_masks: str | None = ADVERSARY_MASKS,
-    resume: bool = RESUME,
 ) -> None:
     """Fine-tune an encoder and decoder to summarise documents, or go on with a run.
 
@@ -215,7 +217,7 @@ def summarize(
 
     Then: fastgan evaluate summarize --model runs/mine --data test.jsonl
     """
-    result = _run(context, "summarize", out, resume)
+    result = _run(context, "summarize", out)
     figures = result.figures
     searched = next((f", {value:.2f} with {name.rpartition('_')[2]} beams" for name, value in figures.items()
                      if name.startswith("rouge1_beam")), "")  # fmt: skip
@@ -225,7 +227,7 @@ def summarize(
     )
 
 
-@app.command()
+@_command
 def qa(
     context: typer.Context,
     train: Path = typer.Option(None, help="Questions in SQuAD's JSON, 1.1 or 2.0; plain or .gz."),
@@ -248,16 +250,6 @@ def qa(
     eval_every: int = EVAL_EVERY,
     early_stopping: int = EARLY_STOPPING,
     average: int = AVERAGE,
-    report_to: str = REPORT_TO,
-    attention: str = ATTENTION,
-    adversary: str | None = ADVERSARY,
-    adversary_steps: int | None = ADVERSARY_STEPS,
-    adversary_radius: float | None = ADVERSARY_RADIUS,
-    adversary_lr: float | None = ADVERSARY_LR,
-    adversary_norm: str | None = ADVERSARY_NORM,
-    adversary_weight: float | None = ADVERSARY_WEIGHT,
-    adversary_masks: str | None = ADVERSARY_MASKS,
-    resume: bool = RESUME,
 ) -> None:
     """Fine-tune an encoder to point at the answer to a question in a text, or go on with a run.
 
@@ -269,14 +261,14 @@ def qa(
 
     Then: fastgan evaluate qa --model runs/mine --data test.json
     """
-    result = _run(context, "qa", out, resume)
+    result = _run(context, "qa", out)
     figures = result.figures
     typer.echo(
         f"  F1 on validation {figures['f1']:.2f}, exact match {figures['exact_match']:.2f}, at step {result.best_step}"
     )
 
 
-@app.command()
+@_command
 def generate(
     context: typer.Context,
     train: Path = typer.Option(None, help="Text, plain or .gz."),
@@ -302,16 +294,6 @@ def generate(
     eval_every: int = EVAL_EVERY,
     early_stopping: int = typer.Option(2, help="Stop after so many evaluations that are no better; 0: never."),
     average: int = AVERAGE,
-    report_to: str = REPORT_TO,
-    attention: str = ATTENTION,
-    adversary: str | None = ADVERSARY,
-    adversary_steps: int | None = ADVERSARY_STEPS,
-    adversary_radius: float | None = ADVERSARY_RADIUS,
-    adversary_lr: float | None = ADVERSARY_LR,
-    adversary_norm: str | None = ADVERSARY_NORM,
-    adversary_weight: float | None = ADVERSARY_WEIGHT,
-    adversary_masks: str | None = ADVERSARY_MASKS,
-    resume: bool = RESUME,
 ) -> None:
     """Train a causal model on a text file, from scratch or from a pretrained one, or go on with a run.
 
@@ -323,7 +305,7 @@ def generate(
 
     Then: fastgan generate runs/mine --prompt "Once upon a time"
     """
-    result = _run(context, "generate", out, resume)
+    result = _run(context, "generate", out)
     figures = result.figures
     typer.echo(
         f"  validation loss {figures['loss']:.4f} nats per token, {figures['loss_per_character']:.4f} per character, "
@@ -352,10 +334,11 @@ def _plain(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, Path) else value
 
 
-def _run(context: typer.Context, name: str, out: Path, resume: bool) -> Any:
+def _run(context: typer.Context, name: str, out: Path) -> Any:
     """The finished run; leaves with status 130 where it was stopped, and silently in all processes but the first."""
     from fastgan.cli.progress import reporter
 
+    resume = context.params["resume"]
     fields = [each for each in context.params if each not in ("out", "resume")]
     given = {each: context.params[each] for each in fields if _source(context, each) not in ("DEFAULT", "DEFAULT_MAP")}
     given = {each: _plain(value) for each, value in given.items()}
