@@ -40,6 +40,12 @@ def _same_start():
 
 
 @pytest.fixture
+def one_thread():
+    """For small models, which wait for each other's threads longer than they compute."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
 def shared_data() -> Path:
     """The folder of real data sets; the test is skipped where it is absent."""
     folder = Path(os.environ.get("FASTGAN_DATA", REPOSITORY.parent / "shared" / "data"))

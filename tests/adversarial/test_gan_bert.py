@@ -25,10 +25,7 @@ from fastgan.training.streams import PLAYERS, mixed_seed
 from tests.training.test_finetune import _sentences, files, tiny, weights  # noqa: F401  files is a fixture
 from tests.training.test_pretrain import StopsAt
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -26,9 +26,7 @@ from tests.training.test_pretrain import StopsAt
 DOCUMENTS, LINES = test_qa.files, test_translate.files  # fixtures, too: a name apart for each
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def short(files, **options):  # noqa: F811

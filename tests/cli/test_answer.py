@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -15,10 +14,7 @@ from tests.cli.test_language import fastgan
 from tests.training.test_answer import corpus, model  # noqa: F401  fixtures
 from tests.training.test_qa import _document
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_answers_are_shown_with_their_place(model, corpus, tmp_path):  # noqa: F811

@@ -6,7 +6,6 @@ import json
 import math
 
 import pytest
-import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -16,10 +15,7 @@ from fastgan.cli.demo_language import ask, write
 from fastgan.data.text import exceptions_told_of
 from fastgan.training import sentiment
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_a_sentence_names_its_exception_once_and_the_question_does_not():

@@ -5,7 +5,6 @@ import inspect
 import json
 
 import pytest
-import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -19,10 +18,7 @@ from fastgan.training.translate import TRANSLATE
 from tests.cli.test_language import fastgan
 from tests.training.test_finetune import files  # noqa: F401  a fixture
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_sentiment_resumed_and_evaluated(files, tmp_path):  # noqa: F811

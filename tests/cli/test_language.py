@@ -5,7 +5,6 @@ import inspect
 import json
 
 import pytest
-import torch
 from typer.testing import CliRunner
 
 pytest.importorskip("transformers")
@@ -18,9 +17,7 @@ SMALL = ["--layers", 1, "--width", 16, "--heads", 2, "--length", 16, "--batch-si
          "--eval-every", 2]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -37,9 +37,7 @@ def _sentences(start, count):
     return "\n".join(rows) + "\n"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,7 @@ from fastgan.training.finetune import finetune, resume_finetune
 from fastgan.training.generate import GENERATE, GenerateConfig, evaluate_generate, generate, load
 from tests.training.test_pretrain import LINES, StopsAt
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -34,9 +34,7 @@ def corpus(tmp_path_factory):
     return folder / "out"
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def tiny(corpus, **options):

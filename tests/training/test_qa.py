@@ -7,7 +7,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -38,9 +37,7 @@ def _document(seed, count, none=False):
     return {"version": "2.0", "data": [{"title": "t", "paragraphs": paragraphs}]}
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,7 @@ from fastgan.training.retrieval import Found, bm25, combine, dense, embed, evalu
 TEXTS = ["The cat sat on the mat.", "Boats are blue; this boat is old.", "", "A cat and a boat: cats!", "Nothing else."]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,7 @@ from fastgan.training.pretrain import make_model, pretrain, resume_pretrain
 from fastgan.training.rtd import Players
 from tests.training.test_pretrain import StopsAt, corpus, tiny, validation_losses, weights  # noqa: F401  a fixture
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def rtd(corpus, **options):  # noqa: F811

@@ -30,9 +30,7 @@ def _pairs(seed, count):
             for side in (lines, [[WORDS[word] for word in line] for line in lines])]  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
