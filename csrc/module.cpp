@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "common/capability.h"
+#include "common/pool.h"
 #include "common/tensor.h"
 
 namespace py = pybind11;
@@ -51,6 +52,12 @@ PYBIND11_MODULE(_C, m) {
       if (!seen) unique.push_back(each);
     }
     return unique.size();
+  });
+  m.def("empty_pool", &fastgan::empty_pool);
+  // (bytes in use, bytes kept for the next taker)
+  m.def("pool_state", [] {
+    const fastgan::PoolState state = fastgan::pool_state();
+    return py::make_tuple(state.used, state.kept);
   });
   m.attr("compiler") = __VERSION__;
 }

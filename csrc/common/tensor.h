@@ -88,11 +88,18 @@ inline ScalarType accumulate_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-inline Tensor empty(std::vector<int64_t> sizes, ScalarType type) { return torch::stable::empty(sizes, type); }
-
 #if defined(FASTGAN_CUDA)
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
+  return torch::stable::empty(sizes, type);
+}
 inline void check_launch(const char* kernel, const char* error) {
   FASTGAN_CHECK(!error, kernel, ": ", error);
+}
+#else
+// Uninitialised, on the CPU, large ones in memory of the pool (common/pool.h).
+Tensor new_output(const std::vector<int64_t>& sizes, ScalarType type, bool channels_last);
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
+  return new_output(sizes, type, false);
 }
 #endif
 
@@ -119,8 +126,17 @@ inline bool is_here(const Tensor& tensor, const Tensor&) { return tensor.is_cpu(
 #endif
 
 // On the device of `beside`.
-inline Tensor empty(std::vector<int64_t> sizes, ScalarType type, const Tensor& beside) {
-  return torch::stable::empty(sizes, type, std::nullopt, device_of(beside));
+inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, [[maybe_unused]] const Tensor& beside,
+                    bool channels_last = false) {
+#if defined(FASTGAN_CUDA)
+  using torch::headeronly::MemoryFormat;
+  const MemoryFormat format = !channels_last     ? MemoryFormat::Contiguous
+                              : sizes.size() < 5 ? MemoryFormat::ChannelsLast
+                                                 : MemoryFormat::ChannelsLast3d;
+  return torch::stable::empty(sizes, type, std::nullopt, device_of(beside), std::nullopt, format);
+#else
+  return new_output(sizes, type, channels_last);
+#endif
 }
 
 }  // namespace fastgan

@@ -2,50 +2,22 @@
 // fastgan/ops/conv.py makes operators with derivatives of it.
 #include "conv/conv.h"
 
-#include <cstdlib>
-#include <memory>
 #include <utility>
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
 
+#include "common/pool.h"
 #include "common/tensor.h"
 
 namespace fastgan {
 namespace {
 
-// Kept from call to call by each calling thread: fresh pages would cost more than the transforms that go into
-// them. What is larger than kKept is given back at once.
-constexpr int64_t kKept = int64_t(64) << 20;
-constexpr int64_t kLargePage = int64_t(2) << 20;
-
-struct Free {
-  void operator()(void* memory) const { std::free(memory); }
-};
-
+// In pages of the pool, which are large ones: the points of a tile are written kilobytes apart, each into a
+// page of its own otherwise.
 struct Workspace {
-  std::unique_ptr<void, Free> data;
-  int64_t size = 0;
-
-  void* reserve(int64_t wanted) {
-    if (wanted > size) {
-      data.reset();
-      size = 0;
-      // Large pages: the points of a tile are written kilobytes apart, each into a page of its own otherwise.
-      const int64_t page = wanted < kLargePage ? 4096 : kLargePage;
-      const int64_t rounded = (wanted + page - 1) / page * page;
-      data.reset(std::aligned_alloc(size_t(page), size_t(rounded)));
-      FASTGAN_CHECK(data, "conv: no memory for a workspace of ", rounded, " bytes");
-#ifdef MADV_HUGEPAGE
-      if (page == kLargePage) madvise(data.get(), size_t(rounded), MADV_HUGEPAGE);
-#endif
-      size = rounded;
-    }
-    return data.get();
+  Block block;
+  explicit Workspace(int64_t size) : block(take_from_pool(size)) {
+    FASTGAN_CHECK(block.data, "conv: no memory for a workspace of ", size, " bytes");
   }
-  void give_back() {
-    if (size > kKept) data.reset(), size = 0;
-  }
+  ~Workspace() { give_to_pool(block); }
 };
 
 ConvTensor view(const Tensor& tensor) {
@@ -128,10 +100,9 @@ bool conv_pass(int64_t which, Tensor first, Tensor second, Tensor out, std::opti
   a.threads = int32_t(torch::stable::get_num_threads());
   const auto kernel = kernel_for(a, which);
   kernel(a, torch_threads());
-  thread_local Workspace workspace;
-  a.workspace = workspace.reserve(size);
+  const Workspace workspace(size);
+  a.workspace = workspace.block.data;
   kernel(a, torch_threads());
-  workspace.give_back();
   return nonfinite == 0;
 }
 

@@ -45,9 +45,7 @@ std::vector<int64_t> sizes(const Tensor& x) {
 }
 
 Tensor empty_like(const Tensor& x, MemoryFormat format) {
-  std::vector<int64_t> shape = sizes(x);
-  return torch::stable::empty(shape, x.scalar_type(), std::nullopt, fastgan::device_of(x), std::nullopt,
-                              format);
+  return fastgan::empty(sizes(x), x.scalar_type(), x, format != MemoryFormat::Contiguous);
 }
 
 Tensor contiguous_as(const Tensor& x, ScalarType type) {

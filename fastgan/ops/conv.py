@@ -29,6 +29,7 @@ from torch import Tensor
 
 from fastgan import _impl
 from fastgan.ops._autograd import LIBRARY, define
+from fastgan.ops._output import new_output
 
 Algorithm = Literal["auto", "exact"]
 
@@ -258,7 +259,7 @@ def _conv_kernel(input, weight, bias, stride, padding, channels_last):
     if not _has_kernel(input, weight, weight.shape[2:], stride, input.numel() * weight.numel()):
         return conv_reference(*arguments)
     shape = (input.shape[0], weight.shape[0], *size)
-    output = torch.empty(shape, dtype=input.dtype, memory_format=_format(channels_last))
+    output = new_output(input, shape, channels_last=channels_last)
     finite = torch.ops.fastgan.conv_pass(0, input, weight, output, _bias(bias), stride[0], *padding)
     return output if finite else conv_reference(*arguments)
 
@@ -269,7 +270,7 @@ def _conv_input_gradient_kernel(gradient, weight, bias, size, stride, padding, c
     if not _has_kernel(gradient, weight, weight.shape[2:], stride, numbers):
         return conv_input_gradient_reference(*arguments)
     shape = (gradient.shape[0], weight.shape[1], *size)
-    output = torch.empty(shape, dtype=gradient.dtype, memory_format=_format(channels_last))
+    output = new_output(gradient, shape, channels_last=channels_last)
     finite = torch.ops.fastgan.conv_pass(1, gradient, weight, output, _bias(bias), stride[0], *padding)
     return output if finite else conv_input_gradient_reference(*arguments)
 
@@ -279,7 +280,7 @@ def _conv_weight_gradient_kernel(gradient, input, kernel, stride, padding, chann
     if not _has_kernel(gradient, input, kernel, stride, gradient.numel() * input.numel()):
         return conv_weight_gradient_reference(*arguments)
     shape = (gradient.shape[1], input.shape[1], *kernel)
-    output = torch.empty(shape, dtype=input.dtype, memory_format=_format(channels_last))
+    output = new_output(input, shape, channels_last=channels_last)
     finite = torch.ops.fastgan.conv_pass(2, input, gradient, output, None, stride[0], *padding)
     return output if finite else conv_weight_gradient_reference(*arguments)
 

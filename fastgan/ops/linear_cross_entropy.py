@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from fastgan import _impl
 from fastgan.ops._autograd import LIBRARY, define, in_functorch, take_saved
+from fastgan.ops._output import new_output
 
 REDUCTIONS = ("none", "mean", "sum")
 NONE, MEAN, SUM = range(3)
@@ -256,7 +257,9 @@ def _chunked(
     out = [input.new_empty(0, dtype=dtype) for _ in range(3)]
     if wants_input:
         # Ignored tokens keep their zeros; the others are all written.
-        out[0] = torch.empty(tokens, features, dtype=dtype) if whole else torch.zeros(tokens, features, dtype=dtype)
+        out[0] = new_output(input, (tokens, features), dtype=dtype)
+        if not whole:
+            out[0].zero_()
     if count == 0:
         if wants_weight:
             out[1] = torch.zeros(classes, features, dtype=dtype)
@@ -274,7 +277,7 @@ def _chunked(
     head = _Weight(weight, dtype)
     offset = None if bias is None else bias.to(dtype).contiguous()
     rows = _rows_per_chunk(count, classes, dtype)
-    buffer = torch.empty(rows, classes, dtype=dtype)
+    buffer = new_output(input, (rows, classes), dtype=dtype)
     rows_kernel = torch.ops.fastgan.linear_cross_entropy_rows.default
     for begin in range(0, count, rows):
         part = slice(begin, min(begin + rows, count))
@@ -296,7 +299,7 @@ def _chunked(
                 out[0].index_copy_(0, kept[part], dx)
         if wants_weight:
             if begin == 0:
-                out[1] = torch.mm(logits.t(), x)
+                out[1] = torch.mm(logits.t(), x, out=new_output(input, (classes, features), dtype=dtype))
             else:
                 out[1].addmm_(logits.t(), x)
         if wants_bias:

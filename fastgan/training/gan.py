@@ -16,7 +16,13 @@ from fastgan.ops.gan_loss import LOSSES
 from fastgan.replace import replace_modules
 from fastgan.training._gan_inputs import latent_shape_of, one_argument, refuse_meta, warn_of_range, wrong_shape
 from fastgan.training._optimizers import adams, match_layouts, own_optimizers
-from fastgan.training.joining import DROPOUTS, has_gradient_hook, statistics_per_half, why_two_passes
+from fastgan.training.joining import (
+    DROPOUTS,
+    has_gradient_hook,
+    one_batch_pays,
+    statistics_per_half,
+    why_two_passes,
+)
 from fastgan.training.outputs import Outputs
 from fastgan.training.penalties import PENALTIES, r1_penalty, wgan_gp_penalty
 from fastgan.training.streams import NOISE, PENALTY, SAMPLES, mixed_seed
@@ -30,8 +36,9 @@ class GANTrainer:
 
     A step is the PyTorch tutorial's: the discriminator learns from real (label 1) and fake (label 0) pictures, their
     losses added; then the generator learns to have the same fakes called real by the updated discriminator. What
-    differs is the work: real and fake are one batch where every layer allows it (see ``fastgan.training.joining``; else
-    two passes, said once), the discriminator's weights get no gradients in the generator's step, and Adam is fused.
+    differs is the work: real and fake are one batch where that is less work (``one_batch_pays``) and every layer allows
+    it (see ``fastgan.training.joining``; else two passes, said once), the discriminator's weights get no gradients in
+    the generator's step, and Adam is fused.
 
     Modules keep their training flags, ``requires_grad``, names and state dicts. The modules are changed in place.
 
@@ -179,7 +186,7 @@ class GANTrainer:
     def _discriminator_gradients(self, real: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Backward through the discriminator's loss: (fake with its graph, loss, logits of real, logits of fake)."""
         count = len(real)
-        if self._one_batch():
+        if one_batch_pays(self.discriminator, real) and self._one_batch():
             with self._autocast():
                 fake = self._generate(noise, real)
                 both = torch.cat([real, fake.detach().to(real.dtype)])

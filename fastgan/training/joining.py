@@ -51,6 +51,20 @@ def _is_library_layer(module: nn.Module) -> bool:
     return where.startswith(("torch.nn.", "fastgan.nn"))
 
 
+# The numbers in the real pictures for each of the discriminator's parameters, up to which the CPU takes one batch. It
+# spares one walk over the weights, and costs the activations of both halves at once: at 64 × 64, batch 64, width 64
+# (0.28) two passes take 0.99 of the time and 0.7 of the memory, with batch 16 and width 96 (0.03) 1.03 of the time.
+PICTURES_PER_WEIGHT = 0.1
+
+
+def one_batch_pays(discriminator: nn.Module, real: torch.Tensor) -> bool:
+    """Whether real and fake are less work as one batch: always on a GPU, which waits for launches."""
+    if real.device.type != "cpu":
+        return True
+    weights = sum(parameter.numel() for parameter in discriminator.parameters())
+    return real.numel() <= PICTURES_PER_WEIGHT * weights
+
+
 def why_two_passes(discriminator: nn.Module) -> str | None:
     """Why real and fake need two passes through this discriminator as it is now; None if one batch is right."""
     for name, module in discriminator.named_modules():

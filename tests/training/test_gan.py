@@ -12,12 +12,22 @@ from torch import nn
 from fastgan.models import DCGAN
 from fastgan.replace import replace_modules
 from fastgan.training import GANTrainer, r1_penalty, wgan_gp_penalty
-from fastgan.training.joining import why_two_passes
+from fastgan.training.joining import one_batch_pays, why_two_passes
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:real and fake go through"),
     pytest.mark.filterwarnings("ignore:real runs from"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_batch(request, monkeypatch):
+    """What sizes decide on the CPU: one batch where the layers allow it, and with ``both_ways`` two passes as well."""
+    ratio = float("inf") if getattr(request, "param", True) else 0.0
+    monkeypatch.setattr("fastgan.training.joining.PICTURES_PER_WEIGHT", ratio)
+
+
+both_ways = pytest.mark.parametrize("one_batch", [True, False], indirect=True, ids=["one batch", "two passes"])
 
 
 def tutorial_loop(generator, discriminator, batches, noises, *, lr=2e-4, betas=(0.5, 0.999)):
@@ -110,6 +120,7 @@ def dropout(discriminator):
     discriminator.main.insert(2, nn.Dropout(0.5))
 
 
+@both_ways
 @pytest.mark.parametrize("replace", [True, False])
 @pytest.mark.parametrize("channels_last", [True, False])
 @pytest.mark.parametrize("sigmoid", [True, False])
@@ -173,6 +184,14 @@ def test_which_forwards_may_see_real_and_fake_as_one_batch(body, joined):
     assert (why_two_passes(Functional(body)) is None) == joined
 
 
+def test_a_large_batch_of_pictures_takes_two_passes_on_the_cpu(monkeypatch):
+    monkeypatch.undo()  # the sizes of the article: 64 pictures are a third as many numbers as the weights
+    discriminator = DCGAN(64, 3, ndf=64).discriminator
+    assert not one_batch_pays(discriminator, torch.empty(64, 3, 64, 64))
+    assert one_batch_pays(discriminator, torch.empty(16, 3, 64, 64))
+    assert one_batch_pays(discriminator, torch.empty(64, 3, 64, 64, device="meta"))
+
+
 def test_hooks_and_users_layers_mean_two_passes():
     class Mine(nn.Conv2d):
         def forward(self, x):
@@ -185,6 +204,7 @@ def test_hooks_and_users_layers_mean_two_passes():
     assert "hook" in why_two_passes(plain)
 
 
+@both_ways
 @pytest.mark.parametrize("replace", [True, False])
 def test_R52_batches_of_four_one_and_three(replace):
     generator, discriminator = pair(dtype=torch.float32)
@@ -227,6 +247,7 @@ def test_the_tutorials_networks_alone_are_enough():
     assert trainer.train_step(torch.rand(2, 3, 64, 64)).keys() == {"loss_d", "loss_g", "d_real", "d_fake"}
 
 
+@both_ways
 def test_R54_flags_stay_and_frozen_layers_do_not_move():
     generator, discriminator = pair(dtype=torch.float32)
     discriminator.main[0].weight.requires_grad_(False)
@@ -257,6 +278,7 @@ def test_flags_are_restored_when_a_step_fails():
     assert all(parameter.requires_grad for parameter in discriminator.parameters())
 
 
+@both_ways
 def test_a_loss_that_is_not_finite_changes_no_weight_of_its_player():
     generator, discriminator = pair(dtype=torch.float32)
     trainer = GANTrainer(generator, discriminator)
@@ -286,6 +308,7 @@ def test_the_generators_step_computes_no_discriminator_weight_gradient(monkeypat
         assert torch.equal(after_d, after_g)
 
 
+@both_ways
 @pytest.mark.parametrize("loss", ["bce", "hinge", "lsgan", "wasserstein"])
 def test_losses(loss):
     generator, discriminator = pair(sigmoid=False)
