@@ -15,22 +15,25 @@ def reporter(unit: str = "images", figures: tuple[str, ...] = ("loss_d", "loss_g
 
 
 class _Rate:
-    """Steps and images (or what is counted) a second, over the last ten seconds or so."""
+    """Steps and images (or what is counted) a second, over the last ten seconds or so, and the share of the time in
+    which a step waited for its batch."""
 
     def __init__(self) -> None:
-        self.steps = self.images = 0.0
-        self._seconds = self._per_step = 0.0
+        self.steps = self.images = self.waiting = 0.0
+        self._seconds = self._per_step = self._wait = 0.0
         self._last = time.monotonic()
 
-    def add(self, images: int) -> None:
+    def add(self, images: int, wait: float = 0.0) -> None:
         now = time.monotonic()
         elapsed, self._last = max(now - self._last, 1e-6), now
         weight = min(1.0, elapsed / 10) if self.steps else 1.0
         # Averages of seconds, not of rates: a slow step counts by its length.
         self._seconds = elapsed if not self.steps else (1 - weight) * self._seconds + weight * elapsed
         self._per_step = images if not self.steps else (1 - weight) * self._per_step + weight * images
+        self._wait = wait if not self.steps else (1 - weight) * self._wait + weight * wait
         self.steps = 1 / self._seconds
         self.images = self._per_step / self._seconds
+        self.waiting = min(self._wait / self._seconds, 1.0)
 
 
 class Lines:
@@ -50,13 +53,15 @@ class Lines:
         self.say(f"step {step} of {total}")
 
     def update(self, step: int, metrics: dict[str, float], images: int) -> None:
-        self._rate.add(images)
+        self._rate.add(images, metrics.get("wait", 0.0))
         now = time.monotonic()
         if now - self._shown < self._every and step != self._total:
             return
         self._shown = now
         left = (self._total - step) / self._rate.steps
         figures = "".join(f", {name} {metrics[name]:.4f}" for name in self._figures if name in metrics)
+        if "wait" in metrics:
+            figures += f", {self._rate.waiting:.1%} waiting for data"
         self.say(
             f"step {step} of {self._total}, {self._rate.steps:.2f} steps/s, {self._rate.images:.0f} {self._unit}/s, "
             f"{_duration(left)} left{figures}"
@@ -94,9 +99,11 @@ class Bar:
         self._progress.start()
 
     def update(self, step: int, metrics: dict[str, float], images: int) -> None:
-        self._rate.add(images)
+        self._rate.add(images, metrics.get("wait", 0.0))
         figures = f"{self._rate.steps:.2f} steps/s  {self._rate.images:.0f} {self._unit}/s"
         figures += "".join(f"  {name} {metrics[name]:.3f}" for name in self._figures if name in metrics)
+        if "wait" in metrics:
+            figures += f"  data {self._rate.waiting:.1%}"
         self._progress.update(self._task, completed=step, figures=figures)
 
     def say(self, message: str) -> None:

@@ -349,13 +349,14 @@ def _train(
     unread = False
     try:
         with _stop_when_asked() as stopping:
-            for real in batches.steps(trainer.step, total):
+            for real, wait in _timed(batches.steps(trainer.step, total)):
                 try:
                     metrics = trainer.train_step(real)
                 except FloatingPointError as error:
                     raise RunError(f"{folder.path}: {error}. {_kept(folder.path, saved)}") from error
                 step = trainer.step
                 epoch, _ = batches.order.position(step - 1)
+                metrics["wait"] = round(wait, 6)
                 folder.log({"step": step, "epoch": epoch, **metrics, "seconds": round(time.monotonic() - begin, 3)})
                 try:
                     reporter.update(step, metrics, len(real))
@@ -378,6 +379,16 @@ def _train(
             raise
         raise OSError(error.errno, f"{error.strerror}. {_kept(folder.path, saved)}", error.filename) from error
     return Result(folder.path, trainer.step, total, interrupted=trainer.step < total)
+
+
+def _timed(batches: Iterator[torch.Tensor]) -> Iterator[tuple[torch.Tensor, float]]:
+    """Each batch, and the seconds that the step waited for it."""
+    while True:
+        begin = time.perf_counter()
+        batch = next(batches, None)
+        if batch is None:
+            return
+        yield batch, time.perf_counter() - begin
 
 
 def _kept(folder: Path, saved: int | None) -> str:

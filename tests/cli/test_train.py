@@ -45,6 +45,7 @@ def test_train_sample_and_resume(tmp_path):
     assert result.exit_code == 0, result.output
     assert "step 3 of 3" in result.output
     assert "images/s" in result.output
+    assert "% waiting for data" in result.output
     assert "loss_d" in result.output
     result = fastgan("train", "dcgan", "--resume", folder, "--max-steps", 5)
     assert result.exit_code == 0, result.output

@@ -110,7 +110,8 @@ def test_what_a_run_folder_holds(whole):
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert [row["epoch"] for row in rows] == [0, 0, 0, 1, 1, 1]  # nine pictures in batches of four, four and one
-    assert {"loss_d", "loss_g", "d_real", "d_fake", "seconds"} <= set(rows[0])
+    assert {"loss_d", "loss_g", "d_real", "d_fake", "wait", "seconds"} <= set(rows[0])
+    assert all(0 <= row["wait"] < row["seconds"] + 1 for row in rows)
     assert sorted(path.name for path in (whole / "samples").iterdir()) == ["step-000000003.png", "step-000000006.png"]
     assert Image.open(whole / "samples" / "step-000000006.png").size == (8 * 10 + 2, 8 * 10 + 2)
     assert Image.open(whole / "curves.png").size[0] > 400
@@ -128,7 +129,7 @@ def test_R65_resumed_runs_end_with_the_same_bits(tmp_path, whole, step):
     assert resume(tmp_path / "run").finished
     assert weights(tmp_path / "run") == weights(whole)
     strip = lambda path: [
-        {name: value for name, value in json.loads(line).items() if name != "seconds"}
+        {name: value for name, value in json.loads(line).items() if name not in ("seconds", "wait")}
         for line in (path / "metrics.jsonl").read_text().splitlines()
     ]
     assert strip(tmp_path / "run") == strip(whole)
