@@ -18,6 +18,7 @@ from fastgan.ops import conv as _conv
 from fastgan.ops import gan_loss as _gan_loss
 from fastgan.ops import linear_cross_entropy as _linear_cross_entropy
 from fastgan.ops import norm_act as _norm_act
+from fastgan.ops._autograd import is_plain
 from fastgan.ops.attention import attention_reference, attention_weights_reference
 
 # ---- attention ----
@@ -95,7 +96,11 @@ def _attention(arguments) -> tuple[Tensor, Tensor]:
     if _impl.reference_selected():
         with torch.autocast(arguments[0].device.type, enabled=False):
             return attention_reference(*arguments)
-    return torch.ops.fastgan.attention.default(*arguments)  # the overload itself: a packet chooses, for microseconds
+    operator = torch.ops.fastgan.attention.default  # the overload itself: a packet chooses, for microseconds
+    if is_plain(arguments[:5]):  # generation: what the operator would find out in Python a second time
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*arguments)
+    return operator(*arguments)
 
 
 def _attention_and_weights(

@@ -67,7 +67,7 @@ def _apply_at_one_level(function: Any, args: Sequence[Any]) -> Any:
         torch._C._functorch.set_single_level_autograd_function_allowed(before)
 
 
-def _is_plain(tensors: Sequence[Any]) -> bool:
+def is_plain(tensors: Sequence[Any]) -> bool:
     """True if nothing can ask for a derivative of this call: the whole layer is then left out."""
     if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return False
@@ -245,7 +245,7 @@ def define(
         return function
 
     def autograd_kernel(*args):
-        if _is_plain([args[i] for i in tensors]):
+        if is_plain([args[i] for i in tensors]):
             with torch._C._AutoDispatchBelowAutograd():
                 return operator(*args)
         if not torch.compiler.is_compiling() and torch.is_grad_enabled():
