@@ -75,16 +75,17 @@ struct Tiling {
 // The transformed tiles of one operand.
 struct Side {
   float* data = nullptr;
-  int64_t channels, slices, chunks, depth, chunk_size;
+  int64_t channels, slices, most_deep, chunks, depth, chunk_size;
 
-  Side(int64_t count, int64_t phases, int64_t products, const Tiling& tiling) {
+  Side(int64_t count, int64_t phases, int64_t products, const Tiling& tiling, int64_t most_deep = kDepth)
+      : most_deep(most_deep) {
     channels = count;
     slices = divide_up(count, kSlice);
     depth = slices * kSlice * phases;
-    chunks = divide_up(depth, kDepth);
-    chunk_size = products * (tiling.tiles * kDepth + kGap);
+    chunks = divide_up(depth, most_deep);
+    chunk_size = products * (tiling.tiles * most_deep + kGap);
   }
-  int64_t depth_of(int64_t chunk) const { return least(kDepth, depth - chunk * kDepth); }
+  int64_t depth_of(int64_t chunk) const { return least(most_deep, depth - chunk * most_deep); }
   int64_t point_stride(int64_t chunk, const Tiling& tiling) const {
     return tiling.tiles * depth_of(chunk) + kGap;
   }
@@ -110,8 +111,8 @@ void transform_piece(const Image& image, const Side& side, const Tiling& tiling,
   window.column0 = kStride * m * tile - pad_width, window.columns = ((count - 1) * m + size) * kStride;
   window.pixel_stride = kSlice;
   read_window(image, slice * kSlice, window, scratch);
-  const int64_t chunk = kStride == 1 ? slice * kSlice / kDepth : slice * kSlice * kStride * kStride / kDepth;
-  const int64_t offset = slice * kSlice * kStride * kStride % kDepth;
+  const int64_t chunk = slice * kSlice * kStride * kStride / side.most_deep;
+  const int64_t offset = slice * kSlice * kStride * kStride % side.most_deep;
   const int64_t depth = side.depth_of(chunk), point_stride = side.point_stride(chunk, tiling);
   const int64_t run = image_in_block / tiling.run;
   for (int64_t t = 0; t < count; ++t) {
@@ -399,7 +400,9 @@ void weight_gradient(const ConvArgs& a, const Threads& threads) {
   constexpr int64_t n = Algorithm::points, m = Algorithm::outputs, kProducts = Algorithm::products;
   constexpr int64_t kSums = kProducts * (kDepth * kColumns + kGap);
   Tiling tiling(a, m);
-  Side x(a.channels, Algorithm::phases, kProducts, tiling), y(a.outputs, 1, kProducts, tiling);
+  // y in chunks of a task's columns: in rows of twice those, its lines would all fall into half of a cache's
+  // sets.
+  Side x(a.channels, Algorithm::phases, kProducts, tiling), y(a.outputs, 1, kProducts, tiling, kColumns);
   const int64_t groups = divide_up(a.outputs, kColumns), tasks = x.chunks * groups;
   // Where the tiles do not all fit, the sums wait in memory for the next ones; then it pays to take many at
   // once.
@@ -424,7 +427,7 @@ void weight_gradient(const ConvArgs& a, const Threads& threads) {
     over_slots(threads, slots, tasks, [&](int64_t task, float* data) {
       const int64_t chunk = task / groups, output = task % groups * kColumns;
       const int64_t columns = least(kColumns, whole_slices(a.outputs - output)), depth = x.depth_of(chunk);
-      const int64_t y_chunk = output / kDepth, y_offset = output % kDepth;
+      const int64_t y_chunk = output / kColumns;
       float* sums = once ? data : waiting + task * kSums;
       bool add = first > 0;
       for (int64_t run = 0; run < tiling.runs(images); ++run)
@@ -432,7 +435,7 @@ void weight_gradient(const ConvArgs& a, const Threads& threads) {
           const int64_t tiles = tiling.tiles_of(block, least(tiling.run, images - run * tiling.run));
           if (tiles == 0) continue;
           const float* rows = x.at(run * tiling.blocks + block, chunk);
-          const float* right = y.at(run * tiling.blocks + block, y_chunk) + y_offset;
+          const float* right = y.at(run * tiling.blocks + block, y_chunk);
           for (int64_t p = 0; p < kProducts; ++p)
             multiply_point<true>(depth, columns, tiles, rows + p * x.point_stride(chunk, tiling), depth,
                                  right + p * y.point_stride(y_chunk, tiling), y.depth_of(y_chunk),
