@@ -5,8 +5,8 @@
 // are cut out of larger ones: a step of the DCGAN at 64 × 64 met 20,000 to 30,000 page faults and held 250 MB
 // of holes. Here a block that is given back waits for the next taker of about its size.
 //
-// What is held never exceeds kSlack times the most that was in use at once (of late), and a block for which
-// nobody asked in kStale takings is given back to the system.
+// What is held is at most a quarter, or 32 MB, more than the most that was in use at once (of late), and a
+// block for which nobody asked in kStale takings is given back to the system.
 #pragma once
 #include <cstdint>
 
@@ -21,7 +21,7 @@ struct Block {
 };
 
 Block take_from_pool(
-    int64_t bytes);  // at least so many, aligned to a page; data is null where there is no memory
+    int64_t bytes);  // at least so many, aligned to 256 bytes; data is null where there is no memory
 void give_to_pool(Block block);
 void empty_pool();  // gives back to the system what nobody uses
 
