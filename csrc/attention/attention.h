@@ -32,6 +32,9 @@ struct AttentionArgs {
   uint32_t offset = 0;
   uint32_t threshold = 0;  // a word below is dropped
   double kept_scale = 1;   // 0 drops all
+  // On CUDA seed and offset stay on the device, where the kernels read them: two numbers, this far apart.
+  const int64_t* philox = nullptr;
+  int64_t philox_stride = 0;
 
   // forward
   AttentionOutput output;
@@ -44,7 +47,9 @@ struct AttentionArgs {
   AttentionOutput grad_query, grad_key, grad_value;
   void* grad_bias = nullptr;  // contiguous; null: not asked for
   int64_t bias_size[4] = {};  // each 1 or the scores' own
-  void* workspace = nullptr;  // attention_workspace() numbers of the accumulation type
+  // attention_workspace() numbers of the accumulation type; on CUDA, of the forward as well,
+  // fastgan_attention_workspace_cuda() bytes
+  void* workspace = nullptr;
 
   // Second order: the derivative of output (attention_jvp), and of the four gradients for a constant
   // grad_output (attention_double_backward, written to grad_*), along the direction `tangent_*`, each of
@@ -93,3 +98,6 @@ FASTGAN_DECLARE_KERNEL(attention_backward, fastgan::AttentionArgs)
 FASTGAN_DECLARE_KERNEL(attention_weights, fastgan::AttentionArgs)
 FASTGAN_DECLARE_KERNEL(attention_jvp, fastgan::AttentionArgs)
 FASTGAN_DECLARE_KERNEL(attention_double_backward, fastgan::AttentionArgs)
+FASTGAN_DECLARE_CUDA_KERNEL(attention_forward, fastgan::AttentionArgs)
+FASTGAN_DECLARE_CUDA_KERNEL(attention_backward, fastgan::AttentionArgs)
+extern "C" int64_t fastgan_attention_workspace_cuda(const fastgan::AttentionArgs&, bool backward);

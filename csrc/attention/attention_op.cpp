@@ -1,5 +1,6 @@
 // torch.ops.fastgan.attention, attention_backward, attention_weights, attention_jvp and
-// attention_double_backward on the CPU: tensors to the contract of attention.h and back.
+// attention_double_backward: tensors to the contract of attention.h and back. CUDA has kernels for the first
+// two; the reference runs for the others there.
 #include "attention/attention.h"
 #include "common/tensor.h"
 
@@ -25,17 +26,18 @@ AttentionOutput result(const Tensor& tensor) {
 Tensor empty_in_layout_of(const Tensor& like, int64_t width) {
   int64_t batch = like.size(0), heads = like.size(1), rows = like.size(2);
   if (0 < like.stride(1) && like.stride(1) < like.stride(2))
-    return torch::stable::transpose(empty({batch, rows, heads, width}, like.scalar_type()), 1, 2);
-  return empty({batch, heads, rows, width}, like.scalar_type());
+    return torch::stable::transpose(empty({batch, rows, heads, width}, like.scalar_type(), like), 1, 2);
+  return empty({batch, heads, rows, width}, like.scalar_type(), like);
 }
 
-void check_sizes(const char* name, const Tensor& tensor, std::vector<int64_t> sizes,
+// `beside`: the query, whose device all others are on.
+void check_sizes(const char* name, const Tensor& tensor, const Tensor& beside, std::vector<int64_t> sizes,
                  bool broadcasts = false) {
   bool fits = tensor.dim() == int64_t(sizes.size());
   for (size_t i = 0; fits && i < sizes.size(); ++i)
     fits = tensor.size(i) == sizes[i] || (broadcasts && tensor.size(i) == 1);
   FASTGAN_CHECK(fits, "attention: ", name, " has sizes that do not fit query, key and value");
-  FASTGAN_CHECK(tensor.is_cpu(), "attention: ", name, " must be on the CPU");
+  FASTGAN_CHECK(is_here(tensor, beside), "attention: ", name, " must be on query's device");
 }
 
 AttentionArgs arguments(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -52,19 +54,19 @@ AttentionArgs arguments(const Tensor& query, const Tensor& key, const Tensor& va
   FASTGAN_CHECK(args.kv_heads == 0 ? args.heads == 0 : args.heads % args.kv_heads == 0,
                 "attention: ", args.heads, " query heads cannot be shared among ", args.kv_heads,
                 " key heads");
-  check_sizes("query", query, {args.batch, args.heads, args.rows, args.width});
-  check_sizes("key", key, {args.batch, args.kv_heads, args.columns, args.width});
-  check_sizes("value", value, {args.batch, args.kv_heads, args.columns, args.value_width});
+  check_sizes("query", query, query, {args.batch, args.heads, args.rows, args.width});
+  check_sizes("key", key, query, {args.batch, args.kv_heads, args.columns, args.width});
+  check_sizes("value", value, query, {args.batch, args.kv_heads, args.columns, args.value_width});
   FASTGAN_CHECK(key.scalar_type() == query.scalar_type() && value.scalar_type() == query.scalar_type(),
                 "attention: query, key and value must have one dtype");
   args.query = input(query), args.key = input(key), args.value = input(value);
   if (mask) {
-    check_sizes("mask", *mask, {args.batch, args.heads, args.rows, args.columns}, true);
+    check_sizes("mask", *mask, query, {args.batch, args.heads, args.rows, args.columns}, true);
     FASTGAN_CHECK(mask->scalar_type() == ScalarType::Bool, "attention: mask must be boolean");
     args.mask = input(*mask);
   }
   if (bias) {
-    check_sizes("bias", *bias, {args.batch, args.heads, args.rows, args.columns}, true);
+    check_sizes("bias", *bias, query, {args.batch, args.heads, args.rows, args.columns}, true);
     bool half = query.scalar_type() == ScalarType::BFloat16 || query.scalar_type() == ScalarType::Half;
     FASTGAN_CHECK(
         bias->scalar_type() == query.scalar_type() || (half && bias->scalar_type() == ScalarType::Float),
@@ -76,14 +78,18 @@ AttentionArgs arguments(const Tensor& query, const Tensor& key, const Tensor& va
   args.scale = scale;
   args.is_causal = is_causal;
   if (philox) {
-    check_sizes("philox", *philox, {2});
+    check_sizes("philox", *philox, query, {2});
     FASTGAN_CHECK(philox->scalar_type() == ScalarType::Long, "attention: philox must be int64");
     FASTGAN_CHECK(dropout_p >= 0 && dropout_p <= 1, "attention: dropout_p must be in [0, 1], got ",
                   dropout_p);
     const auto* words = static_cast<const int64_t*>(philox->data_ptr());
     args.has_dropout = true;
+#if defined(FASTGAN_CUDA)
+    args.philox = words, args.philox_stride = philox->stride(0);
+#else
     args.seed = uint64_t(words[0]);
     args.offset = uint32_t(uint64_t(words[philox->stride(0)]));
+#endif
     double threshold = dropout_p * 4294967296.0;
     args.threshold = threshold >= 4294967295.0 ? 0xffffffffu : uint32_t(threshold);
     args.kept_scale = dropout_p >= 1 ? 0.0 : 1 / (1 - dropout_p);
@@ -91,17 +97,36 @@ AttentionArgs arguments(const Tensor& query, const Tensor& key, const Tensor& va
   return args;
 }
 
+Tensor empty_bias_gradient(const Tensor& query, const std::optional<Tensor>& bias, bool wanted) {
+  if (!wanted) return empty({0}, query.scalar_type(), query);
+  return empty({bias->size(0), bias->size(1), bias->size(2), bias->size(3)}, bias->scalar_type(), query);
+}
+
+// What a kernel needs beside its arguments; lives until it has been started.
+Tensor workspace_of(const AttentionArgs& args, const Tensor& query, bool backward) {
+#if defined(FASTGAN_CUDA)
+  return empty({fastgan_attention_workspace_cuda(args, backward)}, ScalarType::Byte, query);
+#else
+  return empty({backward ? attention_workspace(args) : 0}, accumulate_type(query.scalar_type()), query);
+#endif
+}
+
 std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask,
                                      std::optional<Tensor> bias, std::optional<Tensor> philox,
                                      double dropout_p, bool is_causal, double scale) {
+  DeviceScope scope(query);
   AttentionArgs args = arguments(query, key, value, mask, bias, philox, dropout_p, is_causal, scale);
   Tensor output = empty_in_layout_of(query, args.value_width);
-  Tensor logsumexp = empty({args.batch, args.heads, args.rows}, ScalarType::Double);
+  Tensor logsumexp = empty({args.batch, args.heads, args.rows}, ScalarType::Double, query);
   args.output = result(output);
   args.logsumexp = static_cast<double*>(logsumexp.data_ptr());
+#if defined(FASTGAN_CUDA)
+  Tensor workspace = workspace_of(args, query, false);
+  args.workspace = workspace.data_ptr();
+#endif
   bool out_of_memory = false;
   args.out_of_memory = &out_of_memory;
-  FASTGAN_SELECT(attention_forward)(args, torch_threads());
+  FASTGAN_RUN(attention_forward, args, query);
   FASTGAN_CHECK(!out_of_memory, "attention: no memory left for scratch");
   return {output, logsumexp};
 }
@@ -110,11 +135,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     Tensor grad_output, Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask,
     std::optional<Tensor> bias, std::optional<Tensor> philox, Tensor output, Tensor logsumexp,
     double dropout_p, bool is_causal, double scale, bool bias_gradient) {
+  DeviceScope scope(query);
   AttentionArgs args = arguments(query, key, value, mask, bias, philox, dropout_p, is_causal, scale);
   std::vector<int64_t> sizes{args.batch, args.heads, args.rows, args.value_width};
-  check_sizes("grad_output", grad_output, sizes);
-  check_sizes("output", output, sizes);
-  check_sizes("logsumexp", logsumexp, {args.batch, args.heads, args.rows});
+  check_sizes("grad_output", grad_output, query, sizes);
+  check_sizes("output", output, query, sizes);
+  check_sizes("logsumexp", logsumexp, query, {args.batch, args.heads, args.rows});
   FASTGAN_CHECK(grad_output.scalar_type() == query.scalar_type() &&
                     output.scalar_type() == query.scalar_type() &&
                     logsumexp.scalar_type() == ScalarType::Double,
@@ -123,29 +149,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   Tensor grad_query = empty_in_layout_of(query, args.width), grad_key = empty_in_layout_of(key, args.width),
          grad_value = empty_in_layout_of(value, args.value_width);
   bool wanted = bias && bias_gradient;
-  Tensor grad_bias =
-      wanted ? empty({bias->size(0), bias->size(1), bias->size(2), bias->size(3)}, bias->scalar_type())
-             : empty({0}, query.scalar_type());
+  Tensor grad_bias = empty_bias_gradient(query, bias, wanted);
   if (wanted) args.grad_bias = grad_bias.data_ptr();
-  Tensor workspace = empty({attention_workspace(args)}, accumulate_type(query.scalar_type()));
   args.grad_output = input(grad_output);
   args.saved_output = input(output);
+  Tensor workspace = workspace_of(args, query, true);
   args.logsumexp = static_cast<double*>(logsumexp.data_ptr());
   args.grad_query = result(grad_query), args.grad_key = result(grad_key),
   args.grad_value = result(grad_value);
   args.workspace = workspace.numel() ? workspace.data_ptr() : nullptr;
   bool out_of_memory = false;
   args.out_of_memory = &out_of_memory;
-  FASTGAN_SELECT(attention_backward)(args, torch_threads());
+  FASTGAN_RUN(attention_backward, args, query);
   FASTGAN_CHECK(!out_of_memory, "attention_backward: no memory left for scratch");
   return {grad_query, grad_key, grad_value, grad_bias};
 }
+
+#if !defined(FASTGAN_CUDA)
 
 // (B, H, L, S), or their mean over the heads, (B, L, S).
 Tensor attention_weights(Tensor query, Tensor key, std::optional<Tensor> mask, std::optional<Tensor> bias,
                          Tensor logsumexp, bool is_causal, double scale, bool average) {
   AttentionArgs args = arguments(query, key, key, mask, bias, std::nullopt, 0, is_causal, scale);
-  check_sizes("logsumexp", logsumexp, {args.batch, args.heads, args.rows});
+  check_sizes("logsumexp", logsumexp, query, {args.batch, args.heads, args.rows});
   FASTGAN_CHECK(logsumexp.scalar_type() == ScalarType::Double,
                 "attention_weights: logsumexp must be of float64");
   if (!logsumexp.is_contiguous()) logsumexp = torch::stable::contiguous(logsumexp);
@@ -171,8 +197,8 @@ void add_direction(AttentionArgs& args, const char* name, const Tensor& query, c
                    Tensor& logsumexp, const std::optional<Tensor>& tangent_query,
                    const std::optional<Tensor>& tangent_key, const std::optional<Tensor>& tangent_value,
                    const std::optional<Tensor>& tangent_bias) {
-  check_sizes("output", output, {args.batch, args.heads, args.rows, args.value_width});
-  check_sizes("logsumexp", logsumexp, {args.batch, args.heads, args.rows});
+  check_sizes("output", output, query, {args.batch, args.heads, args.rows, args.value_width});
+  check_sizes("logsumexp", logsumexp, query, {args.batch, args.heads, args.rows});
   FASTGAN_CHECK(output.scalar_type() == query.scalar_type() && logsumexp.scalar_type() == ScalarType::Double,
                 name, ": output must be of query's dtype, logsumexp of float64");
   if (!logsumexp.is_contiguous()) logsumexp = torch::stable::contiguous(logsumexp);
@@ -181,7 +207,7 @@ void add_direction(AttentionArgs& args, const char* name, const Tensor& query, c
   FASTGAN_CHECK(!tangent_bias || bias, name, ": tangent_bias without a bias");
   auto tangent = [&](const char* of, const std::optional<Tensor>& along, const Tensor& like) {
     if (!along) return AttentionInput{};
-    check_sizes(of, *along, {like.size(0), like.size(1), like.size(2), like.size(3)});
+    check_sizes(of, *along, query, {like.size(0), like.size(1), like.size(2), like.size(3)});
     FASTGAN_CHECK(along->scalar_type() == like.scalar_type(), name, ": ", of,
                   " must have the dtype of what it belongs to");
     return input(*along);
@@ -218,7 +244,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_backward(
   AttentionArgs args = arguments(query, key, value, mask, bias, philox, dropout_p, is_causal, scale);
   add_direction(args, "attention_double_backward", query, key, value, bias, output, logsumexp, tangent_query,
                 tangent_key, tangent_value, tangent_bias);
-  check_sizes("grad_output", grad_output, {args.batch, args.heads, args.rows, args.value_width});
+  check_sizes("grad_output", grad_output, query, {args.batch, args.heads, args.rows, args.value_width});
   FASTGAN_CHECK(grad_output.scalar_type() == query.scalar_type(),
                 "attention_double_backward: grad_output must be of query's dtype");
   args.grad_output = input(grad_output);
@@ -230,11 +256,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_backward(
   Tensor grad_query = empty_in_layout_of(query, args.width), grad_key = empty_in_layout_of(key, args.width),
          grad_value = empty_in_layout_of(value, args.value_width);
   bool wanted = bias && bias_gradient;
-  Tensor grad_bias =
-      wanted ? empty({bias->size(0), bias->size(1), bias->size(2), bias->size(3)}, bias->scalar_type())
-             : empty({0}, query.scalar_type());
+  Tensor grad_bias = empty_bias_gradient(query, bias, wanted);
   if (wanted) args.grad_bias = grad_bias.data_ptr();
-  Tensor workspace = empty({attention_workspace(args)}, accumulate);
+  Tensor workspace = workspace_of(args, query, true);
   args.grad_query = result(grad_query), args.grad_key = result(grad_key),
   args.grad_value = result(grad_value);
   args.workspace = workspace.numel() ? workspace.data_ptr() : nullptr;
@@ -246,13 +270,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_backward(
   return {tangent_output, grad_query, grad_key, grad_value, grad_bias};
 }
 
+#endif
+
 }  // namespace
 }  // namespace fastgan
 
-STABLE_TORCH_LIBRARY_IMPL(fastgan, CPU, m) {
+FASTGAN_LIBRARY_IMPL(m) {
   m.impl("attention", TORCH_BOX(&fastgan::attention));
   m.impl("attention_backward", TORCH_BOX(&fastgan::attention_backward));
+#if !defined(FASTGAN_CUDA)
   m.impl("attention_weights", TORCH_BOX(&fastgan::attention_weights));
   m.impl("attention_jvp", TORCH_BOX(&fastgan::attention_jvp));
   m.impl("attention_double_backward", TORCH_BOX(&fastgan::attention_double_backward));
+#endif
 }

@@ -24,6 +24,28 @@ FASTGAN_DEVICE void narrow(float16& out, float x) { out.bits = __half_as_ushort(
 FASTGAN_DEVICE float quick_divide(float a, float b) { return __fdividef(a, b); }
 FASTGAN_DEVICE double quick_divide(double a, double b) { return a / b; }
 
+// 2^x to within 2 ulp in float, exact at 0; what would be denormal is zero, NaN stays NaN.
+FASTGAN_DEVICE float quick_exp2(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+FASTGAN_DEVICE double quick_exp2(double x) { return exp2(x); }
+
+// Two numbers rounded to one register, the first in the low half.
+template <class S>
+FASTGAN_DEVICE uint32_t narrow_pair(float low, float high);
+template <>
+FASTGAN_DEVICE uint32_t narrow_pair<bfloat16>(float low, float high) {
+  __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+  return reinterpret_cast<uint32_t&>(pair);
+}
+template <>
+FASTGAN_DEVICE uint32_t narrow_pair<float16>(float low, float high) {
+  __half2 pair = __floats2half2_rn(low, high);
+  return reinterpret_cast<uint32_t&>(pair);
+}
+
 }  // namespace fastgan
 
 #include "common/cuda_vectors.h"

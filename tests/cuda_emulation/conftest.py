@@ -16,6 +16,7 @@ from tests.cuda_emulation.build import CXX, REPOSITORY, build
 STEMS = {
     "norm_act": ["norm_act", "norm_act_backward", "norm_act_eval", "norm_act_eval_backward", "norm_act_move"],
     "gan_loss": ["conv_gan_loss", "conv_gan_loss_backward"],
+    "attention": ["attention", "attention_backward"],
 }
 _library: list[torch.library.Library] = []
 
@@ -56,7 +57,7 @@ def emulated(tmp_path_factory):
         pytest.skip(f"no C++ compiler ({CXX}) on this machine")
     torch_folder = Path(torch.__file__).parent
     csrc = REPOSITORY / "csrc"
-    sources = [csrc / stem / f"{stem}{end}" for stem in STEMS for end in ("_op.cpp", ".cu")]
+    sources = [p for stem in STEMS for p in (csrc / stem / f"{stem}_op.cpp", *sorted((csrc / stem).glob("*.cu")))]
     flags = [
         "-DFASTGAN_CUDA", "-DFASTGAN_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000",
         "-isystem", str(torch_folder / "include"),

@@ -20,7 +20,7 @@ FASTGAN_DEVICE T shuffle(T value, int source, emulator::Where where = emulator::
 }
 template <class T>
 FASTGAN_DEVICE T shuffle_xor(T value, int mask, emulator::Where where = emulator::Where::current()) {
-  return shuffle(value, int(threadIdx.x % kWarp) ^ mask, where);
+  return fastgan::shuffle(value, int(threadIdx.x % kWarp) ^ mask, where);  // not std::shuffle
 }
 
 class SharedMemory {

@@ -1,0 +1,586 @@
+// Attention on CUDA, backward. Registers: at most 255, no spills (nvcc 13: sm_80, sm_90a, sm_100).
+//
+// With D = rowsum(dO ∘ O):  P = 2^(s − lse),  dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ − D),  dQ = dS K,  dK = dSᵀ Q.
+// Scores are recomputed in tiles; nothing of the size of the scores is stored, and nothing is added up by
+// atomics, so that the bits are the same in every run. Three kernels, each of tiles A that stay with a block
+// and tiles B that go by:
+//
+//   queries_kernel   A: queries and dO, B: keys and values    dQ
+//   keys_kernel      A: keys and values, B: queries and dO    dK and dV, of the transposed scores, so that P
+//                    and dS are a first factor again; the heads that share keys come one after the other
+//   bias_kernel      a tile of the bias; all batches, heads, rows and keys that it was broadcast over go by
+//
+// against five products of a kernel that sums dQ by atomics these are seven, and two more for the bias. Where
+// the sums of dK and dV together do not fit in registers the keys' kernel runs once for each.
+//
+// A kernel before them leaves three numbers of each row: lse in base 2, what its rounding took (at scores of
+// 100 a float's step is 1e-5, which would be the relative error of P), and D. A dead row's lse is plus
+// infinity there, and so is that of a row beyond the last: P is then 0. Rows of up to kWholeRow keys have D
+// summed up from P ∘ dP instead (delta_kernel), the numbers that it is subtracted from: a weight of 1 then
+// has a gradient of exactly 0, as it must, and a row's dS sum to 0. Short rows wait for launches, not for
+// products.
+#include "attention/attention_cuda.h"
+
+namespace fastgan {
+namespace {
+
+constexpr int kRowThreads = 256;
+constexpr int kWholeRow = int(kAttentionKeyBlock);
+
+// What is kept of each row, (3, batch, heads, rows).
+template <class T>
+struct RowNumbers {
+  T *lse, *rest, *delta;
+};
+template <class T>
+FASTGAN_DEVICE RowNumbers<T> row_numbers(const AttentionArgs& args, int64_t batch, int64_t head) {
+  const int64_t all = args.batch * args.heads * args.rows, at = (batch * args.heads + head) * args.rows;
+  T* first = static_cast<T*>(args.workspace) + at;
+  return {first, first + all, first + 2 * all};
+}
+
+// A warp for each row.
+template <class S>
+__global__ void __launch_bounds__(kRowThreads) rows_kernel(AttentionArgs args) {
+  using T = Accumulate<S>;
+  const int64_t index = int64_t(blockIdx.x) * (kRowThreads / kWarp) + threadIdx.x / kWarp;
+  if (index >= args.batch * args.heads * args.rows) return;
+  const int64_t row = index % args.rows, head = index / args.rows % args.heads,
+                batch = index / args.rows / args.heads;
+  const int lane = int(threadIdx.x) % kWarp;
+  const S* grad = head_of<S>(args.grad_output, batch, head) + row * args.grad_output.stride[2];
+  const S* output = head_of<S>(args.saved_output, batch, head) + row * args.saved_output.stride[2];
+  T sum = 0;
+  for (int64_t c = lane; c < args.value_width; c += kWarp)
+    sum =
+        fma(widen(grad[c * args.grad_output.stride[3]]), widen(output[c * args.saved_output.stride[3]]), sum);
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) sum += shuffle_xor(sum, step);
+  if (lane != 0) return;
+  const RowNumbers<T> to = row_numbers<T>(args, batch, head);
+  const double natural = args.logsumexp[index], lse = natural * kLog2e;
+  const bool dead = natural == -double(INFINITY);
+  to.lse[row] = dead ? T(INFINITY) : T(lse);
+  to.rest[row] = dead ? T(0) : T(lse - double(T(lse)));
+  to.delta[row] = sum;
+}
+
+// Shared memory of all three kernels: A's two tiles, B's in their stages, row numbers of B, weights.
+template <class S, int D>
+constexpr size_t backward_shared_bytes() {
+  using Tiling = BackwardTiling<S, D>;
+  using T = Accumulate<S>;
+  return SharedMemory::bytes<S>(2 * Tiling::rows * D) +
+         SharedMemory::bytes<S>(2 * Tiling::stages * Tiling::N * D) +
+         SharedMemory::bytes<T>(3 * Tiling::stages * Tiling::N) +
+         SharedMemory::bytes<T>(Tiling::warps * kWeightsSize<S, Tiling::N, Tiling::R>);
+}
+
+template <class S, int D>
+struct Memory {
+  using Tiling = BackwardTiling<S, D>;
+  using T = Accumulate<S>;
+  static constexpr int N = Tiling::N, R = Tiling::R, per_warp = kWeightsSize<S, N, R>;
+  S *a, *b;
+  T *numbers, *weights;
+  FASTGAN_DEVICE Memory() {
+    SharedMemory shared;
+    a = shared.take<S>(2 * Tiling::rows * D);
+    b = shared.take<S>(2 * Tiling::stages * N * D);
+    numbers = shared.take<T>(3 * Tiling::stages * N);
+    weights = per_warp ? shared.take<T>(Tiling::warps * per_warp) + threadIdx.x / kWarp * per_warp : nullptr;
+  }
+  // Tiles of a warp's rows: the first and the second of A; those of B in a stage.
+  FASTGAN_DEVICE const S* rows(int which) const {
+    return a + which * Tiling::rows * D + int(threadIdx.x) / kWarp * 16 * R * D;
+  }
+  FASTGAN_DEVICE S* tile(int stage, int which) const { return b + (2 * stage + which) * N * D; }
+};
+
+template <class T, int R>
+FASTGAN_DEVICE void load_row_numbers(const AttentionArgs& args, int64_t batch, int64_t head, int first,
+                                     T (&lse)[R][2], T (&rest)[R][2]) {
+  const RowNumbers<T> from = row_numbers<T>(args, batch, head);
+#pragma unroll
+  for (int t = 0; t < R; ++t)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = first + 16 * t + 8 * h + lane_row();
+      lse[t][h] = row < args.rows ? from.lse[row] : T(INFINITY);
+      rest[t][h] = row < args.rows ? from.rest[row] : T(0);
+    }
+}
+template <class T, int R>
+FASTGAN_DEVICE void load_deltas(const AttentionArgs& args, int64_t batch, int64_t head, int first,
+                                T (&delta)[R][2]) {
+  const T* from = row_numbers<T>(args, batch, head).delta;
+#pragma unroll
+  for (int t = 0; t < R; ++t)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = first + 16 * t + 8 * h + lane_row();
+      delta[t][h] = row < args.rows ? from[row] : T(0);
+    }
+}
+
+// What is in registers of a tile.
+template <class S, int D>
+using OfTile = Accumulate<S>[BackwardTiling<S, D>::R][BackwardTiling<S, D>::N / 8][4];
+template <class S, int D>
+using OfRows = Accumulate<S>[BackwardTiling<S, D>::R][2];
+
+// f(t, j, i) for each of a lane's numbers of a tile.
+template <int N, int R, class F>
+FASTGAN_DEVICE void for_each_place(F f) {
+#pragma unroll
+  for (int t = 0; t < R; ++t)
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) f(t, j, i);
+}
+
+// P and dO Vᵀ of a warp's queries, rows `row` on, and the keys of a tile, `key` on. What is dropped of the
+// second is 0.
+template <class S, int D>
+FASTGAN_DEVICE void weights_of_queries(const AttentionArgs& args, const Memory<S, D>& memory,
+                                       const Dropout& dropout, int batch, int head, int row, int key,
+                                       int stage, bool look, const OfRows<S, D>& lse,
+                                       const OfRows<S, D>& rest, OfTile<S, D>& weights, OfTile<S, D>& grads) {
+  using T = Accumulate<S>;
+  constexpr int N = BackwardTiling<S, D>::N, R = BackwardTiling<S, D>::R;
+  products_of_rows<S, D, N, R>(weights, memory.rows(0), memory.tile(stage, 0));
+  finish_scores<false, S>(args, batch, head, row, key, look, weights);
+  for_each_place<N, R>([&](int t, int j, int i) {
+    weights[t][j][i] = quick_exp2(weights[t][j][i] - lse[t][i / 2] - rest[t][i / 2]);
+  });
+  products_of_rows<S, D, N, R>(grads, memory.rows(1), memory.tile(stage, 1));
+  if (!args.has_dropout) return;
+  const T kept_scale = T(args.kept_scale);
+  for_each_kept<false, N, R>(dropout, args, batch, head, row, key, [&](int t, int j, int i, bool kept) {
+    grads[t][j][i] = kept ? grads[t][j][i] * kept_scale : T(0);
+  });
+}
+
+// D of rows of up to kWholeRow keys.
+template <class S, int D>
+__global__ void __launch_bounds__(BackwardTiling<S, D>::threads, 2)
+    delta_kernel(AttentionArgs args, Plan plan) {
+  using Tiling = BackwardTiling<S, D>;
+  using T = Accumulate<S>;
+  constexpr int N = Tiling::N, R = Tiling::R, threads = Tiling::threads;
+  const Memory<S, D> memory;
+  int block, head;
+  const int pair = divide(int(blockIdx.x), plan.row_blocks, block);
+  const int batch = divide(pair, int(args.heads), head);
+  const int row0 = block * Tiling::rows, warp_row = row0 + int(threadIdx.x) / kWarp * 16 * R;
+  const int kv_head = head / int(args.heads / args.kv_heads);
+  load_tile<S, D, Tiling::rows, threads>(memory.a, args.query, head_of<S>(args.query, batch, head), row0,
+                                         args.rows, args.width, plan.vectors);
+  load_tile<S, D, Tiling::rows, threads>(memory.a + Tiling::rows * D, args.grad_output,
+                                         head_of<S>(args.grad_output, batch, head), row0, args.rows,
+                                         args.value_width, plan.vectors);
+  T lse[R][2], rest[R][2], delta[R][2] = {};
+  load_row_numbers(args, batch, head, warp_row, lse, rest);
+  const Dropout dropout(args);
+  for (int tile = 0; tile < args.columns; tile += N) {
+    if (args.is_causal && tile >= row0 + Tiling::rows) break;
+    const int seen = seen_of(plan.map, args, batch, head, row0, Tiling::rows, tile, N);
+    if (seen == kNothing) continue;
+    block_sync();
+    load_tile<S, D, N, threads>(memory.tile(0, 0), args.key, head_of<S>(args.key, batch, kv_head), tile,
+                                args.columns, args.width, plan.vectors);
+    load_tile<S, D, N, threads>(memory.tile(0, 1), args.value, head_of<S>(args.value, batch, kv_head), tile,
+                                args.columns, args.value_width, plan.vectors);
+    async_commit();
+    async_wait<0>();
+    block_sync();
+    T weights[R][N / 8][4], grads[R][N / 8][4];
+    weights_of_queries<S, D>(args, memory, dropout, batch, head, warp_row, tile, 0,
+                             args.mask.data && seen == kSome, lse, rest, weights, grads);
+    for_each_place<N, R>([&](int t, int j, int i) {
+      delta[t][i / 2] = fma(weights[t][j][i], grads[t][j][i], delta[t][i / 2]);
+    });
+  }
+  T* to = row_numbers<T>(args, batch, head).delta;
+#pragma unroll
+  for (int t = 0; t < R; ++t)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      T sum = delta[t][h];
+      sum += shuffle_xor(sum, 1);
+      sum += shuffle_xor(sum, 2);
+      const int row = warp_row + 16 * t + 8 * h + lane_row();
+      if (lane_column() == 0 && row < args.rows) to[row] = sum;
+    }
+}
+
+template <class S, int D>
+__global__ void __launch_bounds__(BackwardTiling<S, D>::threads, 2)
+    queries_kernel(AttentionArgs args, Plan plan) {
+  using Tiling = BackwardTiling<S, D>;
+  using T = Accumulate<S>;
+  constexpr int N = Tiling::N, R = Tiling::R, stages = Tiling::stages, threads = Tiling::threads;
+  const Memory<S, D> memory;
+  int block, head;
+  const int pair = divide(int(blockIdx.x), plan.row_blocks, block);
+  const int batch = divide(pair, int(args.heads), head);
+  if (args.is_causal) block = plan.row_blocks - 1 - block;
+  const int row0 = block * Tiling::rows, warp_row = row0 + int(threadIdx.x) / kWarp * 16 * R;
+  const int kv_head = head / int(args.heads / args.kv_heads);
+  const S *key = head_of<S>(args.key, batch, kv_head), *value = head_of<S>(args.value, batch, kv_head);
+  int end = int(args.columns);
+  if (args.is_causal && row0 + Tiling::rows < end) end = row0 + Tiling::rows;
+  int seen = kAll;
+  auto next = [&](int tile) {
+    for (; tile < end; tile += N) {
+      seen = seen_of(plan.map, args, batch, head, row0, Tiling::rows, tile, N);
+      if (seen != kNothing) break;
+    }
+    return tile;
+  };
+  auto load = [&](int tile, int stage) {
+    load_tile<S, D, N, threads>(memory.tile(stage, 0), args.key, key, tile, args.columns, args.width,
+                                plan.vectors);
+    load_tile<S, D, N, threads>(memory.tile(stage, 1), args.value, value, tile, args.columns,
+                                args.value_width, plan.vectors);
+  };
+  load_tile<S, D, Tiling::rows, threads>(memory.a, args.query, head_of<S>(args.query, batch, head), row0,
+                                         args.rows, args.width, plan.vectors);
+  load_tile<S, D, Tiling::rows, threads>(memory.a + Tiling::rows * D, args.grad_output,
+                                         head_of<S>(args.grad_output, batch, head), row0, args.rows,
+                                         args.value_width, plan.vectors);
+  T sums[R][D / 8][4] = {}, lse[R][2], rest[R][2], delta[R][2];
+  load_row_numbers(args, batch, head, warp_row, lse, rest);
+  load_deltas(args, batch, head, warp_row, delta);
+  const Dropout dropout(args);
+  int tile = next(0), stage = 0;
+  if (stages == 2 && tile < end) load(tile, 0);
+  async_commit();
+  while (tile < end) {
+    const bool look = args.mask.data && seen == kSome;
+    if (stages == 1) {
+      load(tile, 0);
+      async_commit();
+    }
+    async_wait<0>();
+    block_sync();
+    const int following = next(tile + N);
+    if (stages == 2 && following < end) {
+      load(following, stage ^ 1);
+      async_commit();
+    }
+    if (!args.is_causal || tile < warp_row + 16 * R) {
+      T scores[R][N / 8][4], grads[R][N / 8][4];
+      weights_of_queries<S, D>(args, memory, dropout, batch, head, warp_row, tile, stage, look, lse, rest,
+                               scores, grads);
+      for_each_place<N, R>([&](int t, int j, int i) { scores[t][j][i] *= grads[t][j][i] - delta[t][i / 2]; });
+      add_weighted_rows<S, D, N, R>(sums, scores, memory.tile(stage, 0), memory.weights);
+    }
+    if (stages == 1) block_sync();
+    tile = following;
+    if (stages == 2) stage ^= 1;
+  }
+  T factor[R][2];
+#pragma unroll
+  for (int t = 0; t < R; ++t) factor[t][0] = factor[t][1] = T(args.scale);
+  store_tile<S, D, R>(args.grad_query, batch, head, warp_row, args.rows, args.width, sums, factor);
+}
+
+template <class S, int D, bool Key, bool Value>
+__global__ void __launch_bounds__(BackwardTiling<S, D>::threads, 2)
+    keys_kernel(AttentionArgs args, Plan plan) {
+  using Tiling = BackwardTiling<S, D>;
+  using T = Accumulate<S>;
+  constexpr int N = Tiling::N, R = Tiling::R, stages = Tiling::stages, threads = Tiling::threads;
+  const Memory<S, D> memory;
+  int block, kv_head;
+  const int pair = divide(int(blockIdx.x), plan.key_blocks, block);
+  const int batch = divide(pair, int(args.kv_heads), kv_head);
+  const int key0 = block * Tiling::rows, warp_key = key0 + int(threadIdx.x) / kWarp * 16 * R;
+  const int group = int(args.heads / args.kv_heads), rows = int(args.rows);
+  const int first = args.is_causal ? key0 / N * N : 0;  // no row before sees these keys
+  int seen = kAll;
+  struct At {
+    int head, tile;
+  };
+  auto next = [&](At at) {
+    for (; at.head < group; ++at.head, at.tile = first)
+      for (; at.tile < rows; at.tile += N) {
+        seen = seen_of(plan.map, args, batch, kv_head * group + at.head, at.tile, N, key0, Tiling::rows);
+        if (seen != kNothing) return at;
+      }
+    return at;
+  };
+  auto load = [&](At at, int stage) {
+    const int head = kv_head * group + at.head;
+    load_tile<S, D, N, threads>(memory.tile(stage, 0), args.query, head_of<S>(args.query, batch, head),
+                                at.tile, args.rows, args.width, plan.vectors);
+    load_tile<S, D, N, threads>(memory.tile(stage, 1), args.grad_output,
+                                head_of<S>(args.grad_output, batch, head), at.tile, args.rows,
+                                args.value_width, plan.vectors);
+    const RowNumbers<T> from = row_numbers<T>(args, batch, head);
+    T* numbers = memory.numbers + 3 * stage * N;
+    for (int i = int(threadIdx.x); i < N; i += threads) {
+      const int row = at.tile + i;
+      const bool inside = row < rows;
+      numbers[i] = inside ? from.lse[row] : T(INFINITY);
+      numbers[N + i] = inside ? from.rest[row] : T(0);
+      numbers[2 * N + i] = inside ? from.delta[row] : T(0);
+    }
+  };
+  load_tile<S, D, Tiling::rows, threads>(memory.a, args.key, head_of<S>(args.key, batch, kv_head), key0,
+                                         args.columns, args.width, plan.vectors);
+  if (Key)
+    load_tile<S, D, Tiling::rows, threads>(memory.a + Tiling::rows * D, args.value,
+                                           head_of<S>(args.value, batch, kv_head), key0, args.columns,
+                                           args.value_width, plan.vectors);
+  // Where one of them is not wanted its sums are never touched, and take no registers.
+  T key_sums[R][D / 8][4] = {}, value_sums[R][D / 8][4] = {};
+  const Dropout dropout(args);
+  At at = next({0, first});
+  int stage = 0;
+  if (stages == 2 && at.head < group) load(at, 0);
+  async_commit();
+  while (at.head < group) {
+    const bool look = args.mask.data && seen == kSome;
+    if (stages == 1) {
+      load(at, 0);
+      async_commit();
+    }
+    async_wait<0>();
+    block_sync();
+    const At following = next({at.head, at.tile + N});
+    if (stages == 2 && following.head < group) {
+      load(following, stage ^ 1);
+      async_commit();
+    }
+    const int head = kv_head * group + at.head;
+    if (!args.is_causal || at.tile + N > warp_key) {
+      const T* numbers = memory.numbers + 3 * stage * N + 2 * lane_column();
+      T scores[R][N / 8][4], grads[R][N / 8][4];
+      products_of_rows<S, D, N, R>(scores, memory.rows(0), memory.tile(stage, 0));
+      finish_scores<true, S>(args, batch, head, warp_key, at.tile, look, scores);
+      for_each_place<N, R>([&](int t, int j, int i) {
+        scores[t][j][i] = quick_exp2(scores[t][j][i] - numbers[8 * j + i % 2] - numbers[N + 8 * j + i % 2]);
+      });
+      if (Key) products_of_rows<S, D, N, R>(grads, memory.rows(1), memory.tile(stage, 1));
+      if (args.has_dropout) {
+        // Dropped: P has no part in dV, and dS = P (0 − D). What is kept is one bit of each place.
+        uint32_t kept[R][N / 32 ? N / 32 : 1] = {};
+        for_each_kept<true, N, R>(dropout, args, batch, head, warp_key, at.tile,
+                                  [&](int t, int j, int i, bool is_kept) {
+                                    kept[t][j / 4] |= uint32_t(is_kept) << (j % 4 * 4 + i);
+                                  });
+        auto is_kept = [&](int t, int j, int i) { return kept[t][j / 4] >> (j % 4 * 4 + i) & 1; };
+        const T kept_scale = T(args.kept_scale);
+        if (Value) {
+          T kept_scores[R][N / 8][4];
+          for_each_place<N, R>(
+              [&](int t, int j, int i) { kept_scores[t][j][i] = is_kept(t, j, i) ? scores[t][j][i] : T(0); });
+          add_weighted_rows<S, D, N, R>(value_sums, kept_scores, memory.tile(stage, 1), memory.weights);
+        }
+        if (Key)
+          for_each_place<N, R>([&](int t, int j, int i) {
+            grads[t][j][i] = is_kept(t, j, i) ? grads[t][j][i] * kept_scale : T(0);
+          });
+      } else if (Value) {
+        add_weighted_rows<S, D, N, R>(value_sums, scores, memory.tile(stage, 1), memory.weights);
+      }
+      if (Key) {
+        for_each_place<N, R>(
+            [&](int t, int j, int i) { scores[t][j][i] *= grads[t][j][i] - numbers[2 * N + 8 * j + i % 2]; });
+        add_weighted_rows<S, D, N, R>(key_sums, scores, memory.tile(stage, 0), memory.weights);
+      }
+    }
+    if (stages == 1) block_sync();
+    at = following;
+    if (stages == 2) stage ^= 1;
+  }
+  T factor[R][2];
+#pragma unroll
+  for (int t = 0; t < R; ++t) factor[t][0] = factor[t][1] = T(args.scale);
+  if (Key)
+    store_tile<S, D, R>(args.grad_key, batch, kv_head, warp_key, args.columns, args.width, key_sums, factor);
+#pragma unroll
+  for (int t = 0; t < R; ++t) factor[t][0] = factor[t][1] = args.has_dropout ? T(args.kept_scale) : T(1);
+  if (Value)
+    store_tile<S, D, R>(args.grad_value, batch, kv_head, warp_key, args.columns, args.value_width, value_sums,
+                        factor);
+}
+
+// A block has one tile of the bias, and of a dimension of size 1 all places one after the other.
+template <class S, int D>
+__global__ void __launch_bounds__(BackwardTiling<S, D>::threads, 2)
+    bias_kernel(AttentionArgs args, Plan plan) {
+  using Tiling = BackwardTiling<S, D>;
+  using T = Accumulate<S>;
+  constexpr int N = Tiling::N, R = Tiling::R, threads = Tiling::threads, warps = Tiling::warps;
+  const Memory<S, D> memory;
+  const int64_t* size = args.bias_size;
+  int row_block, key_block, bias_head;
+  int rest_of_index = divide(int(blockIdx.x), plan.key_blocks, key_block);
+  rest_of_index = divide(rest_of_index, plan.row_blocks, row_block);
+  const int bias_batch = divide(rest_of_index, int(size[1]), bias_head);
+  const int batch0 = bias_batch, batch1 = size[0] == 1 ? int(args.batch) : bias_batch + 1;
+  const int head0 = bias_head, head1 = size[1] == 1 ? int(args.heads) : bias_head + 1;
+  const int row_begin = row_block * Tiling::rows, key_begin = key_block * N;
+  const int row_end = size[2] == 1 ? int(args.rows) : row_begin + 1;  // of which a step is taken
+  const int key_end = size[3] == 1 ? int(args.columns) : key_begin + 1;
+  const int group = args.kv_heads ? int(args.heads / args.kv_heads) : 1;
+  const int warp = int(threadIdx.x) / kWarp;
+  const Dropout dropout(args);
+  T sums[R][N / 8][4] = {};
+  for (int batch = batch0; batch < batch1; ++batch)
+    for (int head = head0; head < head1; ++head)
+      for (int row0 = row_begin; row0 < row_end && row0 < args.rows; row0 += Tiling::rows) {
+        bool has_rows = false;
+        const int warp_row = row0 + warp * 16 * R;
+        for (int key0 = key_begin; key0 < key_end && key0 < args.columns; key0 += N) {
+          if (args.is_causal && key0 >= row0 + Tiling::rows) break;
+          const int seen = seen_of(plan.map, args, batch, head, row0, Tiling::rows, key0, N);
+          if (seen == kNothing) continue;
+          block_sync();  // the former tiles may still be read
+          if (!has_rows) {
+            load_tile<S, D, Tiling::rows, threads>(memory.a, args.query, head_of<S>(args.query, batch, head),
+                                                   row0, args.rows, args.width, plan.vectors);
+            load_tile<S, D, Tiling::rows, threads>(memory.a + Tiling::rows * D, args.grad_output,
+                                                   head_of<S>(args.grad_output, batch, head), row0, args.rows,
+                                                   args.value_width, plan.vectors);
+            has_rows = true;
+          }
+          load_tile<S, D, N, threads>(memory.tile(0, 0), args.key, head_of<S>(args.key, batch, head / group),
+                                      key0, args.columns, args.width, plan.vectors);
+          load_tile<S, D, N, threads>(memory.tile(0, 1), args.value,
+                                      head_of<S>(args.value, batch, head / group), key0, args.columns,
+                                      args.value_width, plan.vectors);
+          async_commit();
+          async_wait<0>();
+          block_sync();
+          T scores[R][N / 8][4], grads[R][N / 8][4], lse[R][2], rest[R][2], delta[R][2];
+          load_row_numbers(args, batch, head, warp_row, lse, rest);
+          weights_of_queries<S, D>(args, memory, dropout, batch, head, warp_row, key0, 0,
+                                   args.mask.data && seen == kSome, lse, rest, scores, grads);
+          load_deltas(args, batch, head, warp_row, delta);
+          for_each_place<N, R>([&](int t, int j, int i) {
+            sums[t][j][i] = fma(scores[t][j][i], grads[t][j][i] - delta[t][i / 2], sums[t][j][i]);
+          });
+        }
+      }
+  auto store = [&](int row, int key, T sum) {
+    const int64_t at = ((int64_t(bias_batch) * size[1] + bias_head) * size[2] + row) * size[3] + key;
+    if (sizeof(S) == 2 && args.bias_dtype == Dtype::float32)
+      narrow(static_cast<float*>(args.grad_bias)[at], float(sum));
+    else
+      narrow(static_cast<S*>(args.grad_bias)[at], sum);
+  };
+  // Sums over what this warp has of a dimension of size 1; they end in its first row and column.
+  if (size[2] == 1) {
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        T sum = 0;
+#pragma unroll
+        for (int t = 0; t < R; ++t) sum += sums[t][j][i] + sums[t][j][i + 2];
+#pragma unroll
+        for (int step = 4; step < kWarp; step *= 2) sum += shuffle_xor(sum, step);
+        sums[0][j][i] = sum;
+      }
+  }
+  if (size[3] == 1) {
+#pragma unroll
+    for (int t = 0; t < R; ++t)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        T sum = 0;
+#pragma unroll
+        for (int j = 0; j < N / 8; ++j) sum += sums[t][j][2 * h] + sums[t][j][2 * h + 1];
+        sum += shuffle_xor(sum, 1);
+        sum += shuffle_xor(sum, 2);
+        sums[t][0][2 * h] = sum;
+      }
+  }
+  if (size[2] == 1) {  // the warps' rows as well, in order; B's first tile is free
+    T* of_warps = reinterpret_cast<T*>(memory.b);
+    block_sync();
+    if (lane_row() == 0)
+#pragma unroll
+      for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) of_warps[warp * N + 8 * j + 2 * lane_column() + i] = sums[0][j][i];
+    block_sync();
+    const int column = int(threadIdx.x);
+    if (column < N && key_begin + column < size[3]) {
+      T sum = 0;
+      for (int w = 0; w < warps; ++w) sum += of_warps[w * N + column];
+      store(0, key_begin + column, sum);
+    }
+    return;
+  }
+  for_each<false, N, R>(row_begin + warp * 16 * R, key_begin, [&](int t, int j, int i, int row, int key) {
+    if (row < size[2] && key < size[3]) store(row, key, sums[t][j][i]);
+  });
+}
+
+template <class S, int D>
+Error backward(const AttentionArgs& args, void* stream) {
+  using Tiling = BackwardTiling<S, D>;
+  constexpr size_t shared = backward_shared_bytes<S, D>();
+  Plan plan{};
+  plan.row_blocks = int(ceil_div(args.rows, Tiling::rows));
+  plan.key_blocks = int(ceil_div(args.columns, Tiling::rows));
+  plan.vectors = may_use_vectors<S>(args.query, args.width) && may_use_vectors<S>(args.key, args.width) &&
+                 may_use_vectors<S>(args.value, args.value_width) &&
+                 may_use_vectors<S>(args.grad_output, args.value_width);
+  auto* map = static_cast<uint8_t*>(args.workspace) + row_numbers_size(args);
+  Error error = make_map<S>(args, map, plan.map, stream);
+  const int64_t rows = args.batch * args.heads * args.rows,
+                keys = args.batch * args.kv_heads * plan.key_blocks;
+  if (!error)
+    error = launch(rows_kernel<S>, ceil_div(rows, kRowThreads / kWarp), kRowThreads, 0, stream, args);
+  if (!error && args.columns <= kWholeRow)
+    error = launch(delta_kernel<S, D>, args.batch * args.heads * plan.row_blocks, Tiling::threads, shared,
+                   stream, args, plan);
+  if (!error)
+    error = launch(queries_kernel<S, D>, args.batch * args.heads * plan.row_blocks, Tiling::threads, shared,
+                   stream, args, plan);
+  if constexpr (Tiling::split) {
+    if (!error)
+      error = launch(keys_kernel<S, D, true, false>, keys, Tiling::threads, shared, stream, args, plan);
+    if (!error)
+      error = launch(keys_kernel<S, D, false, true>, keys, Tiling::threads, shared, stream, args, plan);
+  } else {
+    if (!error)
+      error = launch(keys_kernel<S, D, true, true>, keys, Tiling::threads, shared, stream, args, plan);
+  }
+  if (error || !args.grad_bias) return error;
+  const int64_t* size = args.bias_size;
+  plan.row_blocks = int(ceil_div(size[2], Tiling::rows));
+  plan.key_blocks = int(ceil_div(size[3], Tiling::N));
+  const int64_t tiles = size[0] * size[1] * plan.row_blocks * plan.key_blocks;
+  return launch(bias_kernel<S, D>, tiles, Tiling::threads, shared, stream, args, plan);
+}
+
+Error run_backward(const AttentionArgs& args, void* stream) {
+  if (Error error = refuse(args)) return error;
+  const int64_t widest = args.width > args.value_width ? args.width : args.value_width;
+  switch (args.dtype) {
+    case Dtype::float32:
+      return FASTGAN_ATTENTION_BY_WIDTH(float, backward);
+    case Dtype::float64:
+      return widest <= 64 ? backward<double, 64>(args, stream) : backward<double, 128>(args, stream);
+    case Dtype::bfloat16:
+      return FASTGAN_ATTENTION_BY_WIDTH(bfloat16, backward);
+    case Dtype::float16:
+      return FASTGAN_ATTENTION_BY_WIDTH(float16, backward);
+  }
+  return "no such dtype";
+}
+
+}  // namespace
+}  // namespace fastgan
+
+extern "C" const char* fastgan_attention_backward_cuda(const fastgan::AttentionArgs& args, void* stream) {
+  return fastgan::run_backward(args, stream);
+}

@@ -1,0 +1,374 @@
+// What the CUDA kernels of attention share: how a call is cut, tiles from memory to shared memory and back,
+// bias, masks and dropout on a tile of scores, and the map of what a mask hides.
+//
+// Scores are kept in base 2, s = (query · key) scale log2(e) + bias log2(e), so that exp is one instruction;
+// the log-sum-exp that leaves the kernels is the natural one, in double.
+#pragma once
+#include "attention/attention.h"
+#include "attention/attention_cuda_products.h"
+#include "common/cuda_philox.h"
+
+namespace fastgan {
+namespace {
+
+constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+constexpr int kCell = 32;  // rows and columns of a cell of the map
+constexpr int kMapThreads = 256;
+enum Seen : uint8_t { kNothing = 0, kSome = 1, kAll = 2 };
+
+// What of a cell of the scores takes part, a byte each; a dimension that mask and bias are broadcast over has
+// stride 0. The bias is looked at, for minus infinity, where all rows share it (padding): elsewhere reading
+// it once more would cost what is saved.
+struct TileMap {
+  uint8_t* cells;  // null: all takes part
+  int64_t size[4], stride[4];
+  bool with_mask, with_bias;
+};
+
+struct Plan {
+  int row_blocks, key_blocks;
+  bool vectors;  // all inputs may be read 16 bytes at a time
+  TileMap map;
+};
+
+// A pair of tiles is in one of two stages of shared memory while the next pair comes into the other, where
+// there is room for two in the 99 KiB that every GPU of sm_80 and later has. R: 16 rows each of a warp.
+template <class S, int D>
+struct ForwardTiling {
+  static constexpr bool half = sizeof(S) == 2, wide = D * sizeof(Accumulate<S>) >= 1024;
+  static constexpr int warps = !half && wide ? 2 : 4,
+                       R = (half && D <= 128) || (sizeof(S) == 4 && D == 64) ? 2 : 1;
+  static constexpr int N = half ? (D == 64 ? 64 : 32) : sizeof(S) == 4 && !wide ? 32 : 16;
+  static constexpr int stages = half || (sizeof(S) == 4 && D == 64) ? 2 : 1;
+  static constexpr int threads = warps * kWarp, rows = 16 * R * warps;
+};
+template <class S, int D>
+struct BackwardTiling {
+  static constexpr bool half = sizeof(S) == 2, wide = D * sizeof(Accumulate<S>) >= 1024;
+  static constexpr int warps = half || !wide ? 4 : sizeof(S) == 4 ? 2 : 1, R = half && D == 64 ? 2 : 1;
+  static constexpr int N = half || (sizeof(S) == 4 && D == 64) ? 32 : 16;
+  static constexpr int stages = (half && D <= 128) || (sizeof(S) == 4 && D == 64) ? 2 : 1;
+  static constexpr int threads = warps * kWarp, rows = 16 * R * warps;
+  static constexpr bool split = wide;  // the sums of grad_key and grad_value together would not fit
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Quotient in 32 bits, which a grid is bounded to.
+FASTGAN_DEVICE int divide(int index, int size, int& rest) {
+  uint32_t quotient = uint32_t(index) / uint32_t(size);
+  rest = int(uint32_t(index) - quotient * uint32_t(size));
+  return int(quotient);
+}
+
+template <class S>
+FASTGAN_DEVICE const S* head_of(const AttentionInput& x, int64_t batch, int64_t head) {
+  return static_cast<const S*>(x.data) + batch * x.stride[0] + head * x.stride[1];
+}
+
+// ---- tiles to and from memory ----
+
+// Rows `first` on, `Rows` of them, in the order of place(); zeros beyond `count` and `width`.
+template <class S, int D, int Rows, int Threads>
+FASTGAN_DEVICE void load_tile(S* to, const AttentionInput& x, const S* head, int first, int64_t count,
+                              int64_t width, bool vectors) {
+  constexpr int E = kChunk<S>, chunks = D / E;
+  for (int i = int(threadIdx.x); i < Rows * chunks; i += Threads) {
+    const int row = i / chunks, chunk = i % chunks;
+    S* at = to + place<S, D>(row, chunk);
+    const bool inside = first + row < count;
+    const S* from = head + int64_t(first + row) * x.stride[2] + int64_t(chunk * E) * x.stride[3];
+    if (vectors) {
+      async_copy16(at, from, inside && chunk * E < width);
+    } else {
+      Packed<S, E> values;
+#pragma unroll
+      for (int e = 0; e < E; ++e)
+        values.values[e] = inside && chunk * E + e < width ? from[e * x.stride[3]] : S{};
+      *reinterpret_cast<Packed<S, E>*>(at) = values;
+    }
+  }
+}
+
+// A warp's sums, rows `first` on, times a factor for each row.
+template <class S, int D, int R>
+FASTGAN_DEVICE void store_tile(const AttentionOutput& x, int64_t batch, int64_t head, int first,
+                               int64_t count, int64_t width, const Accumulate<S> (&sums)[R][D / 8][4],
+                               const Accumulate<S> (&factor)[R][2]) {
+  S* base = static_cast<S*>(x.data) + batch * x.stride[0] + head * x.stride[1];
+#pragma unroll
+  for (int t = 0; t < R; ++t)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = first + 16 * t + 8 * h + lane_row();
+      if (row >= count) continue;
+      S* to = base + int64_t(row) * x.stride[2];
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const int column = output_column<S>(j, i);
+          if (column < width) narrow(to[column], sums[t][j][2 * h + i] * factor[t][h]);
+        }
+    }
+}
+
+// ---- scores ----
+
+// Which of query and key a place (a, b) of a warp's tile is: a in rows, b in columns, or, `Transposed`, the
+// other way round.
+template <bool Transposed>
+FASTGAN_DEVICE int query_of(int a, int b) {
+  return Transposed ? b : a;
+}
+template <bool Transposed>
+FASTGAN_DEVICE int key_of(int a, int b) {
+  return Transposed ? a : b;
+}
+
+// f(t, j, i, query, key) for each of a lane's numbers of the tile that begins at (a0, b0).
+template <bool Transposed, int N, int R, class F>
+FASTGAN_DEVICE void for_each(int a0, int b0, F f) {
+  const int r = lane_row(), q = lane_column();
+#pragma unroll
+  for (int t = 0; t < R; ++t)
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int a = a0 + 16 * t + i / 2 * 8 + r, b = b0 + 8 * j + 2 * q + i % 2;
+        f(t, j, i, query_of<Transposed>(a, b), key_of<Transposed>(a, b));
+      }
+}
+
+template <bool Transposed, class B, class T, int N8, int R>
+FASTGAN_DEVICE void add_bias(const AttentionArgs& args, int64_t batch, int64_t head, int a0, int b0,
+                             T (&scores)[R][N8][4]) {
+  const B* bias = head_of<B>(args.bias, batch, head);
+  for_each<Transposed, 8 * N8, R>(a0, b0, [&](int t, int j, int i, int query, int key) {
+    if (query < args.rows && key < args.columns)
+      scores[t][j][i] = fma(T(widen(bias[query * args.bias.stride[2] + key * args.bias.stride[3]])),
+                            T(kLog2e), scores[t][j][i]);
+  });
+}
+
+// From products to scores: scale, bias, and minus infinity where a mask, is_causal or the end of the keys
+// hides something. `mask`: whether the mask has to be looked at.
+template <bool Transposed, class S, int N8, int R, class T>
+FASTGAN_DEVICE void finish_scores(const AttentionArgs& args, int64_t batch, int64_t head, int a0, int b0,
+                                  bool mask, T (&scores)[R][N8][4]) {
+  constexpr int N = 8 * N8, queries = Transposed ? N : 16 * R, keys = Transposed ? 16 * R : N;
+  const int query0 = query_of<Transposed>(a0, b0), key0 = key_of<Transposed>(a0, b0);
+  const T scale = T(args.scale * kLog2e), hidden = -T(INFINITY);
+#pragma unroll
+  for (int t = 0; t < R; ++t)
+#pragma unroll
+    for (int j = 0; j < N8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) scores[t][j][i] *= scale;
+  if (args.bias.data) {
+    if (sizeof(S) == 2 && args.bias_dtype == Dtype::float32)
+      add_bias<Transposed, float>(args, batch, head, a0, b0, scores);
+    else
+      add_bias<Transposed, S>(args, batch, head, a0, b0, scores);
+  }
+  if (mask) {
+    const uint8_t* bytes = head_of<uint8_t>(args.mask, batch, head);
+    for_each<Transposed, N, R>(a0, b0, [&](int t, int j, int i, int query, int key) {
+      if (query < args.rows && key < args.columns &&
+          !bytes[query * args.mask.stride[2] + key * args.mask.stride[3]])
+        scores[t][j][i] = hidden;
+    });
+  }
+  const bool crosses = args.is_causal && key0 + keys - 1 > query0;
+  if (crosses || key0 + keys > args.columns) {
+    const int end = int(args.columns);
+    for_each<Transposed, N, R>(a0, b0, [&](int t, int j, int i, int query, int key) {
+      if (key >= end || (crosses && key > query)) scores[t][j][i] = hidden;
+    });
+  }
+  (void)queries;
+}
+
+// ---- dropout ----
+
+struct Dropout {
+  uint64_t seed;
+  uint32_t offset, threshold;
+  FASTGAN_DEVICE explicit Dropout(const AttentionArgs& args) : seed(0), offset(0), threshold(args.threshold) {
+    if (!args.has_dropout) return;
+    seed = uint64_t(args.philox[0]);
+    offset = uint32_t(uint64_t(args.philox[args.philox_stride]));
+  }
+};
+
+// The words of a lane's four places of the 16 x 8 tile at (a0, b0), both multiples of 8. Four neighbouring
+// keys share a counter; the lanes that hold them compute a counter each and exchange words.
+template <bool Transposed>
+FASTGAN_DEVICE void dropout_words(const Dropout& dropout, uint32_t pair, int a0, int b0,
+                                  uint32_t (&words)[4]) {
+  const int r = lane_row(), q = lane_column();
+  if constexpr (!Transposed) {
+    const bool odd = q % 2;  // of two lanes one takes row r, the other row r + 8
+    uint32_t x[4] = {dropout.offset, pair, uint32_t(a0 + r + (odd ? 8 : 0)), uint32_t(b0 / 4 + q / 2)};
+    philox4x32(x, dropout.seed);
+    const uint32_t got0 = shuffle_xor(odd ? x[0] : x[2], 1), got1 = shuffle_xor(odd ? x[1] : x[3], 1);
+    words[0] = odd ? got0 : x[0];
+    words[1] = odd ? got1 : x[1];
+    words[2] = odd ? x[2] : got0;
+    words[3] = odd ? x[3] : got1;
+  } else {
+    // Of four lanes, keys 4 n to 4 n + 3, the m-th takes the counter of place m; a 4 x 4 transpose gives each
+    // its own word of every counter.
+    const int m = r % 4;
+    uint32_t x[4] = {dropout.offset, pair, uint32_t(b0 + 2 * q + m % 2),
+                     uint32_t((a0 + m / 2 * 8) / 4 + r / 4)};
+    philox4x32(x, dropout.seed);
+    const bool one = m & 1, two = m & 2;
+    uint32_t got0 = shuffle_xor(one ? x[0] : x[1], 4), got1 = shuffle_xor(one ? x[2] : x[3], 4);
+    uint32_t y[4] = {one ? got0 : x[0], one ? x[1] : got0, one ? got1 : x[2], one ? x[3] : got1};
+    got0 = shuffle_xor(two ? y[0] : y[2], 8), got1 = shuffle_xor(two ? y[1] : y[3], 8);
+    words[0] = two ? got0 : y[0];
+    words[1] = two ? got1 : y[1];
+    words[2] = two ? y[2] : got0;
+    words[3] = two ? y[3] : got1;
+  }
+}
+
+// f(t, j, i, kept) for each of a lane's numbers.
+template <bool Transposed, int N, int R, class F>
+FASTGAN_DEVICE void for_each_kept(const Dropout& dropout, const AttentionArgs& args, int64_t batch,
+                                  int64_t head, int a0, int b0, F f) {
+  const uint32_t pair = uint32_t(batch * args.heads + head);
+#pragma unroll
+  for (int t = 0; t < R; ++t)
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j) {
+      uint32_t words[4];
+      dropout_words<Transposed>(dropout, pair, a0 + 16 * t, b0 + 8 * j, words);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) f(t, j, i, words[i] >= dropout.threshold);
+    }
+}
+
+// ---- what a mask hides ----
+
+// Of rows × keys from (row, key) on, of which there is at least one.
+FASTGAN_DEVICE int seen_of(const TileMap& map, const AttentionArgs& args, int64_t batch, int64_t head,
+                           int row, int rows, int key, int keys) {
+  if (!map.cells) return kAll;
+  const uint8_t* cells = map.cells + batch * map.stride[0] + head * map.stride[1];
+  int last_row = int(args.rows) - 1, last_key = int(args.columns) - 1;
+  if (row + rows - 1 < last_row) last_row = row + rows - 1;
+  if (key + keys - 1 < last_key) last_key = key + keys - 1;
+  int least = kAll, most = kNothing;
+  for (int r = map.stride[2] ? row / kCell : 0; r <= (map.stride[2] ? last_row / kCell : 0); ++r)
+    for (int k = map.stride[3] ? key / kCell : 0; k <= (map.stride[3] ? last_key / kCell : 0); ++k) {
+      const int cell = cells[r * map.stride[2] + k * map.stride[3]];
+      if (cell < least) least = cell;
+      if (cell > most) most = cell;
+    }
+  return most == kNothing ? kNothing : least == kAll ? kAll : kSome;
+}
+
+template <class S>
+FASTGAN_DEVICE bool is_hidden_by_bias(const AttentionArgs& args, int64_t batch, int64_t head, int64_t key) {
+  const AttentionInput& x = args.bias;
+  const int64_t at = key * x.stride[3];
+  if (sizeof(S) == 2 && args.bias_dtype == Dtype::float32)
+    return head_of<float>(x, batch, head)[at] == -INFINITY;
+  return widen(head_of<S>(x, batch, head)[at]) == -Accumulate<S>(INFINITY);
+}
+
+// A warp for each cell.
+template <class S>
+__global__ void __launch_bounds__(kMapThreads) map_kernel(AttentionArgs args, TileMap map, int64_t count) {
+  const int64_t cell = int64_t(blockIdx.x) * (kMapThreads / kWarp) + threadIdx.x / kWarp;
+  if (cell >= count) return;
+  const int64_t key_cell = cell % map.size[3], row_cell = cell / map.size[3] % map.size[2],
+                head = cell / map.size[3] / map.size[2] % map.size[1],
+                batch = cell / map.size[3] / map.size[2] / map.size[1];
+  const int64_t key = key_cell * kCell + threadIdx.x % kWarp;
+  const int64_t rows = map.stride[2] ? kCell : 1, keys = map.stride[3] ? args.columns : 1;
+  int any = 0, all = 1;
+  if (key < keys) {
+    const bool hidden = map.with_bias && is_hidden_by_bias<S>(args, batch, head, key);
+    const uint8_t* mask = map.with_mask ? head_of<uint8_t>(args.mask, batch, head) : nullptr;
+    for (int64_t row = row_cell * kCell; row < row_cell * kCell + rows && row < args.rows; ++row) {
+      const bool seen =
+          !hidden && (!mask || mask[row * args.mask.stride[2] + key * args.mask.stride[3]] != 0);
+      any |= seen, all &= seen;
+    }
+  }
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) {
+    any |= shuffle_xor(any, step);
+    all &= shuffle_xor(all, step);
+  }
+  if (threadIdx.x % kWarp == 0) map.cells[cell] = uint8_t(!any ? kNothing : all ? kAll : kSome);
+}
+
+// ---- host ----
+
+inline TileMap map_of(const AttentionArgs& args) {
+  TileMap map{};
+  map.with_mask = args.mask.data != nullptr;
+  map.with_bias = args.bias.data != nullptr && args.bias.stride[2] == 0;
+  const int64_t whole[4] = {args.batch, args.heads, ceil_div(args.rows, kCell),
+                            ceil_div(args.columns, kCell)};
+  int64_t stride = 1;
+  for (int i = 3; i >= 0; --i) {
+    const bool varies =
+        (map.with_mask && args.mask.stride[i] != 0) || (map.with_bias && args.bias.stride[i] != 0);
+    map.size[i] = varies ? whole[i] : 1;
+    map.stride[i] = varies ? stride : 0;
+    stride *= map.size[i];
+  }
+  return map;
+}
+
+inline int64_t map_size(const AttentionArgs& args) {
+  const TileMap map = map_of(args);
+  if (!map.with_mask && !map.with_bias) return 0;
+  return map.size[0] * map.size[1] * map.size[2] * map.size[3];
+}
+
+// Numbers that the backward needs of each row: the log-sum-exp in base 2, what rounding took of it, and
+// rowsum(grad_output · output).
+inline int64_t row_numbers_size(const AttentionArgs& args) {
+  const int64_t size = args.dtype == Dtype::float64 ? 8 : 4;
+  return ceil_div(3 * args.batch * args.heads * args.rows * size, 16) * 16;
+}
+
+template <class S>
+bool may_use_vectors(const AttentionInput& x, int64_t width) {
+  bool fits = is_aligned(x.data, 16) && x.stride[3] == 1 && width % kChunk<S> == 0;
+  for (int i = 0; i < 3; ++i) fits = fits && x.stride[i] % kChunk<S> == 0;
+  return fits;
+}
+
+template <class S>
+Error make_map(const AttentionArgs& args, uint8_t* cells, TileMap& map, void* stream) {
+  map = map_of(args);
+  const int64_t count = map_size(args);
+  if (count == 0) return nullptr;
+  map.cells = cells;
+  return launch(map_kernel<S>, ceil_div(count, kMapThreads / kWarp), kMapThreads, 0, stream, args, map,
+                count);
+}
+
+inline Error refuse(const AttentionArgs& args) {
+  const int64_t widest = args.dtype == Dtype::float64 ? 128 : 256;
+  if (args.width > widest || args.value_width > widest)
+    return args.dtype == Dtype::float64 ? "a head of float64 may be at most 128 wide"
+                                        : "a head may be at most 256 wide";
+  if (args.rows > 0x3fffffff || args.columns > 0x3fffffff) return "a sequence has more than 2^30 places";
+  return nullptr;
+}
+
+// f<S, D>(), D the width that both widths fit in.
+#define FASTGAN_ATTENTION_BY_WIDTH(S, f) \
+  (widest <= 64 ? f<S, 64>(args, stream) : widest <= 128 ? f<S, 128>(args, stream) : f<S, 256>(args, stream))
+
+}  // namespace
+}  // namespace fastgan

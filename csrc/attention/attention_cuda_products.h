@@ -1,0 +1,183 @@
+// The two matrix products that all of attention is made of, each by one warp, with rows in shared memory:
+//
+//   products_of_rows   sums (16 R, N) = A (16 R, D) Bᵀ, B (N, D)       scores from queries and keys
+//   add_weighted_rows  sums (16 R, D) += weights (16 R, N) B (N, D)    output from weights and values
+//
+// 16-bit elements go through the tensor cores; float and double through fused multiply-adds, in the order of
+// the width. Sums are spread over the lanes as mma.sync spreads them, for all types, so that softmax, masks
+// and dropout are written once: with r = lane / 4 and q = lane % 4 a lane holds of a 16 x 8 tile (t, j)
+//
+//   sums[t][j][0], [1]   row 16 t + r,      columns 8 j + 2 q and 8 j + 2 q + 1
+//   sums[t][j][2], [3]   row 16 t + r + 8,  the same columns
+//
+// (of the second product of float, columns as output_column says: four neighbours are one vector).
+//
+// A row of shared memory is D elements in chunks of 16 bytes; chunk c of row i lies where c ^ (i % 8) would:
+// eight rows' reads of one chunk, and a row's reads of eight, meet all banks.
+#pragma once
+#include "common/cuda_tensor_core.h"
+#include "common/cuda_types.h"
+
+namespace fastgan {
+namespace {
+
+template <class S>
+constexpr bool kTensorCores = sizeof(S) == 2;
+template <class S>
+constexpr int kChunk = 16 / int(sizeof(S));  // elements
+
+FASTGAN_DEVICE int lane_row() { return int(threadIdx.x) % kWarp / 4; }     // r
+FASTGAN_DEVICE int lane_column() { return int(threadIdx.x) % kWarp % 4; }  // q
+
+template <class S, int D>
+FASTGAN_DEVICE int place(int row, int chunk) {
+  return (row * (D / kChunk<S>)+(chunk ^ (row & 7))) * kChunk<S>;
+}
+
+// The same of 16-bit elements within a row, for a chunk c + d with c a constant and even, d 0 or 1, and
+// x = d ^ (row % 8): so that a lane keeps few addresses, not one for each c.
+FASTGAN_DEVICE int swizzled(int c, int x) { return ((c & ~7) + ((c & 7) ^ x)) * 8; }
+
+// Of sums[t][j][i] or [i + 2] in the second product.
+template <class S>
+FASTGAN_DEVICE int output_column(int j, int i) {
+  if (sizeof(S) == 4) return j / 2 * 16 + 4 * lane_column() + j % 2 * 2 + i;
+  return j * 8 + 2 * lane_column() + i;
+}
+
+// Numbers of shared memory that a warp needs for its weights in the second product.
+template <class S, int N, int R>
+constexpr int kWeightsSize = kTensorCores<S> ? 0 : 16 * R * (N + kChunk<S>);
+
+template <class S, int D, int N, int R>
+FASTGAN_DEVICE void products_of_rows(Accumulate<S> (&sums)[R][N / 8][4], const S* a, const S* b) {
+  using T = Accumulate<S>;
+#pragma unroll
+  for (int t = 0; t < R; ++t)
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[t][j][i] = 0;
+  if constexpr (kTensorCores<S>) {
+    const int lane = int(threadIdx.x) % kWarp, xa = lane / 16 ^ lane % 8, xb = lane / 8 % 2 ^ lane % 8;
+    const S *rows_a = a + lane % 16 * D, *rows_b = b + (lane % 8 + lane / 16 * 8) * D;
+#pragma unroll
+    for (int k = 0; k < D / 16; ++k) {
+      uint32_t from_a[R][4];
+#pragma unroll
+      for (int t = 0; t < R; ++t) load_matrices(from_a[t], rows_a + 16 * t * D + swizzled(2 * k, xa));
+#pragma unroll
+      for (int j = 0; j < N / 8; j += 2) {
+        uint32_t tiles[4];
+        load_matrices(tiles, rows_b + 8 * j * D + swizzled(2 * k, xb));
+        const uint32_t low[2] = {tiles[0], tiles[1]}, high[2] = {tiles[2], tiles[3]};
+#pragma unroll
+        for (int t = 0; t < R; ++t) {
+          mma_m16n8k16<S>(sums[t][j], from_a[t], low);
+          mma_m16n8k16<S>(sums[t][j + 1], from_a[t], high);
+        }
+      }
+    }
+  } else {
+    constexpr int E = kChunk<S>;
+    const int r = lane_row(), q = lane_column();
+#pragma unroll 1
+    for (int k = 0; k < D / E; ++k) {
+      T from_a[R][2][E];
+#pragma unroll
+      for (int t = 0; t < R; ++t)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) load_vector<E>(a + place<S, D>(16 * t + 8 * h + r, k), from_a[t][h]);
+#pragma unroll
+      for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          T from_b[E];
+          load_vector<E>(b + place<S, D>(8 * j + 2 * q + i, k), from_b);
+#pragma unroll
+          for (int t = 0; t < R; ++t)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+#pragma unroll
+              for (int e = 0; e < E; ++e)
+                sums[t][j][2 * h + i] = fma(from_a[t][h][e], from_b[e], sums[t][j][2 * h + i]);
+        }
+    }
+  }
+}
+
+// `memory` is the warp's own, of kWeightsSize numbers.
+template <class S, int D, int N, int R>
+FASTGAN_DEVICE void add_weighted_rows(Accumulate<S> (&sums)[R][D / 8][4],
+                                      const Accumulate<S> (&weights)[R][N / 8][4], const S* b,
+                                      Accumulate<S>* memory) {
+  using T = Accumulate<S>;
+  if constexpr (kTensorCores<S>) {
+    const int lane = int(threadIdx.x) % kWarp, x = lane / 16 ^ lane % 8;
+    const S* rows = b + lane % 16 * D;
+    (void)memory;
+#pragma unroll
+    for (int k = 0; k < N / 16; ++k) {
+      uint32_t from_a[R][4];  // a tile of sums is half a fragment of the next product
+#pragma unroll
+      for (int t = 0; t < R; ++t)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          from_a[t][i] = narrow_pair<S>(weights[t][2 * k + i / 2][i % 2 * 2],  //
+                                        weights[t][2 * k + i / 2][i % 2 * 2 + 1]);
+#pragma unroll
+      for (int j = 0; j < D / 8; j += 2) {
+        uint32_t tiles[4];
+        load_matrices_transposed(tiles, rows + 16 * k * D + swizzled(j, x));
+        const uint32_t low[2] = {tiles[0], tiles[1]}, high[2] = {tiles[2], tiles[3]};
+#pragma unroll
+        for (int t = 0; t < R; ++t) {
+          mma_m16n8k16<S>(sums[t][j], from_a[t], low);
+          mma_m16n8k16<S>(sums[t][j + 1], from_a[t], high);
+        }
+      }
+    }
+  } else {
+    constexpr int E = kChunk<S>, stride = N + E;
+    const int r = lane_row(), q = lane_column();
+    warp_sync();  // the weights of the former call may still be read
+#pragma unroll
+    for (int t = 0; t < R; ++t)
+#pragma unroll
+      for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const T pair[2] = {weights[t][j][2 * h], weights[t][j][2 * h + 1]};
+          store_vector<2>(memory + (16 * t + 8 * h + r) * stride + 8 * j + 2 * q, pair);
+        }
+    warp_sync();
+#pragma unroll 1
+    for (int k = 0; k < N / E; ++k) {
+      T from_a[R][2][E];
+#pragma unroll
+      for (int t = 0; t < R; ++t)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          load_vector<E>(memory + (16 * t + 8 * h + r) * stride + k * E, from_a[t][h]);
+#pragma unroll
+      for (int e = 0; e < E; ++e)
+#pragma unroll
+        for (int c = 0; c < D / (4 * E); ++c) {
+          T from_b[E];
+          load_vector<E>(b + place<S, D>(k * E + e, 4 * c + q), from_b);
+#pragma unroll
+          for (int t = 0; t < R; ++t)
+#pragma unroll
+            for (int h = 0; h < 2; ++h)
+#pragma unroll
+              for (int x = 0; x < E; ++x) {
+                T& sum = sums[t][c * (E / 2) + x / 2][2 * h + x % 2];
+                sum = fma(from_a[t][h][e], from_b[x], sum);
+              }
+        }
+    }
+  }
+}
+
+}  // namespace
+}  // namespace fastgan
