@@ -3,7 +3,9 @@
 Builds the CUDA kernels, runs the tests of tests/cuda_emulation on the device, then times each kernel beside what
 PyTorch does for the same result (eager, and compiled), forward and backward, and prints a Markdown table: medians of
 CUDA events after a warm-up, the cache flushed before every call, and the share of the memory bandwidth that a copy
-reaches in the same run, counted on the bytes that have to be moved. Ends with an error if a result differs.
+reaches in the same run, counted on the bytes that have to be moved. Attention has a table of its own: beside every
+backend of PyTorch's that takes the case, and FlexAttention compiled, in TFLOP/s of the products that have to be done.
+Ends with an error if a result differs.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -30,6 +32,21 @@ FLUSH_BYTES = 512 * 2**20  # larger than any second-level cache
 # batch, channels, height: a DCGAN's layers at 64x64 pixels, and one that does not fit the cache
 NORM_SHAPES = [(64, 64, 32), (128, 128, 16), (128, 256, 8), (128, 512, 4), (64, 256, 64)]
 LOSS_SHAPES = [(64, 512, 4), (128, 512, 4), (1024, 512, 4), (16, 512, 31)]
+# name, batch, heads, length, width, dtype, options; `forward`: that alone
+ATTENTION: list[tuple[str, int, int, int, int, torch.dtype, dict[str, Any]]] = [
+    ("forward", 8, 16, 2048, 64, torch.bfloat16, {"forward": True}),
+    ("forward", 4, 8, 8192, 64, torch.bfloat16, {"forward": True}),
+    ("forward", 8, 16, 2048, 128, torch.bfloat16, {"forward": True}),
+    ("forward", 4, 8, 8192, 128, torch.bfloat16, {"forward": True}),
+    ("forward, causal", 4, 8, 8192, 128, torch.bfloat16, {"forward": True, "causal": True}),
+    ("causal", 8, 16, 2048, 128, torch.bfloat16, {"causal": True}),
+    ("forward", 4, 8, 2048, 256, torch.bfloat16, {"forward": True}),
+    ("BERT: padding, dropout", 32, 12, 512, 64, torch.bfloat16, {"padding": True, "dropout": 0.1}),
+    ("padding", 32, 12, 512, 64, torch.bfloat16, {"padding": True}),
+    ("T5: learned bias", 8, 12, 512, 64, torch.bfloat16, {"bias": True}),
+    ("float32", 8, 12, 1024, 64, torch.float32, {}),
+    ("float32, causal", 8, 12, 1024, 128, torch.float32, {"causal": True}),
+]
 
 
 def milliseconds(call: Callable[[], Any], flush: torch.Tensor, rounds: int) -> float:
@@ -92,6 +109,92 @@ def cases(dtype: torch.dtype, layout: torch.memory_format):
         )  # fmt: skip
 
 
+def attention_calls(batch, heads, length, width, dtype, options) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Ours, PyTorch's choice, each of its backends, and FlexAttention where it can do the same."""
+
+    def make(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device="cuda", dtype=dtype).requires_grad_(not options.get("forward"))
+
+    tensors = [make(batch, length, heads, width) for _ in range(3)]  # as projections leave them
+    grad = torch.randn(batch, heads, length, width, device="cuda", dtype=dtype)
+    mask = None
+    if options.get("padding"):
+        lengths = torch.linspace(length / 4, length, batch, device="cuda").long()
+        mask = (torch.arange(length, device="cuda") < lengths[:, None]).view(batch, 1, 1, length)
+    if options.get("bias"):
+        mask = make(1, heads, length, length)
+        tensors.append(mask)
+    dropout, causal = options.get("dropout", 0.0), options.get("causal", False)
+
+    def calling(attention: Callable[..., torch.Tensor]) -> Callable[[], Any]:
+        def run(query, key, value, *rest):
+            inside = [t.transpose(1, 2) for t in (query, key, value)]
+            return attention(*inside, rest[0] if rest else mask, dropout, causal)
+
+        if options.get("forward"):
+            return lambda: (run(*tensors),)
+        return forward_and_backward(run, tensors, grad)
+
+    yield "fastgan", calling(F.scaled_dot_product_attention)
+    yield "PyTorch", calling(T.scaled_dot_product_attention)
+    for backend in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
+
+        def forced(*args: Any, backend: str = backend) -> torch.Tensor:
+            with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, backend)):
+                return T.scaled_dot_product_attention(*args)
+
+        yield backend.removesuffix("_ATTENTION").lower(), calling(forced)
+    if not dropout and dtype != torch.float32:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        compiled = torch.compile(flex_attention)
+        block_mask = None
+        if causal:
+            block_mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length)
+        elif options.get("padding"):
+            block_mask = create_block_mask(lambda b, h, q, k: k < lengths[b], batch, None, length, length)
+
+        def flex(query, key, value, bias, *_):
+            add = (lambda score, b, h, q, k: score + bias[0, h, q, k]) if options.get("bias") else None
+            return compiled(query, key, value, score_mod=add, block_mask=block_mask)
+
+        yield "flex", calling(flex)
+
+
+def attention_table(flush: torch.Tensor, rounds: int) -> tuple[list[dict[str, Any]], bool]:
+    """Prints the table of attention; its rows, and whether a result was wrong."""
+    names = ["fastgan", "PyTorch", "flash", "efficient", "cudnn", "math", "flex"]
+    print(f"\n| attention, milliseconds | {' | '.join(names)} | best / fastgan | TFLOP/s | difference |")
+    print("|---|" + "---|" * (len(names) + 3))
+    rows, failed = [], False
+    for name, batch, heads, length, width, dtype, options in ATTENTION:
+        times: dict[str, float] = {}
+        results: dict[str, Any] = {}
+        for which, call in attention_calls(batch, heads, length, width, dtype, options):
+            try:
+                results[which] = call() if which in ("fastgan", "PyTorch") else None
+                times[which] = milliseconds(call, flush, rounds)
+            except (RuntimeError, torch.cuda.OutOfMemoryError):  # this backend does not take the case
+                if which == "fastgan":
+                    raise
+        # The two draw other dropout masks; tests/cuda_emulation judges those.
+        off = 0.0 if options.get("dropout") else difference(results["fastgan"], results["PyTorch"])
+        wrong = off > (2e-2 if dtype == torch.bfloat16 else 1e-3)
+        failed = failed or wrong
+        products = (2 if options.get("forward") else 7) * 2 * batch * heads * length**2 * width
+        rate = products * (0.5 if options.get("causal") else 1.0) / times["fastgan"] / 1e9
+        best = min(time for which, time in times.items() if which != "fastgan")
+        where = f"{name}, {batch}x{heads}x{length}x{width}"
+        shown = " | ".join(f"{times[n]:.3f}" if n in times else "" for n in names)
+        print(
+            f"| {where} | {shown} | {best / times['fastgan']:.2f}x | {rate:.0f} "
+            f"| {off:.1e}{' WRONG' if wrong else ''} |",
+            flush=True,
+        )
+        rows.append({"case": where, **times, "tflops": rate, "difference": off})
+    return rows, failed
+
+
 def difference(ours: tuple[torch.Tensor, ...], theirs: tuple[torch.Tensor, ...]) -> float:
     """The largest relative difference of a result, as norms."""
     pairs = [(a.double(), b.double()) for a, b in zip(ours, theirs, strict=True)]
@@ -145,9 +248,11 @@ def main() -> int:
                 )
                 rows.append({"case": where, "fastgan": times[0], "pytorch": times[1], "compiled": times[2],
                              "share": share, "difference": off})  # fmt: skip
+    attention, wrong = attention_table(flush, max(10, options.rounds // 4))
+    failed = failed or wrong
     if options.json:
         about = {"device": properties.name, "torch": torch.__version__, "cuda": torch.version.cuda, "copy": bandwidth}
-        options.json.write_text(json.dumps({**about, "rows": rows}, indent=1))
+        options.json.write_text(json.dumps({**about, "rows": rows, "attention": attention}, indent=1))
     return int(bool(failed))
 
 

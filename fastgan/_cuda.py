@@ -216,16 +216,17 @@ def _compile(sources: Path, architectures: str, folder: Path) -> None:
     from torch.utils import cpp_extension
 
     _check_compiler(cpp_extension.CUDA_HOME)
-    print(f"fastgan: building its CUDA kernels for {architectures}, once; this takes about a minute",
+    print(f"fastgan: building its CUDA kernels for {architectures}, once; this takes a minute or two",
           file=sys.stderr, flush=True)  # fmt: skip
     begin = time.perf_counter()
     before = os.environ.get("TORCH_CUDA_ARCH_LIST")
     os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
-    stems = sorted(sources.glob("*/*.cu"))
+    kernels = sorted(sources.glob("*/*.cu"))
+    operators = sorted({cu.with_name(f"{cu.parent.name}_op.cpp") for cu in kernels})
     try:
         cpp_extension.load(
             "fastgan_C_cuda",
-            [str(p) for cu in stems for p in (cu, cu.with_name(f"{cu.stem}_op.cpp"))],
+            [str(path) for path in (*kernels, *operators)],
             extra_cflags=_FLAGS,
             extra_cuda_cflags=_FLAGS,
             extra_include_paths=[str(sources)],

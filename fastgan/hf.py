@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgan import _impl
-from fastgan.nn import functional
+from fastgan.nn import _attention_inputs, functional
 
 MINIMUM = (5, 24)
 _HOW = "pip install 'transformers>=5.24' (or fastgan[text])"
@@ -86,7 +86,11 @@ def _attention(query, key, value, mask, bias, dropout, is_causal, scaling) -> Te
     if mask is not None and bias is not None:
         if mask.dtype != torch.bool:
             mask, bias = None, bias + mask
-        elif query.device.type != "cpu" or _impl.reference_selected() or bias.dtype not in (query.dtype, torch.float32):
+        elif (
+            _impl.reference_selected()
+            or bias.dtype not in (query.dtype, torch.float32)
+            or not _attention_inputs.has_kernel(query, key, value, mask)
+        ):
             mask, bias = None, torch.where(mask, bias, float("-inf"))
     if mask is None or bias is None:
         joined = mask if bias is None else bias

@@ -156,7 +156,7 @@ def test_the_key_follows_sources_and_gpus(tmp_path):
 
 def test_the_wheels_sources_are_there():
     sources = _cuda._sources()
-    for stem in ("norm_act", "gan_loss"):
+    for stem in ("norm_act", "gan_loss", "attention"):
         assert (sources / stem / f"{stem}.cu").exists()
         assert (sources / stem / f"{stem}_op.cpp").exists()
 
@@ -188,7 +188,7 @@ def test_built_at_first_use_once_for_two_processes_after_a_killed_build(tmp_path
     pair = [start(ASK, **environment) for _ in range(2)]
     results = [finish(each) for each in pair]
     for out, _ in results:
-        assert out.startswith("True True False\nloaded (")
+        assert out.startswith("True True True\nloaded (")
     said = "".join(err for _, err in results)
     assert said.count("building its CUDA kernels for 9.0a") == 1
     assert said.count("fastgan: built in") == 1
@@ -205,6 +205,6 @@ def test_built_at_first_use_once_for_two_processes_after_a_killed_build(tmp_path
         whole, elsewhere / whole.name
     )  # no lock file, which a cache that is read-only would not let be made
     out, err = run(ASK, **{**environment, "FASTGAN_CACHE": elsewhere})
-    assert out.startswith("True True False")
+    assert out.startswith("True True True")
     assert err == ""
     assert [p.name for p in elsewhere.iterdir()] == [whole.name]

@@ -164,6 +164,7 @@ __global__ void __launch_bounds__(ForwardTiling<S, D>::threads, 2)
 template <class S, int D>
 Error forward(const AttentionArgs& args, void* stream) {
   using Tiling = ForwardTiling<S, D>;
+  static_assert(forward_shared_bytes<S, D>() <= kMostShared);
   Plan plan{};
   plan.row_blocks = int(ceil_div(args.rows, Tiling::rows));
   plan.vectors = may_use_vectors<S>(args.query, args.width) && may_use_vectors<S>(args.key, args.width) &&

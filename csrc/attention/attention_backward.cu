@@ -66,9 +66,8 @@ __global__ void __launch_bounds__(kRowThreads) rows_kernel(AttentionArgs args) {
 }
 
 // Shared memory of all three kernels: A's two tiles, B's in their stages, row numbers of B, weights.
-template <class S, int D>
+template <class S, int D, class Tiling>
 constexpr size_t backward_shared_bytes() {
-  using Tiling = BackwardTiling<S, D>;
   using T = Accumulate<S>;
   return SharedMemory::bytes<S>(2 * Tiling::rows * D) +
          SharedMemory::bytes<S>(2 * Tiling::stages * Tiling::N * D) +
@@ -76,9 +75,8 @@ constexpr size_t backward_shared_bytes() {
          SharedMemory::bytes<T>(Tiling::warps * kWeightsSize<S, Tiling::N, Tiling::R>);
 }
 
-template <class S, int D>
+template <class S, int D, class Tiling>
 struct Memory {
-  using Tiling = BackwardTiling<S, D>;
   using T = Accumulate<S>;
   static constexpr int N = Tiling::N, R = Tiling::R, per_warp = kWeightsSize<S, N, R>;
   S *a, *b;
@@ -125,9 +123,9 @@ FASTGAN_DEVICE void load_deltas(const AttentionArgs& args, int64_t batch, int64_
 
 // What is in registers of a tile.
 template <class S, int D>
-using OfTile = Accumulate<S>[BackwardTiling<S, D>::R][BackwardTiling<S, D>::N / 8][4];
+using OfTile = Accumulate<S>[QueriesTiling<S, D>::R][QueriesTiling<S, D>::N / 8][4];
 template <class S, int D>
-using OfRows = Accumulate<S>[BackwardTiling<S, D>::R][2];
+using OfRows = Accumulate<S>[QueriesTiling<S, D>::R][2];
 
 // f(t, j, i) for each of a lane's numbers of a tile.
 template <int N, int R, class F>
@@ -143,12 +141,13 @@ FASTGAN_DEVICE void for_each_place(F f) {
 // P and dO Vᵀ of a warp's queries, rows `row` on, and the keys of a tile, `key` on. What is dropped of the
 // second is 0.
 template <class S, int D>
-FASTGAN_DEVICE void weights_of_queries(const AttentionArgs& args, const Memory<S, D>& memory,
+FASTGAN_DEVICE void weights_of_queries(const AttentionArgs& args,
+                                       const Memory<S, D, QueriesTiling<S, D>>& memory,
                                        const Dropout& dropout, int batch, int head, int row, int key,
                                        int stage, bool look, const OfRows<S, D>& lse,
                                        const OfRows<S, D>& rest, OfTile<S, D>& weights, OfTile<S, D>& grads) {
   using T = Accumulate<S>;
-  constexpr int N = BackwardTiling<S, D>::N, R = BackwardTiling<S, D>::R;
+  constexpr int N = QueriesTiling<S, D>::N, R = QueriesTiling<S, D>::R;
   products_of_rows<S, D, N, R>(weights, memory.rows(0), memory.tile(stage, 0));
   finish_scores<false, S>(args, batch, head, row, key, look, weights);
   for_each_place<N, R>([&](int t, int j, int i) {
@@ -164,12 +163,12 @@ FASTGAN_DEVICE void weights_of_queries(const AttentionArgs& args, const Memory<S
 
 // D of rows of up to kWholeRow keys.
 template <class S, int D>
-__global__ void __launch_bounds__(BackwardTiling<S, D>::threads, 2)
+__global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
     delta_kernel(AttentionArgs args, Plan plan) {
-  using Tiling = BackwardTiling<S, D>;
+  using Tiling = QueriesTiling<S, D>;
   using T = Accumulate<S>;
   constexpr int N = Tiling::N, R = Tiling::R, threads = Tiling::threads;
-  const Memory<S, D> memory;
+  const Memory<S, D, Tiling> memory;
   int block, head;
   const int pair = divide(int(blockIdx.x), plan.row_blocks, block);
   const int batch = divide(pair, int(args.heads), head);
@@ -216,12 +215,12 @@ __global__ void __launch_bounds__(BackwardTiling<S, D>::threads, 2)
 }
 
 template <class S, int D>
-__global__ void __launch_bounds__(BackwardTiling<S, D>::threads, 2)
+__global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
     queries_kernel(AttentionArgs args, Plan plan) {
-  using Tiling = BackwardTiling<S, D>;
+  using Tiling = QueriesTiling<S, D>;
   using T = Accumulate<S>;
   constexpr int N = Tiling::N, R = Tiling::R, stages = Tiling::stages, threads = Tiling::threads;
-  const Memory<S, D> memory;
+  const Memory<S, D, Tiling> memory;
   int block, head;
   const int pair = divide(int(blockIdx.x), plan.row_blocks, block);
   const int batch = divide(pair, int(args.heads), head);
@@ -288,12 +287,11 @@ __global__ void __launch_bounds__(BackwardTiling<S, D>::threads, 2)
 }
 
 template <class S, int D, bool Key, bool Value>
-__global__ void __launch_bounds__(BackwardTiling<S, D>::threads, 2)
-    keys_kernel(AttentionArgs args, Plan plan) {
-  using Tiling = BackwardTiling<S, D>;
+__global__ void __launch_bounds__(KeysTiling<S, D>::threads, 2) keys_kernel(AttentionArgs args, Plan plan) {
+  using Tiling = KeysTiling<S, D>;
   using T = Accumulate<S>;
   constexpr int N = Tiling::N, R = Tiling::R, stages = Tiling::stages, threads = Tiling::threads;
-  const Memory<S, D> memory;
+  const Memory<S, D, Tiling> memory;
   int block, kv_head;
   const int pair = divide(int(blockIdx.x), plan.key_blocks, block);
   const int batch = divide(pair, int(args.kv_heads), kv_head);
@@ -411,12 +409,12 @@ __global__ void __launch_bounds__(BackwardTiling<S, D>::threads, 2)
 
 // A block has one tile of the bias, and of a dimension of size 1 all places one after the other.
 template <class S, int D>
-__global__ void __launch_bounds__(BackwardTiling<S, D>::threads, 2)
+__global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
     bias_kernel(AttentionArgs args, Plan plan) {
-  using Tiling = BackwardTiling<S, D>;
+  using Tiling = QueriesTiling<S, D>;
   using T = Accumulate<S>;
   constexpr int N = Tiling::N, R = Tiling::R, threads = Tiling::threads, warps = Tiling::warps;
-  const Memory<S, D> memory;
+  const Memory<S, D, Tiling> memory;
   const int64_t* size = args.bias_size;
   int row_block, key_block, bias_head;
   int rest_of_index = divide(int(blockIdx.x), plan.key_blocks, key_block);
@@ -525,11 +523,14 @@ __global__ void __launch_bounds__(BackwardTiling<S, D>::threads, 2)
 
 template <class S, int D>
 Error backward(const AttentionArgs& args, void* stream) {
-  using Tiling = BackwardTiling<S, D>;
-  constexpr size_t shared = backward_shared_bytes<S, D>();
+  using Tiling = QueriesTiling<S, D>;
+  using OfKeys = KeysTiling<S, D>;
+  constexpr size_t shared = backward_shared_bytes<S, D, Tiling>(),
+                   shared_of_keys = backward_shared_bytes<S, D, OfKeys>();
+  static_assert(shared <= kMostShared && shared_of_keys <= kMostShared);
   Plan plan{};
   plan.row_blocks = int(ceil_div(args.rows, Tiling::rows));
-  plan.key_blocks = int(ceil_div(args.columns, Tiling::rows));
+  plan.key_blocks = int(ceil_div(args.columns, OfKeys::rows));
   plan.vectors = may_use_vectors<S>(args.query, args.width) && may_use_vectors<S>(args.key, args.width) &&
                  may_use_vectors<S>(args.value, args.value_width) &&
                  may_use_vectors<S>(args.grad_output, args.value_width);
@@ -545,14 +546,17 @@ Error backward(const AttentionArgs& args, void* stream) {
   if (!error)
     error = launch(queries_kernel<S, D>, args.batch * args.heads * plan.row_blocks, Tiling::threads, shared,
                    stream, args, plan);
-  if constexpr (Tiling::split) {
+  if constexpr (OfKeys::split) {
     if (!error)
-      error = launch(keys_kernel<S, D, true, false>, keys, Tiling::threads, shared, stream, args, plan);
+      error =
+          launch(keys_kernel<S, D, true, false>, keys, OfKeys::threads, shared_of_keys, stream, args, plan);
     if (!error)
-      error = launch(keys_kernel<S, D, false, true>, keys, Tiling::threads, shared, stream, args, plan);
+      error =
+          launch(keys_kernel<S, D, false, true>, keys, OfKeys::threads, shared_of_keys, stream, args, plan);
   } else {
     if (!error)
-      error = launch(keys_kernel<S, D, true, true>, keys, Tiling::threads, shared, stream, args, plan);
+      error =
+          launch(keys_kernel<S, D, true, true>, keys, OfKeys::threads, shared_of_keys, stream, args, plan);
   }
   if (error || !args.grad_bias) return error;
   const int64_t* size = args.bias_size;

@@ -14,6 +14,7 @@ namespace {
 constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 constexpr int kCell = 32;  // rows and columns of a cell of the map
 constexpr int kMapThreads = 256;
+constexpr size_t kMostShared = 99 * 1024;  // of a block, on the GPUs that have the least
 enum Seen : uint8_t { kNothing = 0, kSome = 1, kAll = 2 };
 
 // What of a cell of the scores takes part, a byte each; a dimension that mask and bias are broadcast over has
@@ -38,18 +39,24 @@ struct ForwardTiling {
   static constexpr bool half = sizeof(S) == 2, wide = D * sizeof(Accumulate<S>) >= 1024;
   static constexpr int warps = !half && wide ? 2 : 4,
                        R = (half && D <= 128) || (sizeof(S) == 4 && D == 64) ? 2 : 1;
-  static constexpr int N = half ? (D == 64 ? 64 : 32) : sizeof(S) == 4 && !wide ? 32 : 16;
+  static constexpr int N = half ? (D == 64 ? 64 : 32) : sizeof(S) == 4 ? (wide ? 16 : 32) : wide ? 8 : 16;
   static constexpr int stages = half || (sizeof(S) == 4 && D == 64) ? 2 : 1;
   static constexpr int threads = warps * kWarp, rows = 16 * R * warps;
 };
 template <class S, int D>
-struct BackwardTiling {
+struct QueriesTiling {
   static constexpr bool half = sizeof(S) == 2, wide = D * sizeof(Accumulate<S>) >= 1024;
   static constexpr int warps = half || !wide ? 4 : sizeof(S) == 4 ? 2 : 1, R = half && D == 64 ? 2 : 1;
-  static constexpr int N = half || (sizeof(S) == 4 && D == 64) ? 32 : 16;
+  static constexpr int N = half || (sizeof(S) == 4 && D == 64) ? 32 : sizeof(S) == 8 && wide ? 8 : 16;
   static constexpr int stages = (half && D <= 128) || (sizeof(S) == 4 && D == 64) ? 2 : 1;
   static constexpr int threads = warps * kWarp, rows = 16 * R * warps;
-  static constexpr bool split = wide;  // the sums of grad_key and grad_value together would not fit
+};
+// Two sums of D columns: where they do not fit in registers together they have a launch each.
+template <class S, int D>
+struct KeysTiling : QueriesTiling<S, D> {
+  using Base = QueriesTiling<S, D>;
+  static constexpr int R = 1, rows = 16 * Base::warps;
+  static constexpr bool split = Base::wide || sizeof(S) == 8;
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -141,15 +148,32 @@ FASTGAN_DEVICE void for_each(int a0, int b0, F f) {
       }
 }
 
-template <bool Transposed, class B, class T, int N8, int R>
-FASTGAN_DEVICE void add_bias(const AttentionArgs& args, int64_t batch, int64_t head, int a0, int b0,
-                             T (&scores)[R][N8][4]) {
-  const B* bias = head_of<B>(args.bias, batch, head);
-  for_each<Transposed, 8 * N8, R>(a0, b0, [&](int t, int j, int i, int query, int key) {
-    if (query < args.rows && key < args.columns)
-      scores[t][j][i] = fma(T(widen(bias[query * args.bias.stride[2] + key * args.bias.stride[3]])),
-                            T(kLog2e), scores[t][j][i]);
-  });
+// f(t, j, i, element) for each of them that lies within the scores. An address goes along a row step by step:
+// one for each column would take the registers that the sums are in.
+template <bool Transposed, class B, int N, int R, class F>
+FASTGAN_DEVICE void for_each_element(const AttentionArgs& args, const AttentionInput& x, int64_t batch,
+                                     int64_t head, int a0, int b0, F f) {
+  const int r = lane_row(), q = lane_column();
+  const int64_t along_a = x.stride[Transposed ? 3 : 2], along_b = x.stride[Transposed ? 2 : 3];
+  const int end_a = int(Transposed ? args.columns : args.rows),
+            end_b = int(Transposed ? args.rows : args.columns);
+  const int b = b0 + 2 * q;
+  const B* at = head_of<B>(x, batch, head) + (a0 + r) * along_a + b * along_b;
+#pragma unroll
+  for (int t = 0; t < R; ++t)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const B* from = at;
+      if (a0 + 16 * t + 8 * h + r < end_a) {
+#pragma unroll
+        for (int j = 0; j < N / 8; ++j) {
+          if (b + 8 * j < end_b) f(t, j, 2 * h, *from);
+          if (b + 8 * j + 1 < end_b) f(t, j, 2 * h + 1, from[along_b]);
+          from += 8 * along_b;
+        }
+      }
+      at += 8 * along_a;
+    }
 }
 
 // From products to scores: scale, bias, and minus infinity where a mask, is_causal or the end of the keys
@@ -157,7 +181,7 @@ FASTGAN_DEVICE void add_bias(const AttentionArgs& args, int64_t batch, int64_t h
 template <bool Transposed, class S, int N8, int R, class T>
 FASTGAN_DEVICE void finish_scores(const AttentionArgs& args, int64_t batch, int64_t head, int a0, int b0,
                                   bool mask, T (&scores)[R][N8][4]) {
-  constexpr int N = 8 * N8, queries = Transposed ? N : 16 * R, keys = Transposed ? 16 * R : N;
+  constexpr int N = 8 * N8, keys = Transposed ? 16 * R : N;
   const int query0 = query_of<Transposed>(a0, b0), key0 = key_of<Transposed>(a0, b0);
   const T scale = T(args.scale * kLog2e), hidden = -T(INFINITY);
 #pragma unroll
@@ -168,17 +192,21 @@ FASTGAN_DEVICE void finish_scores(const AttentionArgs& args, int64_t batch, int6
       for (int i = 0; i < 4; ++i) scores[t][j][i] *= scale;
   if (args.bias.data) {
     if (sizeof(S) == 2 && args.bias_dtype == Dtype::float32)
-      add_bias<Transposed, float>(args, batch, head, a0, b0, scores);
+      for_each_element<Transposed, float, N, R>(args, args.bias, batch, head, a0, b0,
+                                                [&](int t, int j, int i, float bias) {
+                                                  scores[t][j][i] = fma(T(bias), T(kLog2e), scores[t][j][i]);
+                                                });
     else
-      add_bias<Transposed, S>(args, batch, head, a0, b0, scores);
+      for_each_element<Transposed, S, N, R>(args, args.bias, batch, head, a0, b0,
+                                            [&](int t, int j, int i, S bias) {
+                                              scores[t][j][i] = fma(widen(bias), T(kLog2e), scores[t][j][i]);
+                                            });
   }
   if (mask) {
-    const uint8_t* bytes = head_of<uint8_t>(args.mask, batch, head);
-    for_each<Transposed, N, R>(a0, b0, [&](int t, int j, int i, int query, int key) {
-      if (query < args.rows && key < args.columns &&
-          !bytes[query * args.mask.stride[2] + key * args.mask.stride[3]])
-        scores[t][j][i] = hidden;
-    });
+    for_each_element<Transposed, uint8_t, N, R>(args, args.mask, batch, head, a0, b0,
+                                                [&](int t, int j, int i, uint8_t seen) {
+                                                  if (!seen) scores[t][j][i] = hidden;
+                                                });
   }
   const bool crosses = args.is_causal && key0 + keys - 1 > query0;
   if (crosses || key0 + keys > args.columns) {
@@ -187,7 +215,6 @@ FASTGAN_DEVICE void finish_scores(const AttentionArgs& args, int64_t batch, int6
       if (key >= end || (crosses && key > query)) scores[t][j][i] = hidden;
     });
   }
-  (void)queries;
 }
 
 // ---- dropout ----

@@ -6,9 +6,12 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastgan import _cuda
 from fastgan.ops._autograd import in_functorch
 
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+#: the widest head that the CUDA kernels take, by its dtype
+_WIDEST_ON_CUDA = {torch.float64: 128}
 _HAS_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
 
 
@@ -67,7 +70,12 @@ def has_kernel(query, key, value, attn_mask) -> bool:
     for tensor in (query, key, value, attn_mask):
         if tensor is not None and (tensor.is_nested or tensor.layout != torch.strided):
             return False
-    return query.device.type in ("cpu", "meta") and query.dtype in _KERNEL_DTYPES
+    if query.dtype not in _KERNEL_DTYPES:
+        return False
+    if query.device.type == "cuda":
+        widest = _WIDEST_ON_CUDA.get(query.dtype, 256)
+        return max(query.shape[-1], value.shape[-1]) <= widest and _cuda.has_kernel("attention")
+    return query.device.type in ("cpu", "meta")
 
 
 def amx_takes(query, key, value, mask, bias, philox) -> bool:

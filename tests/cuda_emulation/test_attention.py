@@ -103,9 +103,7 @@ def test_plain(cuda_kernels, dtype):
         (widest, widest - 1, 35, 18),
         (8, widest, 3, 66),
     ]:
-        _check(
-            cuda_kernels, _inputs(dtype, rows=rows, columns=columns, width=width, value_width=value_width, heads=1)
-        )
+        _check(cuda_kernels, _inputs(dtype, rows=rows, columns=columns, width=width, value_width=value_width, heads=1))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -215,7 +213,7 @@ def test_large_scores_keep_their_digits(cuda_kernels, dtype):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_nan_goes_to_what_depends_on_it(cuda_kernels, dtype):
-    query, key, value, grad = _inputs(dtype, heads=1, rows=20, columns=45, width=16)
+    query, key, value, _ = _inputs(dtype, heads=1, rows=20, columns=45, width=16)
     query = query.clone()
     query[0, 0, 3, 5] = float("nan")
     got, _ = cuda_kernels.attention(query, key, value, None, None, None, 0.0, False, 0.25)

@@ -14,21 +14,21 @@ pytestmark = [needs_compiler, pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
-@pytest.mark.parametrize("stem", ["norm_act", "gan_loss"])
+@pytest.mark.parametrize("stem", ["norm_act", "gan_loss", "attention"])
 def test_a_harness_reports_nothing(tmp_path, stem, sanitizer):
     program = build(
         tmp_path,
         stem,
         [
             REPOSITORY / "tests" / "kernel_harness" / f"{stem}_harness.cpp",
-            REPOSITORY / "csrc" / stem / f"{stem}.cu",
+            *sorted((REPOSITORY / "csrc" / stem).glob("*.cu")),
             HERE / f"{stem}_isa.cpp",
         ],
         sanitizer=sanitizer,
-        flags=["-DFASTGAN_ISA=emulated", "-include", str(HERE / "isa.h")],
+        flags=["-DFASTGAN_ISA=emulated", "-DHARNESS_FIRST_ORDER", "-include", str(HERE / "isa.h")],
     )
     # A part of the cases: a fiber of ThreadSanitizer's costs tens of microseconds, and a block has 256.
-    every = "1" if sanitizer == "address" else {"norm_act": "23", "gan_loss": "10"}[stem]
+    every = "1" if sanitizer == "address" else {"norm_act": "23", "gan_loss": "10", "attention": "3"}[stem]
     done = run([program], timeout=600, env={**os.environ, "HARNESS_EVERY": every, "HARNESS_THREADS": "1"})
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.stderr == ""

@@ -1,5 +1,6 @@
 // Attention through its contract alone: forward, backward and weights against loops in double that store
-// everything, and the derivatives along a direction against differences of those.
+// everything, and the derivatives along a direction against differences of those. HARNESS_FIRST_ORDER leaves
+// out the kernels that CUDA has not.
 #include "attention/attention.h"
 
 #include "common/vector.h"
@@ -13,6 +14,23 @@ namespace {
 struct Case {
   int64_t batch, heads, kv_heads, rows, columns, width, value_width;
   bool is_causal, mask, bias, dropout, shared_bias;
+};
+
+// A 16-bit element that counts as a double here, rounded when it is assigned.
+template <class S>
+struct Rounded {
+  Rounded() = default;
+  Rounded(double x) { store1(&stored, float(x)); }
+  operator double() const { return load1<float>(&stored); }
+  S stored;
+};
+template <class T>
+struct SumOf {
+  using type = T;
+};
+template <class S>
+struct SumOf<Rounded<S>> {
+  using type = float;
 };
 
 // Four dimensions, contiguous, or with heads inside rows and a gap after each row.
@@ -93,8 +111,10 @@ struct Problem {
     a.output = output.output(), a.logsumexp = logsumexp.data.get();
     a.grad_output = grad.input(), a.saved_output = output.input();
     a.grad_query = grad_query.output(), a.grad_key = grad_key.output(), a.grad_value = grad_value.output();
+    philox[0] = int64_t(a.seed), philox[1] = a.offset;
+    a.philox = philox, a.philox_stride = 1;
     a.out_of_memory = &out_of_memory;
-    workspace = std::make_unique<Buffer<T>>(attention_workspace(a));
+    workspace = std::make_unique<Buffer<typename SumOf<T>::type>>(attention_workspace(a));
     a.workspace = workspace->size ? workspace->get() : nullptr;
   }
   Problem(const Problem&) = delete;
@@ -102,8 +122,9 @@ struct Problem {
   Array<T> query, key, value, bias, grad, output, grad_query, grad_key, grad_value, grad_bias;
   Array<uint8_t> mask;
   Array<double> logsumexp;
-  Buffer<T> row_sums;
-  std::unique_ptr<Buffer<T>> workspace;
+  Buffer<typename SumOf<T>::type> row_sums;
+  std::unique_ptr<Buffer<typename SumOf<T>::type>> workspace;
+  int64_t philox[2];
   bool out_of_memory = false;
   AttentionArgs a;
 };
@@ -113,15 +134,17 @@ void check(const Case& c, Dtype dtype, int threads, double tolerance) {
   const int64_t group = c.heads / c.kv_heads;
   Problem<T> problem(c, dtype);
   auto& [query, key, value, bias, grad, output, grad_query, grad_key, grad_value, grad_bias, mask, logsumexp,
-         row_sums, workspace, out_of_memory, a] = problem;
+         row_sums, workspace, philox, out_of_memory, a] = problem;
   FASTGAN_KERNEL(attention_forward)(a, harness::threads(threads));
   FASTGAN_KERNEL(attention_backward)(a, harness::threads(threads));
   Array<T> weights(c.batch, c.heads, c.rows, c.columns, false, 0),
       mean(c.batch, 1, c.rows, c.columns, false, 0);
+#if !defined(HARNESS_FIRST_ORDER)
   a.weights = weights.output();
   FASTGAN_KERNEL(attention_weights)(a, harness::threads(threads));
   a.weights = mean.output(), a.average_weights = true;
   FASTGAN_KERNEL(attention_weights)(a, harness::threads(threads));
+#endif
   harness::expect(!out_of_memory, "memory");
 
   Array<double> want_query(c.batch, c.heads, c.rows, c.width, false, 0),
@@ -170,7 +193,9 @@ void check(const Case& c, Dtype dtype, int threads, double tolerance) {
             if (keep[j]) want_value(b, kv, j, v) += factor * p[j] * grad(b, h, r, v);
         }
         for (int64_t j = 0; j < c.columns; ++j) {
+#if !defined(HARNESS_FIRST_ORDER)
           harness::expect_close(weights(b, h, r, j), p[j], tolerance, "weights");
+#endif
           want_mean(b, 0, r, j) += p[j] / double(c.heads);
           const double ds = p[j] * (grad_p[j] - delta);
           want_bias(b, hb, r, j) += ds;
@@ -191,8 +216,12 @@ void check(const Case& c, Dtype dtype, int threads, double tolerance) {
   compare(grad_key, want_key, "gradient of key");
   compare(grad_value, want_value, "gradient of value");
   if (c.bias) compare(grad_bias, want_bias, "gradient of bias");
+#if !defined(HARNESS_FIRST_ORDER)
   compare(mean, want_mean, "mean of the weights");
+#endif
 }
+
+#if !defined(HARNESS_FIRST_ORDER)
 
 // Output and gradients at inputs + step · direction, by the kernels that `check` has judged.
 struct Moved {
@@ -250,6 +279,7 @@ void check_second(const Case& c, Dtype dtype, int threads, double tolerance) {
   if (c.bias)
     compare(got.grad_bias, after.problem.grad_bias, before.problem.grad_bias, "tangent of bias's gradient");
 }
+#endif
 
 }  // namespace
 
@@ -268,10 +298,15 @@ int main() {
   };
   for (const Case& each : cases)
     for (int threads : {1, 3}) {
-      check<float>(each, Dtype::float32, threads, 2e-5);
-      check<double>(each, Dtype::float64, threads, 1e-12);
+      if (threads > harness::most_threads()) continue;
+      if (harness::is_chosen()) check<float>(each, Dtype::float32, threads, 2e-5);
+      if (harness::is_chosen()) check<double>(each, Dtype::float64, threads, 1e-12);
+      if (harness::is_chosen()) check<Rounded<bfloat16>>(each, Dtype::bfloat16, threads, 4e-2);
+      if (harness::is_chosen()) check<Rounded<float16>>(each, Dtype::float16, threads, 5e-3);
+#if !defined(HARNESS_FIRST_ORDER)
       check_second<float>(each, Dtype::float32, threads, 1e-4);
       check_second<double>(each, Dtype::float64, threads, 1e-7);
+#endif
     }
   return harness::result();
 }
