@@ -104,7 +104,6 @@ __global__ void __launch_bounds__(ForwardTiling<S, D>::threads, 2)
   T output[R][D / 8][4] = {}, maximum[R][2], total[R][2] = {};
 #pragma unroll
   for (int t = 0; t < R; ++t) maximum[t][0] = maximum[t][1] = -T(INFINITY);
-  const Dropout dropout(args);
   load_tile<S, D, Tiling::rows, threads>(queries, args.query, head_of<S>(args.query, batch, head), row0,
                                          args.rows, args.width, plan.vectors);
   int tile = next(0), stage = 0;
@@ -131,10 +130,9 @@ __global__ void __launch_bounds__(ForwardTiling<S, D>::threads, 2)
       finish_scores<false, S>(args, batch, head, warp_row, tile, look, scores);
       soften(scores, maximum, total, output);
       if (args.has_dropout)
-        for_each_kept<false, N, R>(dropout, args, batch, head, warp_row, tile,
-                                   [&](int t, int j, int i, bool kept) {
-                                     if (!kept) scores[t][j][i] = 0;
-                                   });
+        for_each_kept<false, N, R>(args, batch, head, warp_row, tile, [&](int t, int j, int i, bool kept) {
+          if (!kept) scores[t][j][i] = 0;
+        });
       add_weighted_rows<S, D, N, R>(output, scores, keys + N * D, memory);
     }
     if (stages == 1) block_sync();

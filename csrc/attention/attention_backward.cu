@@ -142,9 +142,8 @@ FASTGAN_DEVICE void for_each_place(F f) {
 // second is 0.
 template <class S, int D>
 FASTGAN_DEVICE void weights_of_queries(const AttentionArgs& args,
-                                       const Memory<S, D, QueriesTiling<S, D>>& memory,
-                                       const Dropout& dropout, int batch, int head, int row, int key,
-                                       int stage, bool look, const OfRows<S, D>& lse,
+                                       const Memory<S, D, QueriesTiling<S, D>>& memory, int batch, int head,
+                                       int row, int key, int stage, bool look, const OfRows<S, D>& lse,
                                        const OfRows<S, D>& rest, OfTile<S, D>& weights, OfTile<S, D>& grads) {
   using T = Accumulate<S>;
   constexpr int N = QueriesTiling<S, D>::N, R = QueriesTiling<S, D>::R;
@@ -156,7 +155,7 @@ FASTGAN_DEVICE void weights_of_queries(const AttentionArgs& args,
   products_of_rows<S, D, N, R>(grads, memory.rows(1), memory.tile(stage, 1));
   if (!args.has_dropout) return;
   const T kept_scale = T(args.kept_scale);
-  for_each_kept<false, N, R>(dropout, args, batch, head, row, key, [&](int t, int j, int i, bool kept) {
+  for_each_kept<false, N, R>(args, batch, head, row, key, [&](int t, int j, int i, bool kept) {
     grads[t][j][i] = kept ? grads[t][j][i] * kept_scale : T(0);
   });
 }
@@ -181,7 +180,6 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
                                          args.value_width, plan.vectors);
   T lse[R][2], rest[R][2], delta[R][2] = {};
   load_row_numbers(args, batch, head, warp_row, lse, rest);
-  const Dropout dropout(args);
   for (int tile = 0; tile < args.columns; tile += N) {
     if (args.is_causal && tile >= row0 + Tiling::rows) break;
     const int seen = seen_of(plan.map, args, batch, head, row0, Tiling::rows, tile, N);
@@ -195,8 +193,8 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
     async_wait<0>();
     block_sync();
     T weights[R][N / 8][4], grads[R][N / 8][4];
-    weights_of_queries<S, D>(args, memory, dropout, batch, head, warp_row, tile, 0,
-                             args.mask.data && seen == kSome, lse, rest, weights, grads);
+    weights_of_queries<S, D>(args, memory, batch, head, warp_row, tile, 0, args.mask.data && seen == kSome,
+                             lse, rest, weights, grads);
     for_each_place<N, R>([&](int t, int j, int i) {
       delta[t][i / 2] = fma(weights[t][j][i], grads[t][j][i], delta[t][i / 2]);
     });
@@ -252,7 +250,6 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
   T sums[R][D / 8][4] = {}, lse[R][2], rest[R][2], delta[R][2];
   load_row_numbers(args, batch, head, warp_row, lse, rest);
   load_deltas(args, batch, head, warp_row, delta);
-  const Dropout dropout(args);
   int tile = next(0), stage = 0;
   if (stages == 2 && tile < end) load(tile, 0);
   async_commit();
@@ -271,8 +268,8 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
     }
     if (!args.is_causal || tile < warp_row + 16 * R) {
       T scores[R][N / 8][4], grads[R][N / 8][4];
-      weights_of_queries<S, D>(args, memory, dropout, batch, head, warp_row, tile, stage, look, lse, rest,
-                               scores, grads);
+      weights_of_queries<S, D>(args, memory, batch, head, warp_row, tile, stage, look, lse, rest, scores,
+                               grads);
       for_each_place<N, R>([&](int t, int j, int i) { scores[t][j][i] *= grads[t][j][i] - delta[t][i / 2]; });
       add_weighted_rows<S, D, N, R>(sums, scores, memory.tile(stage, 0), memory.weights);
     }
@@ -335,7 +332,6 @@ __global__ void __launch_bounds__(KeysTiling<S, D>::threads, 2) keys_kernel(Atte
                                            args.value_width, plan.vectors);
   // Where one of them is not wanted its sums are never touched, and take no registers.
   T key_sums[R][D / 8][4] = {}, value_sums[R][D / 8][4] = {};
-  const Dropout dropout(args);
   At at = next({0, first});
   int stage = 0;
   if (stages == 2 && at.head < group) load(at, 0);
@@ -366,7 +362,7 @@ __global__ void __launch_bounds__(KeysTiling<S, D>::threads, 2) keys_kernel(Atte
       if (args.has_dropout) {
         // Dropped: P has no part in dV, and dS = P (0 − D). What is kept is one bit of each place.
         uint32_t kept[R][N / 32 ? N / 32 : 1] = {};
-        for_each_kept<true, N, R>(dropout, args, batch, head, warp_key, at.tile,
+        for_each_kept<true, N, R>(args, batch, head, warp_key, at.tile,
                                   [&](int t, int j, int i, bool is_kept) {
                                     kept[t][j / 4] |= uint32_t(is_kept) << (j % 4 * 4 + i);
                                   });
@@ -427,7 +423,6 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
   const int key_end = size[3] == 1 ? int(args.columns) : key_begin + 1;
   const int group = args.kv_heads ? int(args.heads / args.kv_heads) : 1;
   const int warp = int(threadIdx.x) / kWarp;
-  const Dropout dropout(args);
   T sums[R][N / 8][4] = {};
   for (int batch = batch0; batch < batch1; ++batch)
     for (int head = head0; head < head1; ++head)
@@ -457,7 +452,7 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
           block_sync();
           T scores[R][N / 8][4], grads[R][N / 8][4], lse[R][2], rest[R][2], delta[R][2];
           load_row_numbers(args, batch, head, warp_row, lse, rest);
-          weights_of_queries<S, D>(args, memory, dropout, batch, head, warp_row, key0, 0,
+          weights_of_queries<S, D>(args, memory, batch, head, warp_row, key0, 0,
                                    args.mask.data && seen == kSome, lse, rest, scores, grads);
           load_deltas(args, batch, head, warp_row, delta);
           for_each_place<N, R>([&](int t, int j, int i) {

@@ -222,11 +222,10 @@ FASTGAN_DEVICE void finish_scores(const AttentionArgs& args, int64_t batch, int6
 struct Dropout {
   uint64_t seed;
   uint32_t offset, threshold;
-  FASTGAN_DEVICE explicit Dropout(const AttentionArgs& args) : seed(0), offset(0), threshold(args.threshold) {
-    if (!args.has_dropout) return;
-    seed = uint64_t(args.philox[0]);
-    offset = uint32_t(uint64_t(args.philox[args.philox_stride]));
-  }
+  FASTGAN_DEVICE explicit Dropout(const AttentionArgs& args)
+      : seed(uint64_t(args.philox[0])),
+        offset(uint32_t(uint64_t(args.philox[args.philox_stride]))),
+        threshold(args.threshold) {}
 };
 
 // The words of a lane's four places of the 16 x 8 tile at (a0, b0), both multiples of 8. Four neighbouring
@@ -264,8 +263,9 @@ FASTGAN_DEVICE void dropout_words(const Dropout& dropout, uint32_t pair, int a0,
 
 // f(t, j, i, kept) for each of a lane's numbers.
 template <bool Transposed, int N, int R, class F>
-FASTGAN_DEVICE void for_each_kept(const Dropout& dropout, const AttentionArgs& args, int64_t batch,
-                                  int64_t head, int a0, int b0, F f) {
+FASTGAN_DEVICE void for_each_kept(const AttentionArgs& args, int64_t batch, int64_t head, int a0, int b0,
+                                  F f) {
+  const Dropout dropout(args);  // read again for each tile: four registers that nobody else needs
   const uint32_t pair = uint32_t(batch * args.heads + head);
 #pragma unroll
   for (int t = 0; t < R; ++t)

@@ -61,7 +61,7 @@ FASTGAN_DEVICE void products_of_rows(Accumulate<S> (&sums)[R][N / 8][4], const S
   if constexpr (kTensorCores<S>) {
     const int lane = int(threadIdx.x) % kWarp, xa = lane / 16 ^ lane % 8, xb = lane / 8 % 2 ^ lane % 8;
     const S *rows_a = a + lane % 16 * D, *rows_b = b + (lane % 8 + lane / 16 * 8) * D;
-#pragma unroll
+#pragma unroll 4  // of more, fragments and addresses would be fetched ahead into too many registers
     for (int k = 0; k < D / 16; ++k) {
       uint32_t from_a[R][4];
 #pragma unroll
@@ -138,7 +138,8 @@ FASTGAN_DEVICE void add_weighted_rows(Accumulate<S> (&sums)[R][D / 8][4],
       }
     }
   } else {
-    constexpr int E = kChunk<S>, stride = N + E;
+    // Wide rows fetch B for one row at a time, or more of it would wait in registers than there are.
+    constexpr int E = kChunk<S>, stride = N + E, step = D * sizeof(T) >= 1024 ? 1 : E;
     const int r = lane_row(), q = lane_column();
     warp_sync();  // the weights of the former call may still be read
 #pragma unroll
@@ -152,19 +153,19 @@ FASTGAN_DEVICE void add_weighted_rows(Accumulate<S> (&sums)[R][D / 8][4],
         }
     warp_sync();
 #pragma unroll 1
-    for (int k = 0; k < N / E; ++k) {
-      T from_a[R][2][E];
+    for (int k = 0; k < N; k += step) {
+      T from_a[R][2][step];
 #pragma unroll
       for (int t = 0; t < R; ++t)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
-          load_vector<E>(memory + (16 * t + 8 * h + r) * stride + k * E, from_a[t][h]);
+          load_vector<step>(memory + (16 * t + 8 * h + r) * stride + k, from_a[t][h]);
 #pragma unroll
-      for (int e = 0; e < E; ++e)
+      for (int e = 0; e < step; ++e)
 #pragma unroll
         for (int c = 0; c < D / (4 * E); ++c) {
           T from_b[E];
-          load_vector<E>(b + place<S, D>(k * E + e, 4 * c + q), from_b);
+          load_vector<E>(b + place<S, D>(k + e, 4 * c + q), from_b);
 #pragma unroll
           for (int t = 0; t < R; ++t)
 #pragma unroll
