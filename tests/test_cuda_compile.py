@@ -1,4 +1,8 @@
-"""Every .cu compiles for the GPUs that it is meant for: no spills, and no more registers than its header states."""
+"""Every .cu compiles for the GPUs that it is meant for: no spills, and no more registers than its header states.
+
+With cuobjdump and nvdisasm (the toolkit's, or ``pip install nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm``) the
+instructions are looked at as well.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,21 @@ import os
 import re
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path=os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin")
+_TOOLS = os.pathsep.join(
+    [
+        os.environ.get("PATH", ""),
+        os.environ.get("CUDA_HOME", "/usr/local/cuda") + "/bin",
+        *map(str, Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin")),
+    ]
+)
+CUOBJDUMP = shutil.which("nvdisasm", path=_TOOLS) and shutil.which("cuobjdump", path=_TOOLS)
 SOURCES = sorted((REPOSITORY / "csrc").glob("*/*.cu"))
 
 needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no CUDA compiler (nvcc) on this machine")
@@ -45,13 +58,68 @@ def check(report: str, most: int) -> None:
     assert not [pair for pair in spills if pair != ("0", "0")]
 
 
-@needs_nvcc
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("architecture", ["80", "90a", "100"])
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_no_spills_and_the_registers_that_the_header_states(source, architecture, tmp_path):
-    check(compile_for(architecture, source, tmp_path / "kernel.o"), stated_registers(source))
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """(what ptxas said, the object) of a source for an architecture, compiled once."""
+    done = {}
+
+    def get(source: Path, architecture: str) -> tuple[str, Path]:
+        if (source, architecture) not in done:
+            out = tmp_path_factory.mktemp("objects") / f"{source.stem}_{architecture}.o"
+            done[source, architecture] = compile_for(architecture, source, out), out
+        return done[source, architecture]
+
+    return get
+
+
+every_source_and_gpu = [
+    needs_nvcc,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.parametrize("architecture", ["80", "90a", "100"]),
+    pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem),
+]
+
+
+def _for_all(test):
+    for mark in every_source_and_gpu:
+        test = mark(test)
+    return test
+
+
+@_for_all
+def test_no_spills_and_the_registers_that_the_header_states(source, architecture, compiled):
+    check(compiled(source, architecture)[0], stated_registers(source))
+
+
+def instructions(cubin: Path) -> dict[str, set[str]]:
+    """Of each kernel, by its mangled name, the instructions without their suffixes."""
+    done = subprocess.run(
+        [str(CUOBJDUMP), "-sass", cubin], capture_output=True, text=True, env={**os.environ, "PATH": _TOOLS}
+    )
+    assert done.returncode == 0, done.stderr
+    functions = re.split(r"Function : (\S+)", done.stdout)[1:]
+    return {
+        name: set(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z0-9]+)", body, re.MULTILINE))
+        for name, body in zip(functions[::2], functions[1::2], strict=True)
+    }
+
+
+# of 16-bit elements these multiply matrices
+PRODUCTS = ("forward_kernel", "queries_kernel", "keys_kernel", "delta_kernel", "bias_kernel")
+
+
+@_for_all
+@pytest.mark.skipif(CUOBJDUMP is None, reason="no cuobjdump and nvdisasm on this machine")
+def test_no_local_memory_and_tensor_cores_where_they_belong(source, architecture, compiled):
+    kernels = instructions(compiled(source, architecture)[1])
+    assert kernels
+    for name, found in kernels.items():
+        assert "EXIT" in found
+        assert not found & {"LDL", "STL"}, name
+        if source.parent.name == "attention" and any(kernel in name for kernel in PRODUCTS):
+            assert ("HMMA" in found) == ("float16" in name), name
+            assert "LDGSTS" in found, name  # cp.async
 
 
 @needs_nvcc
