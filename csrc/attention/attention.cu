@@ -174,18 +174,7 @@ Error forward(const AttentionArgs& args, void* stream) {
 
 Error run_forward(const AttentionArgs& args, void* stream) {
   if (Error error = refuse(args)) return error;
-  const int64_t widest = args.width > args.value_width ? args.width : args.value_width;
-  switch (args.dtype) {
-    case Dtype::float32:
-      return FASTGAN_ATTENTION_BY_WIDTH(float, forward);
-    case Dtype::float64:
-      return widest <= 64 ? forward<double, 64>(args, stream) : forward<double, 128>(args, stream);
-    case Dtype::bfloat16:
-      return FASTGAN_ATTENTION_BY_WIDTH(bfloat16, forward);
-    case Dtype::float16:
-      return FASTGAN_ATTENTION_BY_WIDTH(float16, forward);
-  }
-  return "no such dtype";
+  return FASTGAN_ATTENTION_BY_DTYPE(forward);
 }
 
 }  // namespace

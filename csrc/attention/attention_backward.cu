@@ -127,17 +127,6 @@ using OfTile = Accumulate<S>[QueriesTiling<S, D>::R][QueriesTiling<S, D>::N / 8]
 template <class S, int D>
 using OfRows = Accumulate<S>[QueriesTiling<S, D>::R][2];
 
-// f(t, j, i) for each of a lane's numbers of a tile.
-template <int N, int R, class F>
-FASTGAN_DEVICE void for_each_place(F f) {
-#pragma unroll
-  for (int t = 0; t < R; ++t)
-#pragma unroll
-    for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) f(t, j, i);
-}
-
 // P and dO Vᵀ of a warp's queries, rows `row` on, and the keys of a tile, `key` on. What is dropped of the
 // second is 0.
 template <class S, int D>
@@ -403,33 +392,23 @@ __global__ void __launch_bounds__(KeysTiling<S, D>::threads, 2) keys_kernel(Atte
                         factor);
 }
 
-// A block has one tile of the bias, and of a dimension of size 1 all places one after the other.
+// A block has one tile of the bias.
 template <class S, int D>
 __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
     bias_kernel(AttentionArgs args, Plan plan) {
   using Tiling = QueriesTiling<S, D>;
   using T = Accumulate<S>;
-  constexpr int N = Tiling::N, R = Tiling::R, threads = Tiling::threads, warps = Tiling::warps;
+  constexpr int N = Tiling::N, R = Tiling::R, threads = Tiling::threads;
   const Memory<S, D, Tiling> memory;
-  const int64_t* size = args.bias_size;
-  int row_block, key_block, bias_head;
-  int rest_of_index = divide(int(blockIdx.x), plan.key_blocks, key_block);
-  rest_of_index = divide(rest_of_index, plan.row_blocks, row_block);
-  const int bias_batch = divide(rest_of_index, int(size[1]), bias_head);
-  const int batch0 = bias_batch, batch1 = size[0] == 1 ? int(args.batch) : bias_batch + 1;
-  const int head0 = bias_head, head1 = size[1] == 1 ? int(args.heads) : bias_head + 1;
-  const int row_begin = row_block * Tiling::rows, key_begin = key_block * N;
-  const int row_end = size[2] == 1 ? int(args.rows) : row_begin + 1;  // of which a step is taken
-  const int key_end = size[3] == 1 ? int(args.columns) : key_begin + 1;
-  const int group = args.kv_heads ? int(args.heads / args.kv_heads) : 1;
-  const int warp = int(threadIdx.x) / kWarp;
+  const BiasTile of(args, plan, Tiling::rows, N);
+  const int warp = int(threadIdx.x) / kWarp, group = args.kv_heads ? int(args.heads / args.kv_heads) : 1;
   T sums[R][N / 8][4] = {};
-  for (int batch = batch0; batch < batch1; ++batch)
-    for (int head = head0; head < head1; ++head)
-      for (int row0 = row_begin; row0 < row_end && row0 < args.rows; row0 += Tiling::rows) {
+  for (int batch = of.batch_begin; batch < of.batch_end; ++batch)
+    for (int head = of.head_begin; head < of.head_end; ++head)
+      for (int row0 = of.row_begin; row0 < of.row_end && row0 < args.rows; row0 += Tiling::rows) {
         bool has_rows = false;
         const int warp_row = row0 + warp * 16 * R;
-        for (int key0 = key_begin; key0 < key_end && key0 < args.columns; key0 += N) {
+        for (int key0 = of.key_begin; key0 < of.key_end && key0 < args.columns; key0 += N) {
           if (args.is_causal && key0 >= row0 + Tiling::rows) break;
           const int seen = seen_of(plan.map, args, batch, head, row0, Tiling::rows, key0, N);
           if (seen == kNothing) continue;
@@ -460,60 +439,7 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
           });
         }
       }
-  auto store = [&](int row, int key, T sum) {
-    const int64_t at = ((int64_t(bias_batch) * size[1] + bias_head) * size[2] + row) * size[3] + key;
-    if (sizeof(S) == 2 && args.bias_dtype == Dtype::float32)
-      narrow(static_cast<float*>(args.grad_bias)[at], float(sum));
-    else
-      narrow(static_cast<S*>(args.grad_bias)[at], sum);
-  };
-  // Sums over what this warp has of a dimension of size 1; they end in its first row and column.
-  if (size[2] == 1) {
-#pragma unroll
-    for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        T sum = 0;
-#pragma unroll
-        for (int t = 0; t < R; ++t) sum += sums[t][j][i] + sums[t][j][i + 2];
-#pragma unroll
-        for (int step = 4; step < kWarp; step *= 2) sum += shuffle_xor(sum, step);
-        sums[0][j][i] = sum;
-      }
-  }
-  if (size[3] == 1) {
-#pragma unroll
-    for (int t = 0; t < R; ++t)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        T sum = 0;
-#pragma unroll
-        for (int j = 0; j < N / 8; ++j) sum += sums[t][j][2 * h] + sums[t][j][2 * h + 1];
-        sum += shuffle_xor(sum, 1);
-        sum += shuffle_xor(sum, 2);
-        sums[t][0][2 * h] = sum;
-      }
-  }
-  if (size[2] == 1) {  // the warps' rows as well, in order; B's first tile is free
-    T* of_warps = reinterpret_cast<T*>(memory.b);
-    block_sync();
-    if (lane_row() == 0)
-#pragma unroll
-      for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-        for (int i = 0; i < 2; ++i) of_warps[warp * N + 8 * j + 2 * lane_column() + i] = sums[0][j][i];
-    block_sync();
-    const int column = int(threadIdx.x);
-    if (column < N && key_begin + column < size[3]) {
-      T sum = 0;
-      for (int w = 0; w < warps; ++w) sum += of_warps[w * N + column];
-      store(0, key_begin + column, sum);
-    }
-    return;
-  }
-  for_each<false, N, R>(row_begin + warp * 16 * R, key_begin, [&](int t, int j, int i, int row, int key) {
-    if (row < size[2] && key < size[3]) store(row, key, sums[t][j][i]);
-  });
+  store_bias_gradient<S, N, R, Tiling::warps>(args, of, sums, reinterpret_cast<T*>(memory.b));
 }
 
 template <class S, int D>
@@ -554,27 +480,13 @@ Error backward(const AttentionArgs& args, void* stream) {
           launch(keys_kernel<S, D, true, true>, keys, OfKeys::threads, shared_of_keys, stream, args, plan);
   }
   if (error || !args.grad_bias) return error;
-  const int64_t* size = args.bias_size;
-  plan.row_blocks = int(ceil_div(size[2], Tiling::rows));
-  plan.key_blocks = int(ceil_div(size[3], Tiling::N));
-  const int64_t tiles = size[0] * size[1] * plan.row_blocks * plan.key_blocks;
+  const int64_t tiles = plan_bias_tiles(args, plan, Tiling::rows, Tiling::N);
   return launch(bias_kernel<S, D>, tiles, Tiling::threads, shared, stream, args, plan);
 }
 
 Error run_backward(const AttentionArgs& args, void* stream) {
   if (Error error = refuse(args)) return error;
-  const int64_t widest = args.width > args.value_width ? args.width : args.value_width;
-  switch (args.dtype) {
-    case Dtype::float32:
-      return FASTGAN_ATTENTION_BY_WIDTH(float, backward);
-    case Dtype::float64:
-      return widest <= 64 ? backward<double, 64>(args, stream) : backward<double, 128>(args, stream);
-    case Dtype::bfloat16:
-      return FASTGAN_ATTENTION_BY_WIDTH(bfloat16, backward);
-    case Dtype::float16:
-      return FASTGAN_ATTENTION_BY_WIDTH(float16, backward);
-  }
-  return "no such dtype";
+  return FASTGAN_ATTENTION_BY_DTYPE(backward);
 }
 
 }  // namespace

@@ -133,6 +133,17 @@ FASTGAN_DEVICE int key_of(int a, int b) {
   return Transposed ? a : b;
 }
 
+// f(t, j, i) for each of a lane's numbers of a tile.
+template <int N, int R, class F>
+FASTGAN_DEVICE void for_each_place(F f) {
+#pragma unroll
+  for (int t = 0; t < R; ++t)
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) f(t, j, i);
+}
+
 // f(t, j, i, query, key) for each of a lane's numbers of the tile that begins at (a0, b0).
 template <bool Transposed, int N, int R, class F>
 FASTGAN_DEVICE void for_each(int a0, int b0, F f) {
@@ -335,6 +346,89 @@ __global__ void __launch_bounds__(kMapThreads) map_kernel(AttentionArgs args, Ti
   if (threadIdx.x % kWarp == 0) map.cells[cell] = uint8_t(!any ? kNothing : all ? kAll : kSome);
 }
 
+// ---- the gradient of the bias ----
+
+// What a block sums up: a tile of the bias, and of a dimension of size 1 all places one after the other.
+struct BiasTile {
+  int batch, head;  // of the bias
+  int batch_begin, batch_end, head_begin, head_end;
+  int row_begin, row_end, key_begin, key_end;  // gone through in steps of a tile
+  FASTGAN_DEVICE BiasTile(const AttentionArgs& args, const Plan& plan, int rows, int keys) {
+    const int64_t* size = args.bias_size;
+    int row_block, key_block;
+    int rest = divide(int(blockIdx.x), plan.key_blocks, key_block);
+    rest = divide(rest, plan.row_blocks, row_block);
+    batch = divide(rest, int(size[1]), head);
+    batch_begin = batch, batch_end = size[0] == 1 ? int(args.batch) : batch + 1;
+    head_begin = head, head_end = size[1] == 1 ? int(args.heads) : head + 1;
+    row_begin = row_block * rows, row_end = size[2] == 1 ? int(args.rows) : row_begin + 1;
+    key_begin = key_block * keys, key_end = size[3] == 1 ? int(args.columns) : key_begin + 1;
+  }
+};
+
+// Sums over what the warps have of a dimension of size 1, and the tile's gradient; memory for N numbers of
+// each warp, which may still be read.
+template <class S, int N, int R, int Warps, class T>
+FASTGAN_DEVICE void store_bias_gradient(const AttentionArgs& args, const BiasTile& of, T (&sums)[R][N / 8][4],
+                                        T* memory) {
+  const int64_t* size = args.bias_size;
+  const int warp = int(threadIdx.x) / kWarp;
+  auto store = [&](int row, int key, T sum) {
+    const int64_t at = ((int64_t(of.batch) * size[1] + of.head) * size[2] + row) * size[3] + key;
+    if (sizeof(S) == 2 && args.bias_dtype == Dtype::float32)
+      narrow(static_cast<float*>(args.grad_bias)[at], float(sum));
+    else
+      narrow(static_cast<S*>(args.grad_bias)[at], sum);
+  };
+  // Sums over what this warp has of a dimension of size 1; they end in its first row and column.
+  if (size[2] == 1) {
+#pragma unroll
+    for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        T sum = 0;
+#pragma unroll
+        for (int t = 0; t < R; ++t) sum += sums[t][j][i] + sums[t][j][i + 2];
+#pragma unroll
+        for (int step = 4; step < kWarp; step *= 2) sum += shuffle_xor(sum, step);
+        sums[0][j][i] = sum;
+      }
+  }
+  if (size[3] == 1) {
+#pragma unroll
+    for (int t = 0; t < R; ++t)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        T sum = 0;
+#pragma unroll
+        for (int j = 0; j < N / 8; ++j) sum += sums[t][j][2 * h] + sums[t][j][2 * h + 1];
+        sum += shuffle_xor(sum, 1);
+        sum += shuffle_xor(sum, 2);
+        sums[t][0][2 * h] = sum;
+      }
+  }
+  if (size[2] == 1) {  // the warps' rows as well, in order
+    block_sync();
+    if (lane_row() == 0)
+#pragma unroll
+      for (int j = 0; j < N / 8; ++j)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) memory[warp * N + 8 * j + 2 * lane_column() + i] = sums[0][j][i];
+    block_sync();
+    const int column = int(threadIdx.x);
+    if (column < N && of.key_begin + column < size[3]) {
+      T sum = 0;
+      for (int w = 0; w < Warps; ++w) sum += memory[w * N + column];
+      store(0, of.key_begin + column, sum);
+    }
+    return;
+  }
+  for_each<false, N, R>(of.row_begin + warp * 16 * R, of.key_begin,
+                        [&](int t, int j, int i, int row, int key) {
+                          if (row < size[2] && key < size[3]) store(row, key, sums[t][j][i]);
+                        });
+}
+
 // ---- host ----
 
 inline TileMap map_of(const AttentionArgs& args) {
@@ -393,9 +487,29 @@ inline Error refuse(const AttentionArgs& args) {
   return nullptr;
 }
 
-// f<S, D>(), D the width that both widths fit in.
-#define FASTGAN_ATTENTION_BY_WIDTH(S, f) \
-  (widest <= 64 ? f<S, 64>(args, stream) : widest <= 128 ? f<S, 128>(args, stream) : f<S, 256>(args, stream))
+// How the tiles of a bias are cut, and how many there are.
+inline int64_t plan_bias_tiles(const AttentionArgs& args, Plan& plan, int rows, int keys) {
+  const int64_t* size = args.bias_size;
+  plan.row_blocks = int(ceil_div(size[2], rows));
+  plan.key_blocks = int(ceil_div(size[3], keys));
+  return size[0] * size[1] * plan.row_blocks * plan.key_blocks;
+}
+
+inline int64_t widest(const AttentionArgs& args) {
+  return args.width > args.value_width ? args.width : args.value_width;
+}
+
+// f<S, D>(args, stream), D the narrowest that both widths fit in.
+#define FASTGAN_ATTENTION_BY_WIDTH(S, f)           \
+  (widest(args) <= 64    ? f<S, 64>(args, stream)  \
+   : widest(args) <= 128 ? f<S, 128>(args, stream) \
+                         : f<S, 256>(args, stream))
+#define FASTGAN_ATTENTION_BY_DTYPE(f)                                        \
+  (args.dtype == Dtype::float32    ? FASTGAN_ATTENTION_BY_WIDTH(float, f)    \
+   : args.dtype == Dtype::bfloat16 ? FASTGAN_ATTENTION_BY_WIDTH(bfloat16, f) \
+   : args.dtype == Dtype::float16  ? FASTGAN_ATTENTION_BY_WIDTH(float16, f)  \
+   : widest(args) <= 64            ? f<double, 64>(args, stream)             \
+                                   : f<double, 128>(args, stream))
 
 }  // namespace
 }  // namespace fastgan

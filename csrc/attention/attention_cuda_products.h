@@ -49,15 +49,18 @@ FASTGAN_DEVICE int output_column(int j, int i) {
 template <class S, int N, int R>
 constexpr int kWeightsSize = kTensorCores<S> ? 0 : 16 * R * (N + kChunk<S>);
 
-template <class S, int D, int N, int R>
+// `Add`: to what is in sums.
+template <class S, int D, int N, int R, bool Add = false>
 FASTGAN_DEVICE void products_of_rows(Accumulate<S> (&sums)[R][N / 8][4], const S* a, const S* b) {
   using T = Accumulate<S>;
+  if (!Add) {
 #pragma unroll
-  for (int t = 0; t < R; ++t)
+    for (int t = 0; t < R; ++t)
 #pragma unroll
-    for (int j = 0; j < N / 8; ++j)
+      for (int j = 0; j < N / 8; ++j)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) sums[t][j][i] = 0;
+        for (int i = 0; i < 4; ++i) sums[t][j][i] = 0;
+  }
   if constexpr (kTensorCores<S>) {
     const int lane = int(threadIdx.x) % kWarp, xa = lane / 16 ^ lane % 8, xb = lane / 8 % 2 ^ lane % 8;
     const S *rows_a = a + lane % 16 * D, *rows_b = b + (lane % 8 + lane / 16 * 8) * D;

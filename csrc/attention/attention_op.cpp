@@ -1,6 +1,6 @@
 // torch.ops.fastgan.attention, attention_backward, attention_weights, attention_jvp and
-// attention_double_backward: tensors to the contract of attention.h and back. CUDA has kernels for the first
-// two; the reference runs for the others there.
+// attention_double_backward: tensors to the contract of attention.h and back. CUDA has no kernel for the
+// weights; the reference runs there.
 #include "attention/attention.h"
 #include "common/tensor.h"
 
@@ -191,6 +191,8 @@ Tensor attention_weights(Tensor query, Tensor key, std::optional<Tensor> mask, s
   return weights;
 }
 
+#endif
+
 // What the two operators of second order have in common: the forward's results, and the direction.
 void add_direction(AttentionArgs& args, const char* name, const Tensor& query, const Tensor& key,
                    const Tensor& value, const std::optional<Tensor>& bias, const Tensor& output,
@@ -223,14 +225,19 @@ Tensor attention_jvp(Tensor query, Tensor key, Tensor value, std::optional<Tenso
                      Tensor logsumexp, std::optional<Tensor> tangent_query, std::optional<Tensor> tangent_key,
                      std::optional<Tensor> tangent_value, std::optional<Tensor> tangent_bias,
                      double dropout_p, bool is_causal, double scale) {
+  DeviceScope scope(query);
   AttentionArgs args = arguments(query, key, value, mask, bias, philox, dropout_p, is_causal, scale);
   add_direction(args, "attention_jvp", query, key, value, bias, output, logsumexp, tangent_query, tangent_key,
                 tangent_value, tangent_bias);
   Tensor tangent_output = empty_in_layout_of(query, args.value_width);
   args.tangent_output = result(tangent_output);
+#if defined(FASTGAN_CUDA)
+  Tensor workspace = workspace_of(args, query, false);
+  args.workspace = workspace.data_ptr();
+#endif
   bool out_of_memory = false;
   args.out_of_memory = &out_of_memory;
-  FASTGAN_SELECT(attention_jvp)(args, torch_threads());
+  FASTGAN_RUN(attention_jvp, args, query);
   FASTGAN_CHECK(!out_of_memory, "attention_jvp: no memory left for scratch");
   return tangent_output;
 }
@@ -241,6 +248,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_backward(
     std::optional<Tensor> tangent_query, std::optional<Tensor> tangent_key,
     std::optional<Tensor> tangent_value, std::optional<Tensor> tangent_bias, double dropout_p, bool is_causal,
     double scale, bool bias_gradient) {
+  DeviceScope scope(query);
   AttentionArgs args = arguments(query, key, value, mask, bias, philox, dropout_p, is_causal, scale);
   add_direction(args, "attention_double_backward", query, key, value, bias, output, logsumexp, tangent_query,
                 tangent_key, tangent_value, tangent_bias);
@@ -248,9 +256,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_backward(
   FASTGAN_CHECK(grad_output.scalar_type() == query.scalar_type(),
                 "attention_double_backward: grad_output must be of query's dtype");
   args.grad_output = input(grad_output);
-  ScalarType accumulate = accumulate_type(query.scalar_type());
   Tensor tangent_output = empty_in_layout_of(query, args.value_width);
-  Tensor row_sums = empty({3, args.batch, args.heads, args.rows}, accumulate);
+  Tensor row_sums =
+      empty({3, args.batch, args.heads, args.rows}, accumulate_type(query.scalar_type()), query);
   args.tangent_output = result(tangent_output);
   args.row_sums = row_sums.data_ptr();
   Tensor grad_query = empty_in_layout_of(query, args.width), grad_key = empty_in_layout_of(key, args.width),
@@ -264,13 +272,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_backward(
   args.workspace = workspace.numel() ? workspace.data_ptr() : nullptr;
   bool out_of_memory = false;
   args.out_of_memory = &out_of_memory;
-  FASTGAN_SELECT(attention_jvp)(args, torch_threads());
-  FASTGAN_SELECT(attention_double_backward)(args, torch_threads());
+  FASTGAN_RUN(attention_jvp, args, query);
+  FASTGAN_RUN(attention_double_backward, args, query);
   FASTGAN_CHECK(!out_of_memory, "attention_double_backward: no memory left for scratch");
   return {tangent_output, grad_query, grad_key, grad_value, grad_bias};
 }
-
-#endif
 
 }  // namespace
 }  // namespace fastgan
@@ -278,9 +284,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_backward(
 FASTGAN_LIBRARY_IMPL(m) {
   m.impl("attention", TORCH_BOX(&fastgan::attention));
   m.impl("attention_backward", TORCH_BOX(&fastgan::attention_backward));
-#if !defined(FASTGAN_CUDA)
-  m.impl("attention_weights", TORCH_BOX(&fastgan::attention_weights));
   m.impl("attention_jvp", TORCH_BOX(&fastgan::attention_jvp));
   m.impl("attention_double_backward", TORCH_BOX(&fastgan::attention_double_backward));
+#if !defined(FASTGAN_CUDA)
+  m.impl("attention_weights", TORCH_BOX(&fastgan::attention_weights));
 #endif
 }

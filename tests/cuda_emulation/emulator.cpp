@@ -29,7 +29,7 @@ constexpr size_t kStack = 256 * 1024;
 constexpr size_t kStack = 64 * 1024;
 #endif
 constexpr size_t kSlot = 64, kGap = 64;
-constexpr unsigned kLanes = 32, kCopies = 128, kArrays = 64;
+constexpr unsigned kLanes = 32, kCopies = 256, kArrays = 64;
 
 enum class State { ready, at_block_barrier, in_warp, done };
 
@@ -393,7 +393,7 @@ void* shared(size_t offset, size_t bytes) {
 
 void async_add(const AsyncCopy& copy) {
   Fiber& fiber = current();
-  if (fiber.end_copy - fiber.first_copy == kCopies) fault("cp.async: more than 128 copies under way");
+  if (fiber.end_copy - fiber.first_copy == kCopies) fault("cp.async: more than 256 copies under way");
   fiber.copies[fiber.end_copy % kCopies] = copy;
   fiber.groups[fiber.end_copy++ % kCopies] = fiber.group;
 }
