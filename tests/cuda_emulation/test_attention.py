@@ -23,7 +23,10 @@ def _error(got, exact):
 
 
 def _no_worse(got, cpu, exact, dtype, what, cancelling=16e-6):
-    """``cancelling``: how far from 0 what cancels may be beyond the CPU's. Half precision rounds the weights to 16 bits before the second product, which the CPU kernel does not."""
+    """``cancelling``: how far from 0 what cancels may be beyond the CPU's.
+
+    Half precision rounds the weights to 16 bits before the second product, which the CPU kernel does not.
+    """
     assert got.dtype == cpu.dtype
     assert got.shape == cpu.shape
     assert got.stride() == cpu.stride()
