@@ -78,12 +78,18 @@ def has_kernel(query, key, value, attn_mask) -> bool:
     return query.device.type in ("cpu", "meta")
 
 
-def amx_takes(query, key, value, mask, bias, philox) -> bool:
-    """Whether torch's fused kernel, which uses AMX, can do all that is asked of this call of the operator.
+def torch_takes(query, key, value, mask, bias, philox) -> bool:
+    """Whether torch's fused kernel can do all that is asked of this call of the operator, on hardware that it uses best.
 
-    Where gradients are wanted ours stays: torch's refuses the second.
+    That is bfloat16 where the CPU has AMX, and either half precision on a GPU (FlashAttention, cuDNN). Where gradients
+    are wanted ours stays: torch's refuses the second.
     """
-    if query.dtype != torch.bfloat16 or query.device.type != "cpu" or philox is not None or not _HAS_AMX:
+    if query.device.type == "cpu":
+        if query.dtype != torch.bfloat16 or not _HAS_AMX:
+            return False
+    elif query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if philox is not None:
         return False
     wanted = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (query, key, value, bias)

@@ -56,10 +56,11 @@ def scaled_dot_product_attention(
 
     Source: tiles with a running softmax as in Dao et al., FlashAttention (2022); the log-sum-exp is kept and the
     backward recomputes the tiles. Sparse, nested and complex tensors, and devices without a kernel, go to torch's own;
-    so does bfloat16 without gradients and dropout on a CPU that multiplies it in tiles (AMX), which has no peer here.
+    so does half precision without gradients and dropout on a GPU, and bfloat16 on a CPU that multiplies it in tiles
+    (AMX).
     """
     found = _attention_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
-    if found is None or _attention_inputs.amx_takes(*found[1][:6]):
+    if found is None or _attention_inputs.torch_takes(*found[1][:6]):
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )

@@ -41,6 +41,16 @@ def test_what_the_kernels_take_is_the_operator(on_cuda, dtype):
     assert calls.names == ["fastgan::attention"]
 
 
+def test_half_precision_without_gradients_is_torchs_own(on_cuda):
+    """FlashAttention is at its best there; where a gradient is wanted it refuses the second."""
+    query = on_cuda(1, 2, 3, 64, dtype=torch.float16)
+    for wanted in (False, True):
+        query.requires_grad_(wanted)
+        with _Calls() as calls:
+            F.scaled_dot_product_attention(query, query, query)
+        assert [name for name in calls.names if name.startswith("fastgan")] == ["fastgan::attention"] * wanted
+
+
 @pytest.mark.parametrize(("width", "dtype"), [(257, torch.bfloat16), (257, torch.float32), (129, torch.float64)])
 def test_wider_heads_are_torchs_own(on_cuda, width, dtype):
     for q, v in [(width, 8), (8, width)]:
