@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from torch import Tensor, int64, is_autocast_enabled, uint8
+from torch import Tensor, int64, uint8
 
+from fastgan.nn import _autocast
 from fastgan.ops.linear_cross_entropy import REDUCTIONS
 
 
@@ -37,7 +38,7 @@ def check(
     for name, tensor in (("weight", weight), ("bias", bias), ("target", target)):
         if tensor is not None and tensor.device != input.device:
             raise RuntimeError(f"{name} must be on input's device {input.device}, got {tensor.device}")
-    autocast = input.device.type in ("cpu", "cuda") and is_autocast_enabled(input.device.type)
+    autocast = _autocast.is_on(input.device.type)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != input.dtype and not (autocast and tensor.is_floating_point()):
             raise RuntimeError(f"{name} must have input's dtype {input.dtype}, got {tensor.dtype}")
