@@ -13,6 +13,8 @@ was imported before fastgan, ``import fastgan`` registers by itself. Needs trans
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ if (
 ):
     raise ImportError(f"fastgan.hf needs transformers 5.24 or newer, found {transformers.__version__}: {_HOW}")
 
-from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel  # noqa: E402
 from transformers.masking_utils import sdpa_mask  # noqa: E402
 from transformers.utils import output_capturing  # noqa: E402
 
@@ -64,7 +66,9 @@ def attention_forward(
     if attention_mask is not None and attention_mask.shape[-1] > columns:
         attention_mask = attention_mask[..., :columns]
     if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
+        # Those of transformers' own modules that do not say so (LayoutLM, Splinter, MarkupLM, ...) are encoders'; of
+        # others it is assumed, as for "sdpa".
+        is_causal = getattr(module, "is_causal", not type(module).__module__.startswith("transformers."))
     # A mask that was made holds causality already; one query is the last position, which sees everything.
     is_causal = bool(is_causal) and attention_mask is None and rows > 1
     if is_causal and columns > rows:
@@ -133,13 +137,34 @@ def _with_maps(query, key, value, mask, bias, dropout, is_causal, scaling) -> tu
     return weights @ value, weights
 
 
+@torch.compiler.assume_constant_result
+def _is_written_for_sdpa(configuration: str) -> bool:
+    """Whether a model of the file beside this configuration's says that SDPA may run it."""
+    modeling = sys.modules.get(configuration.replace(".configuration_", ".modeling_"))
+    return modeling is None or any(
+        value._supports_sdpa
+        for value in vars(modeling).values()
+        if isinstance(value, type) and issubclass(value, PreTrainedModel) and value.__module__ == modeling.__name__
+    )
+
+
+def attention_mask(*, allow_is_causal_skip: bool = True, config=None, **kwargs) -> Tensor | None:
+    """transformers' sdpa mask, (B, 1, L, S), True takes part; None where it would say nothing, or only "causal".
+
+    "Causal" is then said by the attention module. In models that SDPA may not run (PegasusX, BigBird-Pegasus) it is
+    not: those keep the mask.
+    """
+    skip = allow_is_causal_skip and (config is None or _is_written_for_sdpa(type(config).__module__))
+    return sdpa_mask(allow_is_causal_skip=skip, config=config, **kwargs)
+
+
 def register() -> None:
     """Register ``attn_implementation="fastgan"``: the function, and the mask that goes with it.
 
     Without the mask function transformers makes no mask at all, and a causal model sees the future.
     """
     AttentionInterface.register("fastgan", attention_forward)
-    AttentionMaskInterface.register("fastgan", sdpa_mask)
+    AttentionMaskInterface.register("fastgan", attention_mask)
 
 
 register()

@@ -137,6 +137,43 @@ def test_logits_and_gradients_equal_eager(make, side):
     torch.testing.assert_close(ours, run(model, make, inputs), rtol=2e-4, atol=2e-5)
 
 
+def test_an_encoder_that_does_not_say_whether_it_is_causal():
+    from transformers import SplinterConfig, SplinterModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model, ids = made(lambda: SplinterModel(SplinterConfig(**sizes, **SMALL))), torch.randint(3, VOCABULARY, (2, 7))
+    with torch.no_grad():
+        ours = model(ids).last_hidden_state
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(ours, model(ids).last_hidden_state, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_R29_a_decoder_that_does_not_say_that_it_is_causal(compiled):
+    from transformers import PegasusXConfig, PegasusXForConditionalGeneration
+
+    config = PegasusXConfig(
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        block_size=4,
+        num_global_tokens=2,
+        max_position_embeddings=32,
+        **SMALL,
+    )
+    model = made(lambda: PegasusXForConditionalGeneration(config))
+    inputs = {"input_ids": torch.randint(3, VOCABULARY, (2, 8)), "decoder_input_ids": torch.tensor([[3, 4, 5, 6]] * 2)}
+    call = torch.compile(model, backend="eager") if compiled else model
+    with torch.no_grad():
+        ours = call(**inputs).logits
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(ours, model(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("make", [bert, *CAUSAL])
 def test_R26_padding_changes_nothing(make, side):
