@@ -35,7 +35,7 @@ if (
     raise ImportError(f"fastgan.hf needs transformers 5.24 or newer, found {transformers.__version__}: {_HOW}")
 
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel  # noqa: E402
-from transformers.masking_utils import sdpa_mask  # noqa: E402
+from transformers.masking_utils import eager_mask, sdpa_mask  # noqa: E402
 from transformers.utils import output_capturing  # noqa: E402
 
 from fastgan import _lm_heads  # noqa: E402, F401  replace_modules finds it
@@ -141,21 +141,22 @@ def _with_maps(query, key, value, mask, bias, dropout, is_causal, scaling) -> tu
 def _is_written_for_sdpa(configuration: str) -> bool:
     """Whether a model of the file beside this configuration's says that SDPA may run it."""
     modeling = sys.modules.get(configuration.replace(".configuration_", ".modeling_"))
-    return modeling is None or any(
+    return modeling is not None and any(
         value._supports_sdpa
         for value in vars(modeling).values()
         if isinstance(value, type) and issubclass(value, PreTrainedModel) and value.__module__ == modeling.__name__
     )
 
 
-def attention_mask(*, allow_is_causal_skip: bool = True, config=None, **kwargs) -> Tensor | None:
-    """transformers' sdpa mask, (B, 1, L, S), True takes part; None where it would say nothing, or only "causal".
+def attention_mask(*, config=None, **kwargs) -> Tensor | None:
+    """The mask that a model's attention gets, (B, 1, L, S).
 
-    "Causal" is then said by the attention module. In models that SDPA may not run (PegasusX, BigBird-Pegasus) it is
-    not: those keep the mask.
+    transformers' sdpa mask: True takes part, and None where it would say nothing, or only "causal", which the attention
+    module says then. Models that SDPA may not run get the eager mask, which is added to scores: some never say that
+    they are causal (PegasusX), some add the mask themselves and never ask for an attention function (BLOOM, MPT, XGLM).
     """
-    skip = allow_is_causal_skip and (config is None or _is_written_for_sdpa(type(config).__module__))
-    return sdpa_mask(allow_is_causal_skip=skip, config=config, **kwargs)
+    make = sdpa_mask if config is None or _is_written_for_sdpa(type(config).__module__) else eager_mask
+    return make(config=config, **kwargs)
 
 
 def register() -> None:

@@ -174,6 +174,21 @@ def test_R29_a_decoder_that_does_not_say_that_it_is_causal(compiled):
         torch.testing.assert_close(ours, model(**inputs).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["BloomForCausalLM", "MPNetModel"])
+def test_R29_a_model_that_never_asks_for_an_attention_function_gets_the_mask_that_it_adds(name):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    kind = getattr(transformers, name)
+    config = kind.config_class(**SMALL, **sizes)
+    model, inputs = made(lambda: kind(config)), batch(bert)
+    with torch.no_grad():
+        ours = model(**inputs)[0]
+        eager = kind(kind.config_class(**{**SMALL, "attn_implementation": "eager"}, **sizes)).eval()
+        eager.load_state_dict(model.state_dict())
+        torch.testing.assert_close(ours, eager(**inputs)[0], rtol=1e-4, atol=1e-5)
+    rows = [row for row in fastgan.explain(model) if row.type.endswith("Attention")]
+    assert {(row.state, "never asks" in row.reason) for row in rows} == {("left", True)}
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("make", [bert, *CAUSAL])
 def test_R26_padding_changes_nothing(make, side):
