@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastgan.nn import functional
+from fastgan.nn._linear_cross_entropy_inputs import check_settings
 
 
 class LinearCrossEntropyLoss(nn.Module):
@@ -17,7 +18,7 @@ class LinearCrossEntropyLoss(nn.Module):
         ignore_index, label_smoothing, reduction, z_loss, adversarial_radius: as the function's, with its defaults. The
             adversarial radius acts in training mode only.
 
-    Shapes and errors are the function's: ``forward(input (..., H), weight (V, H), target (...), bias (V,) or None)``.
+    Settings that are out of range are refused here, as by the function. Shapes and other errors are the function's: ``forward(input (..., H), weight (V, H), target (...), bias (V,) or None)``.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class LinearCrossEntropyLoss(nn.Module):
         adversarial_radius: float = 0.0,
     ):
         super().__init__()
+        check_settings(label_smoothing, reduction, z_loss, adversarial_radius)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.reduction = reduction
