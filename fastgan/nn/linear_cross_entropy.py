@@ -18,7 +18,9 @@ class LinearCrossEntropyLoss(nn.Module):
         ignore_index, label_smoothing, reduction, z_loss, adversarial_radius: as the function's, with its defaults. The
             adversarial radius acts in training mode only.
 
-    Settings that are out of range are refused here, as by the function. Shapes and other errors are the function's: ``forward(input (..., H), weight (V, H), target (...), bias (V,) or None)``.
+    Settings out of range are refused when it is made, as by the function.
+
+    Shapes and errors are the function's: ``forward(input (..., H), weight (V, H), target (...), bias (V,) or None)``.
     """
 
     def __init__(

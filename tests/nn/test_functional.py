@@ -68,6 +68,13 @@ def test_meta_multihead_attention(need_weights):
     assert (weights.shape == (2, 5, 5)) if need_weights else weights is None
 
 
+@pytest.mark.parametrize("name", ["attn_mask", "key_padding_mask"])
+def test_a_mask_of_multihead_attention_that_is_no_tensor(name):
+    x = torch.zeros(2, 5, 8)
+    with pytest.raises(TypeError, match=f"{name} must be a Tensor or None, got list"):
+        nn.MultiheadAttention(8, 2)(x, x, x, **{name: [True]})
+
+
 @pytest.mark.parametrize(
     ("name", "argument"),
     [(name, key) for name, given in CALLS.items() for key, value in given.items() if isinstance(value, tuple)],
