@@ -13,6 +13,8 @@ was imported before fastgan, ``import fastgan`` registers by itself. Needs trans
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
 
@@ -32,8 +34,8 @@ if (
 ):
     raise ImportError(f"fastgan.hf needs transformers 5.24 or newer, found {transformers.__version__}: {_HOW}")
 
-from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E402
-from transformers.masking_utils import sdpa_mask  # noqa: E402
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel  # noqa: E402
+from transformers.masking_utils import eager_mask, sdpa_mask  # noqa: E402
 from transformers.utils import output_capturing  # noqa: E402
 
 from fastgan import _lm_heads  # noqa: E402, F401  replace_modules finds it
@@ -64,7 +66,9 @@ def attention_forward(
     if attention_mask is not None and attention_mask.shape[-1] > columns:
         attention_mask = attention_mask[..., :columns]
     if is_causal is None:
-        is_causal = getattr(module, "is_causal", True)
+        # Those of transformers' own modules that do not say so (LayoutLM, Splinter, MarkupLM, ...) are encoders'; of
+        # others it is assumed, as for "sdpa".
+        is_causal = getattr(module, "is_causal", not type(module).__module__.startswith("transformers."))
     # A mask that was made holds causality already; one query is the last position, which sees everything.
     is_causal = bool(is_causal) and attention_mask is None and rows > 1
     if is_causal and columns > rows:
@@ -137,13 +141,35 @@ def _with_maps(query, key, value, mask, bias, dropout, is_causal, scaling) -> tu
     return weights @ value, weights
 
 
+@torch.compiler.assume_constant_result
+def _is_written_for_sdpa(configuration: str) -> bool:
+    """Whether a model of the file beside this configuration's says that SDPA may run it."""
+    modeling = sys.modules.get(configuration.replace(".configuration_", ".modeling_"))
+    return modeling is not None and any(
+        value._supports_sdpa
+        for value in vars(modeling).values()
+        if isinstance(value, type) and issubclass(value, PreTrainedModel) and value.__module__ == modeling.__name__
+    )
+
+
+def attention_mask(*, config=None, **kwargs) -> Tensor | None:
+    """The mask that a model's attention gets, (B, 1, L, S).
+
+    transformers' sdpa mask: True takes part, and None where it would say nothing, or only "causal", which the attention
+    module says then. Models that SDPA may not run get the eager mask, which is added to scores: some never say that
+    they are causal (PegasusX), some add the mask themselves and never ask for an attention function (BLOOM, MPT, XGLM).
+    """
+    make = sdpa_mask if config is None or _is_written_for_sdpa(type(config).__module__) else eager_mask
+    return make(config=config, **kwargs)
+
+
 def register() -> None:
     """Register ``attn_implementation="fastgan"``: the function, and the mask that goes with it.
 
     Without the mask function transformers makes no mask at all, and a causal model sees the future.
     """
     AttentionInterface.register("fastgan", attention_forward)
-    AttentionMaskInterface.register("fastgan", sdpa_mask)
+    AttentionMaskInterface.register("fastgan", attention_mask)
 
 
 register()

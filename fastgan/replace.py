@@ -7,6 +7,7 @@ classes are swapped, since a subclass may compute something else.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ _SWAPS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {nn.ReLU: FusedReLU, nn.LeakyReLU: FusedLeakyReLU}
 _NOTHING = "fastgan has nothing for"
+_OF_ITS_OWN = "computes attention itself and never asks for attn_implementation's"
 _OURS = (*_SWAPS.values(), *_FUSED.values())
 
 State = Literal["swapped", "will be swapped", "left"]
@@ -226,7 +228,7 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
                 row = Row(name, type(module).__name__, "will be swapped", becomes, why)
                 yield _Decision(module, row, heads.fused_class(type(module)))
         elif (used := _attention_implementation(module)) is not None:
-            why = "" if used == "fastgan" else _why_not_transformers(used)
+            why = _OF_ITS_OWN if not _asks_for_attention(module) else _why_not_transformers(used)
             if why:
                 yield _Decision(module, Row(name, type(module).__name__, "left", reason=why))
             else:
@@ -314,13 +316,24 @@ def _attention_implementation(module: nn.Module) -> str | None:
     """What a transformers attention module runs; None for any other. transformers is never imported from here."""
     if "transformers.modeling_utils" not in sys.modules or not type(module).__name__.endswith("Attention"):
         return None
-    return getattr(getattr(module, "config", None), "_attn_implementation", None)
+    if any(type(child).__name__.endswith("Attention") for child in module.children()):
+        return None  # it is around the one that computes
+    used = getattr(getattr(module, "config", None), "_attn_implementation", None)
+    return "" if used is None and type(module).__module__.startswith("transformers.") else used
+
+
+def _asks_for_attention(module: nn.Module) -> bool:
+    """Whether a transformers module calls the attention function of its configuration, or has only one of its own."""
+    functions = [inspect.unwrap(f) for kind in type(module).__mro__ for f in vars(kind).values() if callable(f)]
+    return any("ALL_ATTENTION_FUNCTIONS" in f.__code__.co_names for f in functions if hasattr(f, "__code__"))
 
 
 def _why_not_transformers(used: str) -> str:
-    """Empty if ``replace_modules`` switches attention from ``used`` to "fastgan"."""
+    """Empty if ``replace_modules`` switches attention from ``used`` to "fastgan", or has."""
+    if used == "fastgan":
+        return ""
     if used != "sdpa":
-        return f'attn_implementation is "{used}", which was asked for'
+        return f'attn_implementation is "{used}": asked for, or what this model begins with'
     registered = sys.modules["transformers.modeling_utils"].ALL_ATTENTION_FUNCTIONS
     if "fastgan" not in registered.valid_keys():
         return 'attn_implementation is "sdpa"; import fastgan.hf first'
@@ -334,5 +347,7 @@ def _switch_transformers(model: nn.Module) -> None:
     for module in model.modules():  # an outer model before those inside, which it sets as well
         if isinstance(module, pretrained):
             used = module.config._attn_implementation
-            if used is not None and used != "fastgan" and not _why_not_transformers(used):
+            if used is None or used == "fastgan" or _why_not_transformers(used):
+                continue
+            if any(_attention_implementation(m) and _asks_for_attention(m) for m in module.modules()):
                 module.set_attn_implementation("fastgan")

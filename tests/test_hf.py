@@ -137,6 +137,58 @@ def test_logits_and_gradients_equal_eager(make, side):
     torch.testing.assert_close(ours, run(model, make, inputs), rtol=2e-4, atol=2e-5)
 
 
+def test_an_encoder_that_does_not_say_whether_it_is_causal():
+    from transformers import SplinterConfig, SplinterModel
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    model, ids = made(lambda: SplinterModel(SplinterConfig(**sizes, **SMALL))), torch.randint(3, VOCABULARY, (2, 7))
+    with torch.no_grad():
+        ours = model(ids).last_hidden_state
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(ours, model(ids).last_hidden_state, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_R29_a_decoder_that_does_not_say_that_it_is_causal(compiled):
+    from transformers import PegasusXConfig, PegasusXForConditionalGeneration
+
+    config = PegasusXConfig(
+        d_model=16,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=24,
+        decoder_ffn_dim=24,
+        block_size=4,
+        num_global_tokens=2,
+        max_position_embeddings=32,
+        **SMALL,
+    )
+    model = made(lambda: PegasusXForConditionalGeneration(config))
+    inputs = {"input_ids": torch.randint(3, VOCABULARY, (2, 8)), "decoder_input_ids": torch.tensor([[3, 4, 5, 6]] * 2)}
+    call = torch.compile(model, backend="eager") if compiled else model
+    with torch.no_grad():
+        ours = call(**inputs).logits
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(ours, model(**inputs).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["BloomForCausalLM", "MPNetModel"])
+def test_R29_a_model_that_never_asks_for_an_attention_function_gets_the_mask_that_it_adds(name):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    kind = getattr(transformers, name)
+    config = kind.config_class(**SMALL, **sizes)
+    model, inputs = made(lambda: kind(config)), batch(bert)
+    with torch.no_grad():
+        ours = model(**inputs)[0]
+        eager = kind(kind.config_class(**{**SMALL, "attn_implementation": "eager"}, **sizes)).eval()
+        eager.load_state_dict(model.state_dict())
+        torch.testing.assert_close(ours, eager(**inputs)[0], rtol=1e-4, atol=1e-5)
+    rows = [row for row in fastgan.explain(model) if row.type.endswith("Attention")]
+    assert {(row.state, "never asks" in row.reason) for row in rows} == {("left", True)}
+
+
 @pytest.mark.parametrize("side", ["right", "left"])
 @pytest.mark.parametrize("make", [bert, *CAUSAL])
 def test_R26_padding_changes_nothing(make, side):

@@ -116,3 +116,14 @@ def test_transformers_attention_is_switched_where_fastgan_is_registered(monkeypa
     assert states() == [("swapped", "")]
     model.set_attn_implementation("eager")
     assert replace_modules(model).config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("implementation", ["fastgan", "eager"])
+def test_deberta_is_said_to_compute_attention_itself(implementation):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("fastgan.hf")
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    config = transformers.DebertaConfig(vocab_size=9, attn_implementation=implementation, **sizes)
+    rows = [row for row in explain(transformers.DebertaModel(config)) if "Attention" in row.type]
+    assert [(row.type, row.state) for row in rows] == [("DisentangledSelfAttention", "left")]
+    assert "never asks for attn_implementation" in rows[0].reason

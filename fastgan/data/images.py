@@ -307,7 +307,7 @@ def _decode_all(
     channels, image_size, _ = shape
     digest = hashlib.blake2b(digest_size=16)
     skipped = list(listing.skipped)
-    count = tried = 0
+    count, tried = 0, len(skipped)
     started = time.perf_counter()
     with _progress(listing.count, progress) as advance:
         for name, read in listing.read():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastgan.nn import _autocast
+from fastgan.nn._inputs import number, pair
 from fastgan.ops import gan_loss as _gan_loss
 
 
@@ -14,16 +16,6 @@ def describe(tensor: Tensor) -> str:
 
 def lowered(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
-
-
-def pair(value: int | tuple[int, int] | list[int], name: str) -> tuple[int, int]:
-    if isinstance(value, int):
-        return value, value
-    if len(value) == 1:
-        return value[0], value[0]
-    if len(value) != 2:
-        raise RuntimeError(f"{name} must be one integer or two, got {tuple(value)}")
-    return value[0], value[1]
 
 
 def padding_pair(padding: int | tuple[int, int] | str, weight: Tensor, stride: tuple[int, int]) -> tuple[int, int]:
@@ -53,7 +45,7 @@ def check_convolution(
     if weight.device != input.device or (bias is not None and bias.device != input.device):
         where = "" if bias is None else f" and {bias.device}"
         raise RuntimeError(f"weight and bias must be on input's device {input.device}, got {weight.device}{where}")
-    lowered = input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type)
+    lowered = _autocast.is_on(input.device.type)
     if not lowered and (weight.dtype != input.dtype or (bias is not None and bias.dtype != input.dtype)):
         kind = "" if bias is None else f" and {bias.dtype}"
         raise RuntimeError(f"weight and bias must have input's dtype {input.dtype}, got {weight.dtype}{kind}")
@@ -81,7 +73,7 @@ def check_loss(loss: str, reduction: str, label_smoothing: float, pos_weight: ob
         raise ValueError(f"loss must be one of {_gan_loss.LOSSES}, got {loss!r}")
     if reduction not in _gan_loss.REDUCTIONS:
         raise ValueError(f"reduction must be one of {_gan_loss.REDUCTIONS}, got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
+    if not 0.0 <= number(label_smoothing, "label_smoothing") <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if loss == "lsgan" and pos_weight is not None:
         raise ValueError("pos_weight multiplies the real term of a loss with two; 'lsgan' has one, use sample_weight")

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
-from torch import Tensor, int64, is_autocast_enabled, uint8
+from torch import Tensor, int64, uint8
 
+from fastgan.nn import _autocast
 from fastgan.ops.linear_cross_entropy import REDUCTIONS
+
+
+def check_settings(label_smoothing: float, reduction: str, z_loss: float, adversarial_radius: float) -> None:
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0, got {label_smoothing}")
+    if not z_loss >= 0.0:
+        raise ValueError(f"z_loss must not be negative, got {z_loss}")
+    if not adversarial_radius >= 0.0:
+        raise ValueError(f"adversarial_radius must not be negative, got {adversarial_radius}")
 
 
 def check(
@@ -17,14 +29,7 @@ def check(
     z_loss: float,
     adversarial_radius: float,
 ) -> None:
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction must be one of {REDUCTIONS}, got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise RuntimeError(f"label_smoothing must be between 0.0 and 1.0, got {label_smoothing}")
-    if not z_loss >= 0.0:
-        raise ValueError(f"z_loss must not be negative, got {z_loss}")
-    if not adversarial_radius >= 0.0:
-        raise ValueError(f"adversarial_radius must not be negative, got {adversarial_radius}")
+    check_settings(label_smoothing, reduction, z_loss, adversarial_radius)
     if input.dim() < 1 or weight.dim() < 2 or input.shape[-1] != weight.shape[-1]:
         raise RuntimeError(
             f"input must have shape (..., H) and weight (V, H) with the same H, "
@@ -37,7 +42,7 @@ def check(
     for name, tensor in (("weight", weight), ("bias", bias), ("target", target)):
         if tensor is not None and tensor.device != input.device:
             raise RuntimeError(f"{name} must be on input's device {input.device}, got {tensor.device}")
-    autocast = input.device.type in ("cpu", "cuda") and is_autocast_enabled(input.device.type)
+    autocast = _autocast.is_on(input.device.type)
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.dtype != input.dtype and not (autocast and tensor.is_floating_point()):
             raise RuntimeError(f"{name} must have input's dtype {input.dtype}, got {tensor.dtype}")

@@ -186,6 +186,8 @@ class MultiheadAttention(nn.MultiheadAttention):
             )
         length, size = (x.shape[1 - at] if rank == 3 else x.shape[0] for x in (query, key))
         for name, mask in (("key_padding_mask", key_padding_mask), ("attn_mask", attn_mask)):
+            if mask is not None and not isinstance(mask, Tensor):
+                raise TypeError(f"{name} must be a Tensor or None, got {type(mask).__name__}")
             if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
                 raise AssertionError(f"{name} must be boolean or floating point; got {mask.dtype}")
         if key_padding_mask is not None:

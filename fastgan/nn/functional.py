@@ -12,8 +12,10 @@ import torch.nn.functional as _F
 from torch import Tensor
 
 from fastgan import _cuda, _impl
-from fastgan.nn import _attention_inputs, _gan_loss_inputs, _linear_cross_entropy_inputs
-from fastgan.nn._gan_loss_inputs import pair as _pair
+from fastgan.nn import _attention_inputs, _autocast, _gan_loss_inputs, _linear_cross_entropy_inputs
+from fastgan.nn._inputs import Pair as _Pair
+from fastgan.nn._inputs import check_tensors, number
+from fastgan.nn._inputs import pair as _pair
 from fastgan.ops import conv as _conv
 from fastgan.ops import gan_loss as _gan_loss
 from fastgan.ops import linear_cross_entropy as _linear_cross_entropy
@@ -73,7 +75,7 @@ def _attention_arguments(query, key, value, attn_mask, dropout_p, is_causal, sca
     """The leading dimensions and what the operator takes; None: no kernel takes these inputs. Raises what is public."""
     _attention_inputs.check_types(query, key, value, attn_mask, dropout_p)
     device = query.device.type
-    if torch.is_autocast_enabled(device):
+    if _autocast.is_on(device):
         lower = torch.get_autocast_dtype(device)
         query, key, value = (_attention_inputs.autocast(t, lower) for t in (query, key, value))
         attn_mask = None if attn_mask is None else _attention_inputs.autocast(attn_mask, lower)
@@ -84,18 +86,19 @@ def _attention_arguments(query, key, value, attn_mask, dropout_p, is_causal, sca
     if scale is None:
         width = query.shape[-1]
         scale = 1.0 / math.sqrt(width) if width > 0 else 1.0
+    scale = number(scale, "scaled_dot_product_attention: scale")
     philox = None
     if dropout_p > 0.0:
         philox = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=query.device)
     mask, bias = (mask4, None) if mask4 is None or mask4.dtype == torch.bool else (None, mask4)
     if bias is not None and query.dtype == torch.float64:
         bias = bias.double()
-    return lead, (q4, k4, v4, mask, bias, philox, float(dropout_p), bool(is_causal), float(scale))
+    return lead, (q4, k4, v4, mask, bias, philox, float(dropout_p), bool(is_causal), scale)
 
 
 def _attention(arguments) -> tuple[Tensor, Tensor]:
     if _impl.reference_selected():
-        with torch.autocast(arguments[0].device.type, enabled=False):
+        with _autocast.off(arguments[0].device.type):
             return attention_reference(*arguments)
     operator = torch.ops.fastgan.attention.default  # the overload itself: a packet chooses, for microseconds
     if is_plain(arguments[:5]):  # generation: what the operator would find out in Python a second time
@@ -126,14 +129,12 @@ def _attention_and_weights(
     q4, k4, _, mask, bias, *_, causal, scale = arguments
     rest = (q4, k4, mask, bias, logsumexp, causal, scale, average)
     if _impl.reference_selected():
-        with torch.autocast(query.device.type, enabled=False):
+        with _autocast.off(query.device.type):
             return output, attention_weights_reference(*rest)
     return output, torch.ops.fastgan.attention_weights(*rest)
 
 
 # ---- conv ----
-
-_Pair = int | tuple[int, int] | list[int]
 
 
 def conv2d(
@@ -160,22 +161,25 @@ def conv2d(
 
     Raises:
         RuntimeError: ranks, sizes, dtypes or devices that do not fit, or no output left.
+        TypeError: an argument of another type.
     """
+    check_tensors("bias", input=input, weight=weight, bias=bias)
     if _is_plain_convolution(input, weight, bias):
         _check_convolution_arguments(input, weight, bias, stride, dilation, groups)
+        strides, dilations = _pair(stride, "stride"), _pair(dilation, "dilation")
         if not isinstance(padding, str):
             pads = _pair(padding, "padding")
             if min(pads) < 0:
                 raise RuntimeError(f"padding must not be negative, got {padding}")
-            size = _conv.output_size(
-                input.shape[-2:], weight.shape[2:], _pair(stride, "stride"), pads, _pair(dilation, "dilation")
-            )
+            size = _conv.output_size(input.shape[-2:], weight.shape[2:], strides, pads, dilations)
             if min(size) < 1:
                 raise RuntimeError(
                     f"input of shape {tuple(input.shape)} is smaller than the kernel: weight of shape "
                     f"{tuple(weight.shape)} with stride={stride}, padding={padding}, dilation={dilation} leaves an "
                     f"output of {size[0]} x {size[1]}"
                 )
+            padding = pads
+        stride, dilation = strides, dilations
     return _conv.convolution(input, weight, bias, stride, padding, dilation, groups)
 
 
@@ -201,7 +205,9 @@ def conv_transpose2d(
 
     Raises:
         RuntimeError: ranks, sizes, dtypes or devices that do not fit, an impossible output_padding, or no output left.
+        TypeError: an argument of another type.
     """
+    check_tensors("bias", input=input, weight=weight, bias=bias)
     if _is_plain_convolution(input, weight, bias):
         _check_convolution_arguments(input, weight, bias, stride, dilation, groups, transposed=True)
         strides, pads, dilations = _pair(stride, "stride"), _pair(padding, "padding"), _pair(dilation, "dilation")
@@ -219,14 +225,13 @@ def conv_transpose2d(
                 f"padding={padding} leaves no output: input of shape {tuple(input.shape)}, weight of shape "
                 f"{tuple(weight.shape)}, stride={stride} give {size[0]} x {size[1]}"
             )
+        stride, padding, output_padding, dilation = strides, pads, extra, dilations
     return _conv.transposed_convolution(input, weight, bias, stride, padding, output_padding, groups, dilation)
 
 
 def _is_plain_convolution(*tensors: Tensor | None) -> bool:
-    """Real tensors of the usual ranks: what is refused here by name. All else is torch's to judge."""
-    return all(t is None or isinstance(t, Tensor) for t in tensors) and not any(
-        t is not None and (t.is_quantized or t.layout != torch.strided) for t in tensors
-    )
+    """Dense tensors: what is refused here by name. Others are torch's to judge."""
+    return not any(t is not None and (t.is_quantized or t.layout != torch.strided) for t in tensors)
 
 
 def _check_convolution_arguments(
@@ -266,7 +271,7 @@ def _check_convolution_arguments(
             continue
         if tensor.device != input.device:
             raise RuntimeError(f"{name} must be on input's device {input.device}, got {tensor.device}")
-        autocast = input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type)
+        autocast = _autocast.is_on(input.device.type)
         if tensor.dtype != input.dtype and not autocast:
             raise RuntimeError(f"{name} must have input's dtype {input.dtype}, got {tensor.dtype}")
 
@@ -308,9 +313,14 @@ def batch_norm_act(
         ValueError: one value a channel in training, eps out of range, an unknown act, groups that do not divide the
             batch, or one of the running statistics without the other.
         RuntimeError: sizes, dtypes or devices that do not fit.
+        TypeError: an argument of another type.
 
     Source: Ioffe & Szegedy 2015, https://arxiv.org/abs/1502.03167.
     """
+    optional = {"running_mean": running_mean, "running_var": running_var, "weight": weight, "bias": bias}
+    check_tensors(*optional, input=input, **optional)
+    momentum, eps = number(momentum, "momentum"), number(eps, "eps")
+    negative_slope = number(negative_slope, "negative_slope")
     if input.dim() != 1 or input.shape[0] > 0:  # torch lets an empty vector through
         _check_batch_norm(input, running_mean, running_var, weight, bias, training, eps, act, groups)
     groups = groups if training else 1
@@ -319,7 +329,6 @@ def batch_norm_act(
             input, running_mean, running_var, weight, bias, training, momentum, eps, act, negative_slope, groups
         )
     reference = _impl.reference_selected()
-    eps, negative_slope = float(eps), float(negative_slope)
     if not training:
         evaluate = _norm_act.norm_act_eval_reference if reference else _norm_act.norm_act_eval
         assert running_mean is not None
@@ -382,6 +391,10 @@ def _check_batch_norm(
         raise ValueError(f"act must be one of {_norm_act.ACTIVATIONS}, got {act!r}")
     if input.dim() < 2:
         raise RuntimeError(f"input must have at least 2 dimensions (N, C, ...), got shape {tuple(input.shape)}")
+    if not input.is_floating_point():
+        raise NotImplementedError(f"input must be float32, float64, bfloat16 or float16, got {input.dtype}")
+    if not isinstance(groups, int):
+        raise TypeError(f"groups must be an integer, got {groups!r}")
     if (running_mean is None) != (running_var is None):
         raise ValueError("running_mean and running_var must be both given or both None, got one of them")
     channels = input.shape[1]
@@ -505,11 +518,13 @@ def conv_gan_loss(
     Raises:
         RuntimeError: shapes or dtypes that do not fit; a tensor target with values outside [0, 1].
         ValueError: a number outside its range, or an unknown loss or reduction.
+        TypeError: an argument of another type.
     """
+    check_tensors("bias", input=input, weight=weight, bias=bias)
     stride, padding = _pair(stride, "stride"), _gan_loss_inputs.padding_pair(padding, weight, stride)
     _gan_loss_inputs.check_convolution(input, weight, bias, stride, padding)
     loss_index, reduction_index = _gan_loss_inputs.check_loss(loss, reduction, label_smoothing, pos_weight)
-    autocast = input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type)
+    autocast = _autocast.is_on(input.device.type)
     if autocast:
         # As torch: the convolution in the lower type, the loss in float32.
         lower = torch.get_autocast_dtype(input.device.type)
@@ -539,6 +554,7 @@ def gan_loss_with_logits(
     reduction: str = "mean",
 ) -> Tensor:
     """The loss of ``conv_gan_loss`` for logits (N, ...) that come from another layer; the same arguments and errors."""
+    check_tensors(logits=logits)
     if logits.dim() == 0 or not logits.is_floating_point():
         raise RuntimeError(f"logits must be floating-point of shape (N, ...), got {_gan_loss_inputs.describe(logits)}")
     loss_index, reduction_index = _gan_loss_inputs.check_loss(loss, reduction, label_smoothing, pos_weight)
@@ -547,7 +563,7 @@ def gan_loss_with_logits(
         target, sample_weight, pos_weight, loss, shape, accumulate, logits.device
     )
     _gan_loss_inputs.check_target_values(tensors[0], loss)
-    autocast = logits.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(logits.device.type)
+    autocast = _autocast.is_on(logits.device.type)
     return _gan_loss.loss_of_logits(logits, *tensors, loss_index, float(label_smoothing), reduction_index, autocast)
 
 
@@ -594,23 +610,29 @@ def linear_cross_entropy(
         RuntimeError: shapes or dtypes that do not fit, or label_smoothing outside [0, 1].
         ValueError: another number of targets than tokens, an unknown reduction, a negative z_loss or radius.
         IndexError: a class outside [0, V) that is not ``ignore_index``.
+        TypeError: an argument of another type.
     """
+    check_tensors("bias", input=input, weight=weight, target=target, bias=bias)
     ignore_index = -100 if ignore_index is None else ignore_index
+    if not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index must be an integer, got {ignore_index!r}")
+    label_smoothing, z_loss = number(label_smoothing, "label_smoothing"), number(z_loss, "z_loss")
+    adversarial_radius = number(adversarial_radius, "adversarial_radius")
     _linear_cross_entropy_inputs.check(
         input, weight, target, bias, label_smoothing, reduction, z_loss, adversarial_radius
     )
     device = input.device.type
-    if device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+    if _autocast.is_on(device):
         # torch's own: the product in the lower type, the loss in float32. Here all of it is float32.
         input, weight = input.to(_float32(input)), weight.to(_float32(weight))
         bias = None if bias is None else bias.to(_float32(bias))
     index = _linear_cross_entropy.REDUCTIONS.index(reduction)
-    settings = (ignore_index, float(label_smoothing), index, float(z_loss), float(adversarial_radius))
+    settings = (ignore_index, label_smoothing, index, z_loss, adversarial_radius)
     if weight.dim() > 2 or target.is_floating_point():
         return _linear_cross_entropy.composed(input, weight, target, bias, *settings)
     arguments = (input.reshape(target.numel(), input.shape[-1]), weight, target.reshape(-1).long(), bias, *settings)
     if _impl.reference_selected() or device != "cpu":
-        with torch.autocast(device, enabled=False):
+        with _autocast.off(device):
             loss = _linear_cross_entropy.reference(*arguments, [False] * 3)[0]
     else:
         gradients = _linear_cross_entropy.gradients_to_expect(input, weight, bias, index)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastgan.nn import functional
+from fastgan.nn._linear_cross_entropy_inputs import check_settings
 
 
 class LinearCrossEntropyLoss(nn.Module):
@@ -16,6 +17,8 @@ class LinearCrossEntropyLoss(nn.Module):
     Args:
         ignore_index, label_smoothing, reduction, z_loss, adversarial_radius: as the function's, with its defaults. The
             adversarial radius acts in training mode only.
+
+    Settings out of range are refused when it is made, as by the function.
 
     Shapes and errors are the function's: ``forward(input (..., H), weight (V, H), target (...), bias (V,) or None)``.
     """
@@ -30,6 +33,7 @@ class LinearCrossEntropyLoss(nn.Module):
         adversarial_radius: float = 0.0,
     ):
         super().__init__()
+        check_settings(label_smoothing, reduction, z_loss, adversarial_radius)
         self.ignore_index = ignore_index
         self.label_smoothing = label_smoothing
         self.reduction = reduction

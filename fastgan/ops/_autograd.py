@@ -113,6 +113,7 @@ def take_saved(gradient: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtyp
     """
     consumed = (
         not torch.compiler.is_compiling()
+        and not torch._C._functorch.is_legacy_batchedtensor(upstream)  # grad(..., is_grads_batched=True)
         and type(gradient) is torch.Tensor
         and type(upstream) is torch.Tensor
         and gradient.dtype == dtype

@@ -180,8 +180,19 @@ def pays(large: Sequence[int], weight: Sequence[int], small: Sequence[int], name
 
 
 def is_channels_last(tensor: Tensor) -> bool:
-    """Whether torch's convolutions would take this layout for their result."""
-    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    """Whether torch's convolutions would take this layout for their result.
+
+    By strides: under vmap a tensor cannot be asked whether it is contiguous in another format.
+    """
+    if tensor.dim() != 4 or tensor.is_contiguous():
+        return False
+    expected = 1
+    for dimension in (1, 3, 2, 0):
+        if tensor.shape[dimension] != 1:
+            if tensor.stride(dimension) != expected:
+                return False
+            expected *= tensor.shape[dimension]
+    return True
 
 
 def _format(channels_last: bool) -> torch.memory_format:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Sequence
 
@@ -13,7 +14,10 @@ def latent_shape_of(generator: nn.Module, latent_shape: Sequence[int] | None) ->
     if isinstance(latent_shape, str):
         raise TypeError(f"latent_shape must be integers, got {latent_shape!r}")
     if latent_shape is not None:
-        shape = (latent_shape,) if isinstance(latent_shape, int) else tuple(int(size) for size in latent_shape)
+        try:
+            shape = (latent_shape,) if isinstance(latent_shape, int) else tuple(map(operator.index, latent_shape))
+        except TypeError:
+            raise TypeError(f"latent_shape must be integers, got {latent_shape!r}") from None
         if not shape or min(shape) < 1:
             raise ValueError(f"latent_shape must have positive sizes, got {shape}")
         return shape
@@ -23,6 +27,18 @@ def latent_shape_of(generator: nn.Module, latent_shape: Sequence[int] | None) ->
     if isinstance(first, nn.Linear):
         return (first.in_features,)
     return (100, 1, 1)
+
+
+def device_of(device: torch.device | str | None, generator: nn.Module) -> torch.device:
+    if device is None:
+        parameter = next(generator.parameters(), None)
+        return torch.device("cpu") if parameter is None else parameter.device
+    try:
+        place = torch.device(device)
+        torch.empty(0, device=place)
+    except Exception as error:  # each kind of device that is not there says so in its own way
+        raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return place
 
 
 def refuse_meta(device: torch.device, **modules: nn.Module) -> None:

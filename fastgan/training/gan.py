@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from fastgan.nn import functional
 from fastgan.ops.gan_loss import LOSSES
 from fastgan.replace import replace_modules
-from fastgan.training._gan_inputs import latent_shape_of, one_argument, refuse_meta, warn_of_range, wrong_shape
+from fastgan.training._gan_inputs import (
+    device_of,
+    latent_shape_of,
+    one_argument,
+    refuse_meta,
+    warn_of_range,
+    wrong_shape,
+)
 from fastgan.training._optimizers import adams, match_layouts, own_optimizers
 from fastgan.training.joining import (
     DROPOUTS,
@@ -117,9 +124,7 @@ class GANTrainer:
             channels_last = not wrapped and not any(isinstance(layer, DROPOUTS) for layer in layers)
         self.channels_last = channels_last
         self._outputs = Outputs(discriminator, discriminator_output)
-        parameter = next(generator.parameters(), None)
-        self.device = torch.device(device) if device is not None else parameter.device if parameter is not None else (
-            torch.device("cpu"))  # fmt: skip
+        self.device = device_of(device, generator)
         refuse_meta(self.device, generator=generator, discriminator=discriminator)
         for module in (generator, discriminator):
             module.to(device=self.device, dtype=_converted(precision))
@@ -127,7 +132,7 @@ class GANTrainer:
                 _to_channels_last(module)
             if replace:
                 replace_modules(module)
-        self.dtype = parameter.dtype if parameter is not None else torch.float32
+        self.dtype = next((p.dtype for p in generator.parameters()), torch.float32)
         if optimizers is None:
             optimizers = adams(generator, discriminator, lr, betas)
         self.optimizer_g, self.optimizer_d = own_optimizers(optimizers, generator, discriminator)
@@ -299,7 +304,11 @@ class GANTrainer:
         except TypeError as error:
             raise one_argument("generator", "noise", error) from error
         except RuntimeError as error:
-            if tuple(noise.shape[1:]) == self.latent_shape and self.step == 0:
+            if tuple(noise.shape[1:]) != self.latent_shape:
+                raise ValueError(
+                    f"noise must be of shape (N, {', '.join(map(str, self.latent_shape))}), got {tuple(noise.shape)}"
+                ) from error
+            if self.step == 0:
                 raise RuntimeError(
                     f"the generator does not take noise of shape {tuple(noise.shape)} (latent_shape="
                     f"{self.latent_shape}): {error}"
@@ -407,8 +416,8 @@ class GANTrainer:
         """Trains on ``data`` and returns what each step returned.
 
         Args:
-            data: an ``fastgan.data.ImageArray``, pictures as one tensor (N, ...), or an iterable of batches, each a
-                tensor or a tuple that begins with one (a DataLoader).
+            data: an ``fastgan.data.ImageArray``, pictures as one tensor (N, ...), a ``torch.utils.data.Dataset`` of
+                pictures, or an iterable of batches (a DataLoader); a picture or a batch may begin a tuple.
             epochs: how often to go through ``data``.
             max_steps: stop after so many steps.
             batch_size: where ``data`` is not in batches yet. The last batch of an epoch may be smaller.

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
 
 from fastgan.data import BatchOrder, ImageArray
 
@@ -22,15 +23,28 @@ def check_positive(**values: int | None) -> None:
             raise ValueError(f"{name} must be at least 1, got {value}")
 
 
-def batches_of(data: ImageArray | Tensor | Iterable[Any], batch_size: int, seed: int, epoch: int) -> Iterator[Tensor]:
-    """One epoch's batches of an ImageArray, of pictures in one tensor, or of an iterable of batches as it comes."""
-    if not isinstance(data, (ImageArray, Tensor)):
-        for batch in data:
-            yield batch[0] if isinstance(batch, (tuple, list)) else batch
+def batches_of(
+    data: ImageArray | Tensor | Dataset[Any] | Iterable[Any], batch_size: int, seed: int, epoch: int
+) -> Iterator[Tensor]:
+    """One epoch's batches of an ImageArray, Dataset or tensor of pictures, or of an iterable of batches as it comes."""
+    single = isinstance(data, Dataset) and not isinstance(data, IterableDataset)  # its items are pictures
+    if not single and not isinstance(data, (ImageArray, Tensor)):
+        for batch in data:  # type: ignore[union-attr]
+            yield _picture(batch)
         return
-    if len(data) == 0:
+    if len(data) == 0:  # type: ignore[arg-type]
         raise ValueError("data must not be empty")
-    order = BatchOrder(len(data), batch_size, seed)
+    order = BatchOrder(len(data), batch_size, seed)  # type: ignore[arg-type]
     for step in range(epoch * len(order), (epoch + 1) * len(order)):
         indices = order[step]
-        yield data[torch.from_numpy(indices.copy())] if isinstance(data, Tensor) else data.batch(indices)
+        if isinstance(data, ImageArray):
+            yield data.batch(indices)
+        elif isinstance(data, Tensor):
+            yield data[torch.from_numpy(indices.copy())]
+        else:
+            yield torch.stack([_picture(data[int(i)]) for i in indices])  # type: ignore[index]
+
+
+def _picture(item: Any) -> Any:
+    """Without the label."""
+    return item[0] if isinstance(item, (tuple, list)) else item

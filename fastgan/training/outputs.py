@@ -31,7 +31,7 @@ class Outputs:
     def __call__(self, images: Tensor) -> Tensor:
         """The logits of ``images``, shaped as the discriminator's output."""
         if self.kind == "logits":
-            return _single(self._call(images))
+            return _single(self._call(images), len(images))
         passed: list[tuple[Tensor, Tensor]] = []
         hooks = [
             module.register_forward_hook(lambda _, inputs, output: passed.append((inputs[0], output)))
@@ -39,7 +39,7 @@ class Outputs:
             if isinstance(module, nn.Sigmoid)
         ]
         try:
-            output = _single(self._call(images))
+            output = _single(self._call(images), len(images))
         finally:
             for hook in hooks:
                 hook.remove()
@@ -66,7 +66,9 @@ class Outputs:
             ) from error
 
 
-def _single(output: Any) -> Tensor:
+def _single(output: Any, count: int) -> Tensor:
+    if isinstance(output, Tensor) and output.dim() == 0 and count == 1:
+        output = output.reshape(1)  # squeeze() of a batch of one picture
     if not isinstance(output, Tensor) or not output.is_floating_point() or output.dim() == 0:
         what = f"{output.dtype} of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise TypeError(f"discriminator must return one floating tensor (N, ...), got {what}")

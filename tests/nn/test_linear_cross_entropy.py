@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import pytest
 import torch
 
 import fastgan
@@ -23,6 +24,12 @@ def test_equals_the_function():
     assert not module.state_dict()
     assert not list(module.parameters())
     assert "label_smoothing=0.1" in repr(module)
+
+
+@pytest.mark.parametrize("setting", [{"reduction": "average"}, {"z_loss": -1.0}, {"adversarial_radius": float("nan")}])
+def test_settings_are_refused_when_it_is_made(setting):
+    with pytest.raises(ValueError, match=next(iter(setting))):
+        fastgan.nn.LinearCrossEntropyLoss(**setting)
 
 
 def test_the_adversary_trains_and_does_not_judge():

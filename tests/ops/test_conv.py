@@ -95,3 +95,13 @@ REFUSED = [
 def test_refused(message, call):
     with pytest.raises(RuntimeError, match=message):
         call(torch.randn(1, 2, 4, 4))
+
+
+def test_R13_an_ensemble_of_weights_by_vmap():
+    """The second layer's input has the layout that vmap gave it, which can be asked for by strides alone."""
+    x, first, second = torch.randn(4, 3, 8, 8), torch.randn(3, 8, 3, 4, 4) / 10, torch.randn(3, 1, 8, 4, 4) / 10
+
+    def outputs(function):
+        return torch.vmap(lambda v, w: function(function(x, v, stride=2, padding=1), w))(first, second)
+
+    torch.testing.assert_close(outputs(conv2d), outputs(F.conv2d), rtol=1e-4, atol=1e-5)

@@ -356,6 +356,17 @@ def test_backward_again_and_gradients_of_our_own():
     torch.testing.assert_close(args[1].grad, 5.0 * kept[1])
 
 
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_a_batch_of_upstream_gradients(reduction):
+    args = inputs()
+    loss = linear_cross_entropy(*args, reduction=reduction)
+    wanted = (args[0], args[1], args[3])
+    upstream = torch.randn(3, *loss.shape, dtype=loss.dtype)
+    each = [torch.autograd.grad(loss, wanted, u, retain_graph=True) for u in upstream]
+    batched = torch.autograd.grad(loss, wanted, upstream, is_grads_batched=True)
+    torch.testing.assert_close(list(batched), [torch.stack(g) for g in zip(*each, strict=True)])
+
+
 @pytest.mark.kernel
 def test_frozen_weight_has_no_gradient_computed(monkeypatch):
     input, weight, target, _ = inputs()

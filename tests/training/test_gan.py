@@ -461,11 +461,37 @@ def test_a_batch_that_does_not_fit_is_refused_by_name(real, error, message):
         ({"lr": -1.0}, "lr"),
         ({"betas": (0.5, 1.0)}, "betas"),
         ({"latent_shape": (0, 1, 1)}, "latent_shape"),
+        ({"device": "nowhere"}, "device 'nowhere' cannot be used"),
     ],
 )
 def test_settings_are_refused_by_name(settings, message):
     with pytest.raises(ValueError, match=message):
         GANTrainer(*pair(), **settings)
+
+
+def test_noise_and_latent_shape_are_refused_by_name():
+    with pytest.raises(TypeError, match=r"latent_shape must be integers, got \(3.5, 1, 1\)"):
+        GANTrainer(*pair(), latent_shape=(3.5, 1, 1))
+    trainer = GANTrainer(*pair(dtype=torch.float32))
+    with pytest.raises(ValueError, match=r"noise must be of shape \(N, 6, 1, 1\), got \(4, 5, 1, 1\)"):
+        trainer.train_step(torch.rand(4, 3, 16, 16) * 2 - 1, torch.randn(4, 5, 1, 1))
+
+
+@pytest.mark.parametrize("sigmoid", [True, False])
+def test_R52_a_batch_of_one_whose_output_is_squeezed(sigmoid):
+    class Squeezed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.main = nn.Sequential(nn.Conv2d(3, 4, 4, 2, 1), nn.LeakyReLU(0.2), nn.Conv2d(4, 1, 8))
+            self.last = nn.Sigmoid() if sigmoid else nn.Identity()
+
+        def forward(self, x):
+            return self.last(self.main(x)).squeeze()
+
+    trainer = GANTrainer(pair(dtype=torch.float32)[0], Squeezed())
+    for size in (4, 1, 3):
+        result = trainer.train_step(torch.rand(size, 3, 16, 16) * 2 - 1)
+        assert all(math.isfinite(value) for value in result.values())
 
 
 def test_R62_fit_takes_fewer_pictures_than_a_batch_and_an_uneven_last_one():
@@ -475,5 +501,6 @@ def test_R62_fit_takes_fewer_pictures_than_a_batch_and_an_uneven_last_one():
     assert len(trainer.fit(pictures, epochs=2, batch_size=4)) == 6
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(pictures, torch.zeros(9)), batch_size=4)
     assert len(trainer.fit(loader, epochs=2, max_steps=4)) == 4
+    assert len(trainer.fit(loader.dataset, epochs=2, batch_size=4)) == 6
     with pytest.raises(ValueError, match="no batch"):
         trainer.fit([])
