@@ -79,10 +79,10 @@ def has_kernel(query, key, value, attn_mask) -> bool:
 
 
 def torch_takes(query, key, value, mask, bias, philox) -> bool:
-    """Whether torch's fused kernel can do all that is asked of this call of the operator, on hardware that it uses best.
+    """Whether torch's fused kernel can do all that is asked of this call, on hardware that it uses best.
 
-    That is bfloat16 where the CPU has AMX, and either half precision on a GPU (FlashAttention, cuDNN). Where gradients
-    are wanted ours stays: torch's refuses the second.
+    That is bfloat16 where the CPU has AMX, and half precision on a GPU (FlashAttention, cuDNN). Where gradients are
+    wanted ours stays: torch's refuses the second.
     """
     if query.device.type == "cpu":
         if query.dtype != torch.bfloat16 or not _HAS_AMX:
