@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -34,7 +35,7 @@ def run(command: Sequence[str | Path], **options) -> subprocess.CompletedProcess
 
 
 def _compile(command: Sequence[str | Path]) -> None:
-    done = run(command, timeout=280)
+    done = run(command, timeout=560)
     if done.returncode != 0 and "cannot find -l" in done.stderr + done.stdout:
         pytest.skip(f"the compiler lacks a sanitizer's library: {done.stderr.strip().splitlines()[-1]}")
     assert done.returncode == 0, done.stderr[-4000:]
@@ -61,10 +62,14 @@ def build(
     emulator = folder / f"emulator_{sanitizer}_{'pic' if shared else 'exe'}.o"
     if not emulator.exists():
         _compile([CXX, *extra, *own, "-c", HERE / "emulator.cpp", "-o", emulator])
-    objects = [emulator]
-    for i, source in enumerate(sources):
-        objects.append(folder / f"{name}_{sanitizer}_{i}.o")
-        _compile([CXX, *extra, *SANITIZERS[sanitizer], *flags, "-x", "c++", "-c", source, "-o", objects[-1]])
+    objects = [folder / f"{name}_{sanitizer}_{i}.o" for i in range(len(sources))]
+    commands = [
+        [CXX, *extra, *SANITIZERS[sanitizer], *flags, "-x", "c++", "-c", source, "-o", out]
+        for source, out in zip(sources, objects, strict=True)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # the compilers are processes; threads wait for them
+        list(pool.map(_compile, commands))
+    objects.append(emulator)
     out = folder / (f"lib{name}.so" if shared else f"{name}_{sanitizer}")
     _compile([CXX, *SANITIZERS[sanitizer], *(["-shared"] if shared else []), *objects, *libraries, "-o", out])
     return out

@@ -8,7 +8,7 @@ import torch
 from fastgan.ops import attention as reference
 from tests.cuda_emulation.build import needs_compiler
 
-pytestmark = [needs_compiler, pytest.mark.kernel, pytest.mark.timeout(280)]
+pytestmark = [needs_compiler, pytest.mark.kernel, pytest.mark.timeout(600)]
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 GRADIENTS = ("grad_query", "grad_key", "grad_value", "grad_bias")

@@ -10,7 +10,7 @@ from fastgan.ops import attention as reference
 from tests.cuda_emulation.build import needs_compiler
 from tests.cuda_emulation.test_attention import DTYPES, _inputs, _no_worse, _padding, _wide
 
-pytestmark = [needs_compiler, pytest.mark.kernel, pytest.mark.timeout(280)]
+pytestmark = [needs_compiler, pytest.mark.kernel, pytest.mark.timeout(600)]
 
 RESULTS = ("tangent_output", "grad_query", "grad_key", "grad_value", "grad_bias")
 

@@ -4,7 +4,7 @@ import pytest
 
 from tests.cuda_emulation.build import HERE, build, needs_compiler, run
 
-pytestmark = [needs_compiler, pytest.mark.timeout(280)]
+pytestmark = [needs_compiler, pytest.mark.timeout(600)]
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fastgan.ops import gan_loss as reference
 from tests.cuda_emulation.build import needs_compiler
 
-pytestmark = [needs_compiler, pytest.mark.kernel, pytest.mark.timeout(280)]
+pytestmark = [needs_compiler, pytest.mark.kernel, pytest.mark.timeout(600)]
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 # N, C, H, W, K, kernel, stride, padding: DCGAN's last layer, several logits an image, patches, odd sizes of everything

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from fastgan.ops import norm_act as reference
 from tests.cuda_emulation.build import needs_compiler
 
-pytestmark = [needs_compiler, pytest.mark.kernel, pytest.mark.timeout(280)]
+pytestmark = [needs_compiler, pytest.mark.kernel, pytest.mark.timeout(600)]
 
 EPS, SLOPE = 1e-5, 0.2
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]

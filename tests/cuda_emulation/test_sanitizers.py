@@ -10,7 +10,7 @@ import pytest
 
 from tests.cuda_emulation.build import HERE, REPOSITORY, build, needs_compiler, run
 
-pytestmark = [needs_compiler, pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [needs_compiler, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 
 @pytest.mark.parametrize("sanitizer", ["address", "thread"])
@@ -21,7 +21,8 @@ def test_a_harness_reports_nothing(tmp_path, stem, sanitizer):
         stem,
         [
             REPOSITORY / "tests" / "kernel_harness" / f"{stem}_harness.cpp",
-            *sorted((REPOSITORY / "csrc" / stem).glob("*.cu")),
+            # The harness asks for first derivatives alone, and the second's file takes minutes to compile.
+            *(p for p in sorted((REPOSITORY / "csrc" / stem).glob("*.cu")) if "second" not in p.name),
             HERE / f"{stem}_isa.cpp",
         ],
         sanitizer=sanitizer,
