@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -59,23 +60,26 @@ def check(report: str, most: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """(what ptxas said, the object) of a source for an architecture, compiled once."""
-    done = {}
+def compiled(request, tmp_path_factory):
+    """(what ptxas said, the object) of a source for an architecture; those that this run's tests want side by side."""
+    folder = tmp_path_factory.mktemp("objects")
 
-    def get(source: Path, architecture: str) -> tuple[str, Path]:
-        if (source, architecture) not in done:
-            out = tmp_path_factory.mktemp("objects") / f"{source.stem}_{architecture}.o"
-            done[source, architecture] = compile_for(architecture, source, out), out
-        return done[source, architecture]
+    def compile_one(source: Path, architecture: str) -> tuple[str, Path]:
+        out = folder / f"{source.stem}_{architecture}.o"
+        return compile_for(architecture, source, out), out
 
-    return get
+    parameters = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    wanted = {(p["source"], p["architecture"]): None for p in parameters if {"source", "architecture"} <= p.keys()}
+    pool = ThreadPoolExecutor(os.cpu_count())  # the compilers are processes; threads wait for them
+    done = {pair: pool.submit(compile_one, *pair) for pair in wanted}
+    yield lambda source, architecture: done[source, architecture].result()
+    pool.shutdown(cancel_futures=True)
 
 
 every_source_and_gpu = [
     needs_nvcc,
     pytest.mark.slow,
-    pytest.mark.timeout(900),
+    pytest.mark.timeout(1800),  # the first waits for those before it in the pool
     pytest.mark.parametrize("architecture", ["80", "90a", "100"]),
     pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem),
 ]
