@@ -13,6 +13,9 @@ from fastgan.nn import _attention_inputs
 from fastgan.nn import functional as F
 
 
+pytestmark = pytest.mark.kernel
+
+
 class _Calls(TorchDispatchMode):
     def __init__(self):
         super().__init__()
