@@ -12,7 +12,6 @@ from fastgan import _cuda
 from fastgan.nn import _attention_inputs
 from fastgan.nn import functional as F
 
-
 pytestmark = pytest.mark.kernel
 
 
