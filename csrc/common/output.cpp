@@ -42,15 +42,12 @@ std::vector<int64_t> strides_of(const std::vector<int64_t>& sizes, bool channels
 }  // namespace
 
 Tensor new_output(const std::vector<int64_t>& sizes, ScalarType type, bool channels_last) {
-  using torch::headeronly::MemoryFormat;
   int64_t bytes = size_of(type);
   for (int64_t size : sizes) bytes *= size;
   const Block block = torch_from_blob && bytes >= kPooled ? take_from_pool(bytes) : Block{};
   if (!block.data) {
-    const MemoryFormat format = !channels_last     ? MemoryFormat::Contiguous
-                                : sizes.size() < 5 ? MemoryFormat::ChannelsLast
-                                                   : MemoryFormat::ChannelsLast3d;
-    return torch::stable::empty(sizes, type, std::nullopt, std::nullopt, std::nullopt, format);
+    return torch::stable::empty(sizes, type, std::nullopt, std::nullopt, std::nullopt,
+                                format_of(sizes, channels_last));
   }
   const std::vector<int64_t> strides = strides_of(sizes, channels_last);
   AtenTensorHandle handle;

@@ -14,8 +14,8 @@ namespace {
 
 constexpr int64_t kPage = 4096, kLargePage = int64_t(2) << 20;
 constexpr int64_t kStale = 512;
-constexpr int64_t kClasses =
-    16;  // sizes from one power of two to the next: the untouched rest of a block costs nothing
+// Sizes from one power of two to the next: the untouched rest of a block costs nothing.
+constexpr int64_t kClasses = 16;
 constexpr int64_t kLooseness = 8;  // a block serves whoever wants at least 1 - 1/8 of it
 
 int64_t class_of(int64_t bytes) {

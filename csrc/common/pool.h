@@ -12,16 +12,16 @@
 
 namespace fastgan {
 
-constexpr int64_t kPooled = int64_t(1)
-                            << 20;  // smaller ones are torch's: malloc serves them from memory in use
+// Smaller results are torch's: malloc serves them from memory in use.
+constexpr int64_t kPooled = int64_t(1) << 20;
 
 struct Block {
   void* data;
   int64_t size;
 };
 
-Block take_from_pool(
-    int64_t bytes);  // at least so many, aligned to 256 bytes; data is null where there is no memory
+// At least so many bytes, aligned to 256; data is null where there is no memory.
+Block take_from_pool(int64_t bytes);
 void give_to_pool(Block block);
 void empty_pool();  // gives back to the system what nobody uses
 

@@ -88,6 +88,12 @@ inline ScalarType accumulate_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+inline torch::headeronly::MemoryFormat format_of(const std::vector<int64_t>& sizes, bool channels_last) {
+  using torch::headeronly::MemoryFormat;
+  if (!channels_last) return MemoryFormat::Contiguous;
+  return sizes.size() < 5 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
+}
+
 #if defined(FASTGAN_CUDA)
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
   return torch::stable::empty(sizes, type);
@@ -129,11 +135,8 @@ inline bool is_here(const Tensor& tensor, const Tensor&) { return tensor.is_cpu(
 inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type, [[maybe_unused]] const Tensor& beside,
                     bool channels_last = false) {
 #if defined(FASTGAN_CUDA)
-  using torch::headeronly::MemoryFormat;
-  const MemoryFormat format = !channels_last     ? MemoryFormat::Contiguous
-                              : sizes.size() < 5 ? MemoryFormat::ChannelsLast
-                                                 : MemoryFormat::ChannelsLast3d;
-  return torch::stable::empty(sizes, type, std::nullopt, device_of(beside), std::nullopt, format);
+  return torch::stable::empty(sizes, type, std::nullopt, device_of(beside), std::nullopt,
+                              format_of(sizes, channels_last));
 #else
   return new_output(sizes, type, channels_last);
 #endif

@@ -12,7 +12,7 @@ from fastgan import _impl
 from fastgan.ops._autograd import LIBRARY
 
 LIBRARY.define("new_output(Tensor beside, int[] size, *, ScalarType? dtype=None, bool channels_last=False) -> Tensor")
-_LARGE = 2**17  # bytes, from which on the pool serves; below, torch is quicker
+_LARGE = 2**20  # bytes, from which on the pool serves; below, torch is quicker
 
 
 def new_output(
@@ -29,7 +29,7 @@ def new_output(
 def empty_cache() -> None:
     """Gives the memory that fastgan keeps for coming results on the CPU back to the system.
 
-    Results of 128 KB and more are made in memory kept from call to call: at most a quarter, or 32 MB, more than was in
+    Results of 1 MB and more are made in memory kept from call to call: at most a quarter, or 32 MB, more than was in
     use at once of late, less whatever went unused for 512 results. Tensors in use are not touched.
     """
     if _impl.extension_error is None:

@@ -1,6 +1,6 @@
 // Attention through its contract alone: forward, backward and weights against loops in double that store
 // everything, and the derivatives along a direction against differences of those. HARNESS_FIRST_ORDER leaves
-// out the kernels that CUDA has not.
+// out the latter, and the weights, for which CUDA has no kernel.
 #include "attention/attention.h"
 
 #include "common/vector.h"
