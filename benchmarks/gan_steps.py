@@ -48,26 +48,30 @@ def tutorial(gan: Any, real: Tensor) -> Step:
     return step
 
 
-def best(gan: Any, real: Tensor, penalty: str | None = None) -> Step:
+def best_update(gan: Any, penalty: str | None = None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The best that plain PyTorch does: channels_last, logits instead of BCELoss, no gradients of the discriminator in
-    the generator's step, fused Adam, no ``.item()``."""
+    the generator's step, fused Adam, no ``.item()``.
+
+    A function of real pictures and noise that makes a step and returns both losses.
+    """
     generator = gan.generator.to(memory_format=torch.channels_last)
     discriminator = gan.discriminator.to(memory_format=torch.channels_last)
-    real = real.to(memory_format=torch.channels_last)
     optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)
     optimizer_g = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)
-    one, zero = torch.ones(len(real), 1, 1, 1), torch.zeros(len(real), 1, 1, 1)
 
-    def loss(logits: Tensor, target: Tensor) -> Tensor:
+    def loss(logits: Tensor, target: float) -> Tensor:
         if penalty == "wgan-gp":
-            return -logits.mean() if target is one else logits.mean()
-        return F.binary_cross_entropy_with_logits(logits, target)
+            return -logits.mean() if target else logits.mean()
+        return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
 
-    def step() -> None:
+    def update(real: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        real = real.to(memory_format=torch.channels_last)
         optimizer_d.zero_grad(set_to_none=True)
-        loss(discriminator(real), one).backward()
-        fake = generator(torch.randn(len(real), 100, 1, 1))
-        loss(discriminator(fake.detach()), zero).backward()
+        loss_real = loss(discriminator(real), 1.0)
+        loss_real.backward()
+        fake = generator(noise)
+        loss_fake = loss(discriminator(fake.detach()), 0.0)
+        loss_fake.backward()
         if penalty == "r1":
             r1_penalty(discriminator, real).backward()
         elif penalty == "wgan-gp":
@@ -75,11 +79,19 @@ def best(gan: Any, real: Tensor, penalty: str | None = None) -> Step:
         optimizer_d.step()
         optimizer_g.zero_grad(set_to_none=True)
         discriminator.requires_grad_(False)
-        loss(discriminator(fake), one).backward()
+        loss_g = loss(discriminator(fake), 1.0)
+        loss_g.backward()
         discriminator.requires_grad_(True)
         optimizer_g.step()
+        return loss_real.detach() + loss_fake.detach(), loss_g.detach()
 
-    return step
+    return update
+
+
+def best(gan: Any, real: Tensor, penalty: str | None = None) -> Step:
+    update = best_update(gan, penalty)
+    real = real.to(memory_format=torch.channels_last)
+    return lambda: update(real, torch.randn(len(real), 100, 1, 1))
 
 
 def trainer(gan: Any, real: Tensor, penalty: str | None = None) -> Step:
