@@ -33,6 +33,7 @@ struct ConvArgs {
   void* workspace;
   int64_t* workspace_size;
   int32_t threads;
+  int64_t second_cache;  // bytes that a core has of it, 0 if unknown; changes no bit of the results
   int32_t* nonfinite;
 };
 

@@ -13,14 +13,28 @@
 //
 // Work goes in two steps, for so many images at a time that the transformed tiles stay in the last cache:
 //   1. transform the tiles of x and/or y; vectors run over 16 channels of one tile. Stored by blocks of at
-//   most kTiles
-//      tiles and of kDepth channels: (block, channels, point, tile, channel).
+//   most
+//      kTiles tiles (or twice that) and of kDepth channels: (block, channels, point, tile, channel).
 //   2. each task takes 32 columns (outputs, or channels and phases). It keeps their products of a block for
-//   all points in
-//      L2, walks through the depth in chunks of kDepth, for each of which it transforms the weights it needs
-//      (again for every block: a hundredth of the work, where storing them would write six times the weights
-//      to memory), transforms the result back into rows of scratch, and writes them.
+//   all
+//      points in the second cache, walks through the depth in chunks of kDepth, for each of which it
+//      transforms the weights it needs (again for every block: to store them would write six times the
+//      weights to memory and read them back), transforms the result back into rows of scratch, and writes
+//      them.
 // The weight gradient keeps 64 × 32 × points numbers a task and walks through the tiles instead.
+//
+// Of the time of one core with AVX2 (Zen 4, 1 MB of second cache, channels_last, batch 64), in percent:
+// products / transforms of x and y / of the weights / back, and writing. The products run at 95 to 110
+// GFLOP/s, where sgemm does 95 to 100 a core.
+//                     forward          input gradient    weight gradient
+//   64-128 at 32      72 / 15 / 4 / 9  68 / 6 / 5 / 20   79 / 21 / - / 1
+//   128-256 at 16     82 / 7 / 5 / 5   76 / 3 / 7 / 13   80 / 16 / - / 3
+//   256-512 at 8      84 / 3 / 9 / 3   77 / 2 / 14 / 7   82 / 7 / - / 10
+// What it took, each by measurement: the next slice of a pixel prefetched (8 to 4 % of a pass); weights of
+// any layout exchanged in squares (TapBlock; one by one they were up to a fifth of a pass); what is not
+// finite seen in four sums (in one, each number of a tile waited for the one before: half of the way back);
+// the next point's factors prefetched in the weight gradient; blocks of 128 tiles. Tried, and of no use:
+// fetching the lines of results before they are written.
 //
 // Numerics: every sum has one order that depends on no cut of the work, so the bits are the same for any
 // number of threads and any size of workspace. An infinity or NaN would spread over its tile: it is seen
@@ -37,7 +51,7 @@ namespace {
 
 constexpr int64_t kDepth = 64;    // channels (times phases) of a chunk
 constexpr int64_t kColumns = 32;  // of a task
-constexpr int64_t kTiles = 64;    // of a block, at most
+constexpr int64_t kTiles = 64;    // of a block, at most; twice as many where the second cache is large
 constexpr int64_t kGap = 16;   // numbers between points, so that they fall into different sets of the caches
 constexpr int64_t kPiece = 4;  // tiles that are read at once in step 1
 
@@ -57,11 +71,11 @@ struct Algorithm : Toom<kOutputs, kTaps> {
 struct Tiling {
   int64_t high, wide, an_image, run, blocks, tiles, images;
 
-  Tiling(const ConvArgs& args, int64_t outputs) {
+  Tiling(const ConvArgs& args, int64_t outputs, int64_t most_tiles) {
     high = divide_up(args.out_height, outputs), wide = divide_up(args.out_width, outputs);
     an_image = high * wide;
-    run = an_image < kTiles ? least(kTiles / an_image, args.batch) : 1;
-    blocks = divide_up(run * an_image, kTiles);
+    run = an_image < most_tiles ? least(most_tiles / an_image, args.batch) : 1;
+    blocks = divide_up(run * an_image, most_tiles);
     tiles = divide_up(run * an_image, blocks);
     images = 0;
   }
@@ -164,7 +178,7 @@ void transform_y(const ConvArgs& a, const Side& side, const Tiling& tiling, int6
 // ---- step 2, forward and input gradient ----
 
 struct TaskScratch {
-  float *sums, *weights, *rows;
+  float *sums, *weights, *rows, *taps;
   template <class Algorithm>
   static int64_t sums_size(const Tiling& tiling) {
     return Algorithm::products * (tiling.tiles * kColumns + kGap);
@@ -178,42 +192,48 @@ struct TaskScratch {
 // Columns of a task: channels [channel, channel + width) for each of `groups` phases of columns.
 template <class Algorithm>
 void transform_forward_weights(const ConvArgs& a, int64_t chunk, int64_t depth, int64_t output,
-                               int64_t columns, float* to) {
+                               int64_t columns, const TaskScratch& scratch) {
   constexpr int W = lanes<float>, S = Algorithm::stride, n = Algorithm::points, kernel = Algorithm::kernel;
   const Weights w{a.dtype,        a.w.data,   a.w.strides[0], a.outputs,
                   a.w.strides[1], a.channels, a.w.strides[2], a.w.strides[3]};
   const int64_t channels = depth / Algorithm::phases, point_stride = depth * kColumns + kGap;
-  for (int64_t c = 0; c < channels; ++c)
-    for (int64_t k = 0; k < columns; k += W) {
-      Vec<float> taps[kernel * kernel];
-      read_taps<kernel>(w, chunk * kDepth / Algorithm::phases + c, output + k, taps);
-      for (int p = 0; p < S * S; ++p) {
-        float* out = to + (p * kSlice + c) * kColumns + k;
-        transform_tile<Algorithm, Algorithm::G>(
-            [&](int u, int v) { return taps[(S * u + p / S) * kernel + S * v + p % S]; },
-            [&](int i, int j, Vec<float> v) { store(out + (i * n + j) * point_stride, v); });
-      }
-    }
+  for (int64_t first = 0; first < channels; first += kSlice) {
+    const TapBlock<kernel> block{scratch.taps, chunk * kDepth / Algorithm::phases + first, output, columns};
+    read_taps(w, block);
+    for (int64_t c = 0; c < kSlice; ++c)
+      for (int p = 0; p < S * S; ++p)
+        for (int64_t k = 0; k < columns; k += W) {
+          float* out = scratch.weights + (first * S * S + p * kSlice + c) * kColumns + k;
+          transform_tile<Algorithm, Algorithm::G>(
+              [&](int u, int v) {
+                return load<float>(block.at(c, (S * u + p / S) * kernel + S * v + p % S) + k);
+              },
+              [&](int i, int j, Vec<float> v) { store(out + (i * n + j) * point_stride, v); });
+        }
+  }
 }
 
 template <class Algorithm>
 void transform_gradient_weights(const ConvArgs& a, int64_t chunk, int64_t depth, int64_t channel,
-                                int64_t columns, int phase, float* to) {
+                                int64_t width, int phase, const TaskScratch& scratch) {
   constexpr int W = lanes<float>, S = Algorithm::stride, n = Algorithm::points, kernel = Algorithm::kernel;
   const Weights w{a.dtype,        a.w.data,  a.w.strides[1], a.channels,
                   a.w.strides[0], a.outputs, a.w.strides[2], a.w.strides[3]};
   const int64_t point_stride = depth * kColumns + kGap;
-  for (int64_t k = 0; k < depth; ++k)
-    for (int64_t c = 0; c < columns / S; c += W) {
-      Vec<float> taps[kernel * kernel];
-      read_taps<kernel>(w, chunk * kDepth + k, channel + c, taps);
-      for (int b = 0; b < S; ++b) {
-        float* out = to + k * kColumns + b * (kColumns / S) + c;
-        transform_tile<Algorithm, Algorithm::G>(
-            [&](int u, int v) { return taps[(S * u + phase) * kernel + S * v + b]; },
-            [&](int i, int j, Vec<float> v) { store(out + (i * n + j) * point_stride, v); });
-      }
-    }
+  for (int64_t first = 0; first < depth; first += kSlice) {
+    const TapBlock<kernel> block{scratch.taps, chunk * kDepth + first, channel, width};
+    read_taps(w, block, phase, S);
+    for (int64_t k = 0; k < kSlice; ++k)
+      for (int b = 0; b < S; ++b)
+        for (int64_t c = 0; c < width; c += W) {
+          float* out = scratch.weights + (first + k) * kColumns + b * (kColumns / S) + c;
+          transform_tile<Algorithm, Algorithm::G>(
+              [&](int u, int v) {
+                return load<float>(block.at(k, (S * u + phase) * kernel + S * v + b) + c);
+              },
+              [&](int i, int j, Vec<float> v) { store(out + (i * n + j) * point_stride, v); });
+        }
+  }
 }
 
 // sums (points, tiles, columns) = the products of one chunk of depth, added to those before.
@@ -231,7 +251,7 @@ void multiply_chunk(const Side& side, const Tiling& tiling, int64_t block, int64
 // Outputs [output, output + 32) of images [first, first + images), which are run `run` of the step.
 template <class Algorithm>
 void forward_task(const ConvArgs& a, const Side& side, const Tiling& tiling, int64_t run, int64_t first,
-                  int64_t images, int64_t output, const TaskScratch& scratch, Vec<float>& check) {
+                  int64_t images, int64_t output, const TaskScratch& scratch, Check& check) {
   constexpr int W = lanes<float>, m = Algorithm::outputs, n = Algorithm::points;
   const int64_t columns = least(kColumns, whole_slices(a.outputs - output));
   const int64_t sums_stride = tiling.tiles * kColumns + kGap;
@@ -241,7 +261,7 @@ void forward_task(const ConvArgs& a, const Side& side, const Tiling& tiling, int
   for (int64_t block = 0; block < tiling.blocks; ++block) {
     const int64_t tiles = tiling.tiles_of(block, images);
     for (int64_t chunk = 0; tiles > 0 && chunk < side.chunks; ++chunk) {
-      transform_forward_weights<Algorithm>(a, chunk, side.depth_of(chunk), output, columns, scratch.weights);
+      transform_forward_weights<Algorithm>(a, chunk, side.depth_of(chunk), output, columns, scratch);
       multiply_chunk<Algorithm>(side, tiling, run * tiling.blocks + block, chunk, tiles, columns, scratch);
     }
     int64_t count;
@@ -258,7 +278,7 @@ void forward_task(const ConvArgs& a, const Side& side, const Tiling& tiling, int
               [&](int i, int j) { return load<float>(from + (i * n + j) * sums_stride); },
               [&](int i, int j, Vec<float> v) {
                 v += shift;
-                check += v - v;
+                check.see(j, v);
                 store(to + (i * count * m + j) * kColumns, v);
               });
         }
@@ -274,7 +294,7 @@ void forward_task(const ConvArgs& a, const Side& side, const Tiling& tiling, int
 template <class Algorithm>
 void input_gradient_task(const ConvArgs& a, const Side& side, const Tiling& tiling, int64_t run,
                          int64_t first, int64_t images, int64_t channel, int phase,
-                         const TaskScratch& scratch, Vec<float>& check) {
+                         const TaskScratch& scratch, Check& check) {
   constexpr int W = lanes<float>, m = Algorithm::outputs, n = Algorithm::points, S = Algorithm::stride;
   constexpr int64_t kWidth = kColumns / S;
   const int64_t width = least(kWidth, whole_slices(a.channels - channel)), columns = width * S;
@@ -292,8 +312,7 @@ void input_gradient_task(const ConvArgs& a, const Side& side, const Tiling& tili
   for (int64_t block = 0; block < tiling.blocks; ++block) {
     const int64_t tiles = tiling.tiles_of(block, images);
     for (int64_t chunk = 0; tiles > 0 && chunk < side.chunks; ++chunk) {
-      transform_gradient_weights<Algorithm>(a, chunk, side.depth_of(chunk), channel, columns, phase,
-                                            scratch.weights);
+      transform_gradient_weights<Algorithm>(a, chunk, side.depth_of(chunk), channel, width, phase, scratch);
       multiply_chunk<Algorithm>(side, tiling, run * tiling.blocks + block, chunk, tiles, kColumns, scratch);
     }
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -309,7 +328,7 @@ void input_gradient_task(const ConvArgs& a, const Side& side, const Tiling& tili
               [&](int i, int j, Vec<float> v) {
                 float* at = to + i * row_size + j * (S * kWidth);
                 v += load<float>(at);
-                check += v - v;
+                check.see(j, v);
                 store(at, v);
               });
         }
@@ -329,7 +348,8 @@ void input_gradient_task(const ConvArgs& a, const Side& side, const Tiling& tili
 
 template <class Algorithm, bool kForward>
 void convolve(const ConvArgs& a, const Threads& threads) {
-  Tiling tiling(a, Algorithm::outputs);
+  // The sums of 128 tiles and a chunk's weights are 600 KB. Weights are transformed half as often then.
+  Tiling tiling(a, Algorithm::outputs, a.second_cache >= 1 << 20 ? 2 * kTiles : kTiles);
   Side side = kForward ? Side(a.channels, Algorithm::phases, Algorithm::products, tiling)
                        : Side(a.outputs, 1, Algorithm::products, tiling);
   // So many runs at once that the transformed tiles take about 2 MB a thread, and 4 at least.
@@ -337,13 +357,14 @@ void convolve(const ConvArgs& a, const Threads& threads) {
   const int64_t runs = least(most(1, budget / side.run_size(tiling)), tiling.runs(a.batch));
   tiling.images = runs * tiling.run;
   const int64_t sums = TaskScratch::sums_size<Algorithm>(tiling),
-                weights = TaskScratch::weights_size<Algorithm>();
+                weights = TaskScratch::weights_size<Algorithm>(),
+                taps = TapBlock<Algorithm::kernel>::size(kColumns);
   const int64_t n = Algorithm::points, S = Algorithm::stride;
   const int64_t rows =
       kForward ? Algorithm::outputs * tiling.wide * Algorithm::outputs * kColumns
                : (n + 1) * (tiling.wide * Algorithm::outputs + n - Algorithm::outputs + 1) * kColumns;
   Cutter cutter{static_cast<char*>(a.workspace)};
-  Slots slots(cutter, most(sums + weights + rows, gather_size(n, S, Algorithm::outputs)), a.threads);
+  Slots slots(cutter, most(sums + weights + taps + rows, gather_size(n, S, Algorithm::outputs)), a.threads);
   side.data = reinterpret_cast<float*>(cutter.take(side.run_size(tiling) * runs * 4));
   if (!a.workspace) {
     *a.workspace_size = cutter.used;
@@ -358,15 +379,15 @@ void convolve(const ConvArgs& a, const Threads& threads) {
       transform_y<Algorithm>(a, side, tiling, first, images, slots, threads);
     over_slots(threads, slots, tiling.runs(images) * groups, [&](int64_t task, float* data) {
       const int64_t run = task / groups, group = task % groups;
-      const TaskScratch scratch{data, data + sums, data + sums + weights};
+      const TaskScratch scratch{data, data + sums, data + sums + weights + taps, data + sums + weights};
       const int64_t begin = run * tiling.run, count = least(tiling.run, images - begin);
-      Vec<float> check{};
+      Check check;
       if constexpr (kForward)
         forward_task<Algorithm>(a, side, tiling, run, first + begin, count, group * kColumns, scratch, check);
       else
         input_gradient_task<Algorithm>(a, side, tiling, run, first + begin, count, group / S * (kColumns / S),
                                        int(group % S), scratch, check);
-      look_for_nonfinite(check, a.nonfinite);
+      check.tell(a.nonfinite);
     });
   }
 }
@@ -375,31 +396,32 @@ void convolve(const ConvArgs& a, const Threads& threads) {
 
 template <class Algorithm>
 void finish_weight_gradient(const ConvArgs& a, int64_t chunk, int64_t depth, int64_t output, int64_t columns,
-                            const float* sums, Vec<float>& check) {
+                            const float* sums, float* taps, Check& check) {
   constexpr int W = lanes<float>, S = Algorithm::stride, n = Algorithm::points, kernel = Algorithm::kernel;
   const Weights w{a.dtype,        a.w.data,   a.w.strides[0], a.outputs,
                   a.w.strides[1], a.channels, a.w.strides[2], a.w.strides[3]};
-  for (int64_t c = 0; c < depth / Algorithm::phases; ++c)
-    for (int64_t k = 0; k < columns; k += W) {
-      Vec<float> taps[kernel * kernel];
-      for (int p = 0; p < S * S; ++p) {
-        const float* from = sums + (p * kSlice + c) * kColumns + k;
-        transform_tile_back<Algorithm, Algorithm::G>(
-            [&](int i, int j) { return load<float>(from + (i * n + j) * (kDepth * kColumns + kGap)); },
-            [&](int u, int v, Vec<float> value) {
-              check += value - value;
-              taps[(S * u + p / S) * kernel + S * v + p % S] = value;
-            });
-      }
-      write_taps<kernel>(w, chunk * kDepth / Algorithm::phases + c, output + k, taps);
-    }
+  for (int64_t first = 0; first < depth / Algorithm::phases; first += kSlice) {
+    const TapBlock<kernel> block{taps, chunk * kDepth / Algorithm::phases + first, output, columns};
+    for (int64_t c = 0; c < kSlice; ++c)
+      for (int p = 0; p < S * S; ++p)
+        for (int64_t k = 0; k < columns; k += W) {
+          const float* from = sums + (first * S * S + p * kSlice + c) * kColumns + k;
+          transform_tile_back<Algorithm, Algorithm::G>(
+              [&](int i, int j) { return load<float>(from + (i * n + j) * (kDepth * kColumns + kGap)); },
+              [&](int u, int v, Vec<float> value) {
+                check.see(v, value);
+                store(block.at(c, (S * u + p / S) * kernel + S * v + p % S) + k, value);
+              });
+        }
+    write_taps(w, block);
+  }
 }
 
 template <class Algorithm>
 void weight_gradient(const ConvArgs& a, const Threads& threads) {
   constexpr int64_t n = Algorithm::points, m = Algorithm::outputs, kProducts = Algorithm::products;
   constexpr int64_t kSums = kProducts * (kDepth * kColumns + kGap);
-  Tiling tiling(a, m);
+  Tiling tiling(a, m, kTiles);  // always: how far a chain of additions goes depends on it
   // y in chunks of a task's columns: in rows of twice those, its lines would all fall into half of a cache's
   // sets.
   Side x(a.channels, Algorithm::phases, kProducts, tiling), y(a.outputs, 1, kProducts, tiling, kColumns);
@@ -412,7 +434,8 @@ void weight_gradient(const ConvArgs& a, const Threads& threads) {
   tiling.images = runs * tiling.run;
   const bool once = tiling.images >= a.batch;
   Cutter cutter{static_cast<char*>(a.workspace)};
-  Slots slots(cutter, most(once ? kSums : 0, gather_size(n, Algorithm::stride, m)), a.threads);
+  constexpr int64_t kTaps = TapBlock<Algorithm::kernel>::size(kColumns);
+  Slots slots(cutter, most(kTaps + (once ? kSums : 0), gather_size(n, Algorithm::stride, m)), a.threads);
   x.data = reinterpret_cast<float*>(cutter.take(x.run_size(tiling) * runs * 4));
   y.data = reinterpret_cast<float*>(cutter.take(y.run_size(tiling) * runs * 4));
   float* waiting = once ? nullptr : reinterpret_cast<float*>(cutter.take(tasks * kSums * 4));
@@ -428,7 +451,7 @@ void weight_gradient(const ConvArgs& a, const Threads& threads) {
       const int64_t chunk = task / groups, output = task % groups * kColumns;
       const int64_t columns = least(kColumns, whole_slices(a.outputs - output)), depth = x.depth_of(chunk);
       const int64_t y_chunk = output / kColumns;
-      float* sums = once ? data : waiting + task * kSums;
+      float* sums = once ? data + kTaps : waiting + task * kSums;
       bool add = first > 0;
       for (int64_t run = 0; run < tiling.runs(images); ++run)
         for (int64_t block = 0; block < tiling.blocks; ++block) {
@@ -436,16 +459,22 @@ void weight_gradient(const ConvArgs& a, const Threads& threads) {
           if (tiles == 0) continue;
           const float* rows = x.at(run * tiling.blocks + block, chunk);
           const float* right = y.at(run * tiling.blocks + block, y_chunk);
-          for (int64_t p = 0; p < kProducts; ++p)
-            multiply_point<true>(depth, columns, tiles, rows + p * x.point_stride(chunk, tiling), depth,
-                                 right + p * y.point_stride(y_chunk, tiling), y.depth_of(y_chunk),
-                                 sums + p * (kDepth * kColumns + kGap), kColumns, add);
+          const int64_t step = x.point_stride(chunk, tiling), y_step = y.point_stride(y_chunk, tiling);
+          for (int64_t p = 0; p < kProducts; ++p) {
+            Ahead ahead;
+            if (p + 1 < kProducts)
+              ahead = {rows + (p + 1) * step, right + (p + 1) * y_step, tiles * depth,
+                       tiles * y.depth_of(y_chunk)};
+            multiply_point<true>(depth, columns, tiles, rows + p * step, depth, right + p * y_step,
+                                 y.depth_of(y_chunk), sums + p * (kDepth * kColumns + kGap), kColumns, add,
+                                 ahead);
+          }
           add = true;
         }
       if (first + images < a.batch) return;
-      Vec<float> check{};
-      finish_weight_gradient<Algorithm>(a, chunk, depth, output, columns, sums, check);
-      look_for_nonfinite(check, a.nonfinite);
+      Check check;
+      finish_weight_gradient<Algorithm>(a, chunk, depth, output, columns, sums, data, check);
+      check.tell(a.nonfinite);
     });
   }
 }

@@ -127,7 +127,7 @@ void pack_weights_backward(const ConvArgs& a, const Shape& shape, float* to) {
 template <int kCount>
 __attribute__((noinline)) void patch_kernel(int64_t segments, int64_t segment, const float* a, int64_t pitch,
                                             int64_t step, const float* b, const float* bias, float* c,
-                                            int64_t ldc, Vec<float>& check) {
+                                            int64_t ldc, Check& check) {
   constexpr int W = lanes<float>;
   Vec<float> sums[kCount][2];
 #pragma GCC unroll 8
@@ -146,7 +146,8 @@ __attribute__((noinline)) void patch_kernel(int64_t segments, int64_t segment, c
 #pragma GCC unroll 8
   for (int i = 0; i < kCount; ++i) {
     sums[i][0] += bias0, sums[i][1] += bias1;
-    check += (sums[i][0] - sums[i][0]) + (sums[i][1] - sums[i][1]);
+    check.see(2 * i, sums[i][0]);
+    check.see(2 * i + 1, sums[i][1]);
     store(c + i * ldc, sums[i][0]);
     store(c + i * ldc + W, sums[i][1]);
   }
@@ -154,7 +155,7 @@ __attribute__((noinline)) void patch_kernel(int64_t segments, int64_t segment, c
 
 FASTGAN_INLINE void patch_kernel_of(int count, int64_t segments, int64_t segment, const float* a,
                                     int64_t pitch, int64_t step, const float* b, const float* bias, float* c,
-                                    int64_t ldc, Vec<float>& check) {
+                                    int64_t ldc, Check& check) {
   switch (count) {
     case 6:
       return patch_kernel<6>(segments, segment, a, pitch, step, b, bias, c, ldc, check);
@@ -188,7 +189,7 @@ void forward(const ConvArgs& a, const Threads& threads) {
     const int64_t n = task / shape.bands, first = task % shape.bands * shape.rows;
     const int64_t rows = least(shape.rows, a.out_height - first), step = a.stride * shape.channels;
     float* pixels = scratch + band;
-    Vec<float> check{};
+    Check check;
     read_band(image_of(a.x, a.dtype, n, a.channels, a.height, a.width), first * a.stride,
               (rows - 1) * a.stride + a.kernel, a.pad_height, a.pad_width, shape, scratch);
     const Image image = image_of(a.y, a.dtype, n, a.outputs, a.out_height, a.out_width);
@@ -217,7 +218,7 @@ void forward(const ConvArgs& a, const Threads& threads) {
           write_window(pixels + slice, {first + i, 1, 1, 0, a.out_width, kWide}, image, group + slice);
       }
     }
-    look_for_nonfinite(check, a.nonfinite);
+    check.tell(a.nonfinite);
   });
 }
 
@@ -289,12 +290,12 @@ void input_gradient(const ConvArgs& a, const Threads& threads) {
                        a.stride * shape.channels, divide_up(a.kernel, a.stride), scratch + row * shape.pitch);
       }
     }
-    Vec<float> check{};
+    Check check;
     for (int64_t i = 0; i < count * shape.pitch; i += lanes<float>) {
       const Vec<float> v = load<float>(scratch + i);
-      check += v - v;
+      check.see(0, v);
     }
-    look_for_nonfinite(check, a.nonfinite);
+    check.tell(a.nonfinite);
     write_band(image_of(a.x, a.dtype, n, a.channels, a.height, a.width), first, count, a.pad_width, shape,
                a.bias, scratch);
   });
@@ -333,13 +334,13 @@ void weight_gradient(const ConvArgs& a, const Threads& threads) {
   });
   parallel_for(threads, shape.depth, 4, [&](int64_t begin, int64_t end) {
     const int64_t* s = a.w.strides;
-    Vec<float> check{};
+    Check check;
     for (int64_t d = begin; d < end; ++d) {
       float* total = partial + d * columns;
       for (int64_t k = 0; k < columns; k += lanes<float>) {
         Vec<float> sum = load<float>(total + k);
         for (int64_t part = 1; part < parts; ++part) sum += load<float>(total + part * sums_size + k);
-        check += sum - sum;
+        check.see(0, sum);
         store(total + k, sum);
       }
       const int64_t r = d / shape.segment, t = d % shape.segment / a.channels, c = d % a.channels;
@@ -348,7 +349,7 @@ void weight_gradient(const ConvArgs& a, const Threads& threads) {
           store1(w + k * s[0] + c * s[1] + r * s[2] + t * s[3], total[k]);
       });
     }
-    look_for_nonfinite(check, a.nonfinite);
+    check.tell(a.nonfinite);
   });
 }
 

@@ -2,6 +2,8 @@
 // fastgan/ops/conv.py makes operators with derivatives of it.
 #include "conv/conv.h"
 
+#include <unistd.h>
+
 #include <utility>
 
 #include "common/pool.h"
@@ -60,6 +62,16 @@ decltype(FASTGAN_SELECT(conv_forward)) kernel_for(ConvArgs& a, int64_t which) {
                       : FASTGAN_SELECT(conv_weight_gradient);
 }
 
+// Asked once: the answer comes from an instruction that a virtual machine's host has to emulate.
+int64_t second_cache() {
+#if defined(_SC_LEVEL2_CACHE_SIZE)
+  static const int64_t size = sysconf(_SC_LEVEL2_CACHE_SIZE);
+  return size;
+#else
+  return 0;
+#endif
+}
+
 // which: 0, from x and w to y; 1, from y and w to x; 2, from x and y to w. True if all that was computed is
 // finite.
 bool conv_pass(int64_t which, Tensor first, Tensor second, Tensor out, std::optional<Tensor> bias,
@@ -98,6 +110,7 @@ bool conv_pass(int64_t which, Tensor first, Tensor second, Tensor out, std::opti
   int64_t size = 0;
   a.nonfinite = &nonfinite, a.workspace_size = &size;
   a.threads = int32_t(torch::stable::get_num_threads());
+  a.second_cache = second_cache();
   const auto kernel = kernel_for(a, which);
   kernel(a, torch_threads());
   const Workspace workspace(size);

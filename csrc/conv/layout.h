@@ -5,6 +5,8 @@
 // A window is rows × columns × kSlice channels of scratch; window row i is row  row0 + i * row_step  of the
 // tensor, likewise the columns (of step 1), and what lies outside is zero on reading and dropped on writing.
 #pragma once
+#include <type_traits>
+
 #include "common/gemm.h"
 #include "common/types.h"
 #include "conv/conv.h"
@@ -80,10 +82,13 @@ void read_row(const Storage* from, int64_t channel_stride, int64_t column_stride
         for (int i = 0; i < W; ++i) store(to + (done + i) * pixel_stride + c, square[i]);
       }
   } else if (channel_stride == 1 && channels == kSlice) {
-    for (; done < columns; ++done)
+    for (; done < columns; ++done) {
+      // The next slice of these pixels is what is read next, and no hardware foresees it.
+      __builtin_prefetch(from + done * column_stride + kSlice, 0, 2);
 #pragma GCC unroll 4
       for (int64_t c = 0; c < kSlice; c += W)
         store(to + done * pixel_stride + c, load<float>(from + done * column_stride + c));
+    }
   }
   for (; done < columns; ++done)
     for (int64_t c = 0; c < kSlice; ++c)
@@ -130,10 +135,11 @@ void write_row(const float* from, int64_t pixel_stride, Storage* to, int64_t cha
         for (int i = 0; i < W; ++i) store(to + (c + i) * channel_stride + done, square[i]);
       }
   } else if (channel_stride == 1 && channels == kSlice) {
-    for (; done < columns; ++done)
+    for (; done < columns; ++done) {
 #pragma GCC unroll 4
       for (int64_t c = 0; c < kSlice; c += W)
         store(to + done * column_stride + c, load<float>(from + done * pixel_stride + c));
+    }
   }
   for (; done < columns; ++done)
     for (int64_t c = 0; c < channels; ++c)
@@ -158,7 +164,7 @@ inline void write_window(const float* from, const Window& window, const Image& i
   }
 }
 
-// ---- weights: the kTaps numbers of a (row channel, column channel) pair, vectors over one of the two ----
+// ---- weights: the kernel's taps for pairs of channels, vectors over one of the two ----
 
 struct Weights {
   Dtype dtype;
@@ -168,79 +174,123 @@ struct Weights {
   int64_t r_stride, s_stride;
 };
 
-// taps[r * kKernel + s] for lanes [lane, lane + vector) of row `row`; zero where there is none.
+// Taps of kSlice rows from `row` on and `columns` lanes from `lane` on: (row, tap, lane) in scratch.
 template <int kKernel>
-FASTGAN_INLINE void read_taps(const Weights& w, int64_t row, int64_t lane,
-                              Vec<float> (&taps)[kKernel * kKernel]) {
+struct TapBlock {
+  static constexpr int kTaps = kKernel * kKernel;
+  static constexpr int64_t size(int64_t columns) { return kSlice * kTaps * columns; }
+  float* data;
+  int64_t row, lane, columns;
+  FASTGAN_INLINE float* at(int64_t r, int tap) const { return data + (r * kTaps + tap) * columns; }
+};
+
+// Rows of a matrix of W vectors become columns: load(i) is row i, store(i, v) takes column i.
+template <class Load, class Store>
+FASTGAN_INLINE void exchange(const Load& load_row, const Store& store_column) {
+  constexpr int W = lanes<float>;
+  Vec<float> square[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) square[i] = load_row(i);
+  transpose<float>(square);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) store_column(i, square[i]);
+}
+
+// Calls, for what there is of the block, the fastest of these, `p` pointing at the weights' first of them:
+//   straight(p, r, tap, l)   lanes l to l + W of row r and this tap, contiguous in the weights
+//   by_rows(p, r, tap, l)    the same of rows r to r + W, of which each lane is contiguous in the weights
+//   by_taps(p, r, tap, l)    the same of row r and taps tap to tap + W, contiguous likewise
+//   single(p, r, tap, l)     one number
+// For taps of the kernel's rows first, first + step, ... alone (and others where it costs nothing to have
+// them).
+template <int kKernel, class Storage, class Straight, class ByRows, class ByTaps, class Single>
+FASTGAN_INLINE void over_taps(const Weights& w, const TapBlock<kKernel>& block, Storage* data, int first,
+                              int step, const Straight& straight, const ByRows& by_rows,
+                              const ByTaps& by_taps, const Single& single) {
   constexpr int W = lanes<float>, kTaps = kKernel * kKernel;
-  const int64_t count = row < w.rows ? least(W, w.lanes - lane) : 0;
-  if (count <= 0) {
-    for (Vec<float>& tap : taps) tap = Vec<float>{};
-    return;
-  }
-  with_storage(w.dtype, w.data, [&](const auto* data) {
-    const auto* from = data + row * w.row_stride + lane * w.lane_stride;
-    if (count == W && w.lane_stride == 1) {
-#pragma GCC unroll 16
-      for (int t = 0; t < kTaps; ++t)
-        taps[t] = load<float>(from + t / kKernel * w.r_stride + t % kKernel * w.s_stride);
-      return;
-    }
-    if constexpr (kTaps % W == 0) {
-      if (count == W && w.s_stride == 1 && w.r_stride == kKernel) {
-#pragma GCC unroll 4
-        for (int part = 0; part < kTaps; part += W) {
-          Vec<float> square[W];
-#pragma GCC unroll 16
-          for (int i = 0; i < W; ++i) square[i] = load<float>(from + i * w.lane_stride + part);
-          transpose<float>(square);
-#pragma GCC unroll 16
-          for (int i = 0; i < W; ++i) taps[part + i] = square[i];
-        }
-        return;
+  const int64_t rows = least(kSlice, w.rows - block.row),
+                columns = least(block.columns, w.lanes - block.lane);
+  auto place = [&](int64_t r, int tap, int64_t l) {
+    return data + (block.row + r) * w.row_stride + (block.lane + l) * w.lane_stride +
+           tap / kKernel * w.r_stride + tap % kKernel * w.s_stride;
+  };
+  auto wanted = [&](int tap) { return tap / kKernel >= first && (tap / kKernel - first) % step == 0; };
+  int64_t done = 0;  // lanes
+  if (w.lane_stride == 1) {
+    done = columns / W * W;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int tap = 0; tap < kTaps; ++tap)
+        if (wanted(tap))
+          for (int64_t l = 0; l < done; l += W) straight(place(r, tap, l), r, tap, l);
+  } else if (w.row_stride == 1 && rows == kSlice) {
+    done = columns / W * W;
+    for (int64_t l = 0; l < done; l += W)
+      for (int tap = 0; tap < kTaps; ++tap)
+        if (wanted(tap))
+          for (int64_t r = 0; r < kSlice; r += W) by_rows(place(r, tap, l), r, tap, l);
+  } else if (w.s_stride == 1 && w.r_stride == kKernel && kTaps >= W) {
+    done = columns / W * W;
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t l = 0; l < done; l += W) {
+        int tap = 0;
+        for (; tap + W <= kTaps; tap += W) by_taps(place(r, tap, l), r, tap, l);
+        for (; tap < kTaps; ++tap)
+          for (int64_t i = 0; i < W; ++i) single(place(r, tap, l + i), r, tap, l + i);
       }
-    }
-    float buffer[kTaps][W];
-    for (int t = 0; t < kTaps; ++t)
-      for (int i = 0; i < W; ++i)
-        buffer[t][i] =
-            i < count
-                ? load1<float>(from + i * w.lane_stride + t / kKernel * w.r_stride + t % kKernel * w.s_stride)
-                : 0.0f;
-    for (int t = 0; t < kTaps; ++t) taps[t] = load<float>(buffer[t]);
+  }
+  for (int64_t r = 0; r < rows; ++r)
+    for (int tap = 0; tap < kTaps; ++tap)
+      if (wanted(tap))
+        for (int64_t l = done; l < columns; ++l) single(place(r, tap, l), r, tap, l);
+}
+
+// The weights' taps into the block, of the kernel's rows first, first + step, ... at least; zero where there
+// are none.
+template <int kKernel>
+void read_taps(const Weights& w, const TapBlock<kKernel>& block, int first = 0, int step = 1) {
+  if (w.rows - block.row < kSlice || w.lanes - block.lane < block.columns)
+    zero(block.data, block.size(block.columns));
+  with_storage(w.dtype, w.data, [&](const auto* data) {
+    using Storage = std::remove_reference_t<decltype(*data)>;
+    over_taps<kKernel>(
+        w, block, data, first, step,
+        [&](Storage* from, int64_t r, int tap, int64_t l) {
+          __builtin_prefetch(from + kSlice * w.row_stride, 0, 2);
+          store(block.at(r, tap) + l, load<float>(from));
+        },
+        [&](Storage* from, int64_t r, int tap, int64_t l) {
+          exchange(
+              [&](int i) {
+                __builtin_prefetch(from + i * w.lane_stride + kSlice, 0, 2);
+                return load<float>(from + i * w.lane_stride);
+              },
+              [&](int i, Vec<float> v) { store(block.at(r + i, tap) + l, v); });
+        },
+        [&](Storage* from, int64_t r, int tap, int64_t l) {
+          exchange([&](int i) { return load<float>(from + i * w.lane_stride); },
+                   [&](int i, Vec<float> v) { store(block.at(r, tap + i) + l, v); });
+        },
+        [&](Storage* from, int64_t r, int tap, int64_t l) { block.at(r, tap)[l] = load1<float>(from); });
   });
 }
 
+// The block into the weights, as far as there are any.
 template <int kKernel>
-FASTGAN_INLINE void write_taps(const Weights& w, int64_t row, int64_t lane,
-                               const Vec<float> (&taps)[kKernel * kKernel]) {
-  constexpr int W = lanes<float>, kTaps = kKernel * kKernel;
-  const int64_t count = row < w.rows ? least(W, w.lanes - lane) : 0;
-  if (count <= 0) return;
+void write_taps(const Weights& w, const TapBlock<kKernel>& block) {
   with_storage(w.dtype, w.data, [&](auto* data) {
-    auto* to = data + row * w.row_stride + lane * w.lane_stride;
-    if (count == W && w.lane_stride == 1) {
-      for (int t = 0; t < kTaps; ++t)
-        store(to + t / kKernel * w.r_stride + t % kKernel * w.s_stride, taps[t]);
-      return;
-    }
-    if constexpr (kTaps % W == 0) {
-      if (count == W && w.s_stride == 1 && w.r_stride == kKernel) {
-#pragma GCC unroll 4
-        for (int part = 0; part < kTaps; part += W) {
-          Vec<float> square[W];
-#pragma GCC unroll 16
-          for (int i = 0; i < W; ++i) square[i] = taps[part + i];
-          transpose<float>(square);
-#pragma GCC unroll 16
-          for (int i = 0; i < W; ++i) store(to + i * w.lane_stride + part, square[i]);
-        }
-        return;
-      }
-    }
-    for (int t = 0; t < kTaps; ++t)
-      for (int i = 0; i < count; ++i)
-        store1(to + i * w.lane_stride + t / kKernel * w.r_stride + t % kKernel * w.s_stride, taps[t][i]);
+    using Storage = std::remove_reference_t<decltype(*data)>;
+    over_taps<kKernel>(
+        w, block, data, 0, 1,
+        [&](Storage* to, int64_t r, int tap, int64_t l) { store(to, load<float>(block.at(r, tap) + l)); },
+        [&](Storage* to, int64_t r, int tap, int64_t l) {
+          exchange([&](int i) { return load<float>(block.at(r + i, tap) + l); },
+                   [&](int i, Vec<float> v) { store(to + i * w.lane_stride, v); });
+        },
+        [&](Storage* to, int64_t r, int tap, int64_t l) {
+          exchange([&](int i) { return load<float>(block.at(r, tap + i) + l); },
+                   [&](int i, Vec<float> v) { store(to + i * w.lane_stride, v); });
+        },
+        [&](Storage* to, int64_t r, int tap, int64_t l) { store1(to, block.at(r, tap)[l]); });
   });
 }
 

@@ -98,6 +98,7 @@ void check(const Case& c, bool direct = false) {
       a.bias = bias_used ? bias.get() : nullptr;
       int32_t nonfinite = 0;
       a.nonfinite = &nonfinite;
+      a.second_cache = threads == 3 ? 1 << 20 : 0;  // larger blocks, and the same bits
       call(direct, pass, a, threads);
       harness::expect(nonfinite == 0, "finite");
       for (int64_t i = 0; i < size; ++i) {
