@@ -62,7 +62,7 @@ def plain(data: str, seed: int, seconds: float, out: Path) -> None:
 
 
 def side_by_side(options: argparse.Namespace) -> None:
-    """Both runs; ``ours`` is the command that a user types, ended by the Ctrl-C that a user would press."""
+    """Both runs; ``ours`` is the command that a user types, stopped as Ctrl-C does."""
     seconds = 60 * options.minutes
     load_images(options.data, 64, 3)  # decoded once, kept, before the clock starts
     ours = [sys.executable, "-m", "fastgan", "train", "dcgan", "--data", options.data, "--seed", str(options.seed)]
@@ -80,12 +80,16 @@ def side_by_side(options: argparse.Namespace) -> None:
             processes[name] = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
         os.sched_setaffinity(processes[name].pid, {core})
     metrics = options.out / "ours" / "metrics.jsonl"
-    while not metrics.exists() and processes["ours"].poll() is None:
+
+    def runs() -> bool:  # leaves the ended process to wait4, which tells what it has used
+        return os.waitid(os.P_PID, processes["ours"].pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
+    while not metrics.exists() and runs():
         time.sleep(0.1)
     end = time.monotonic() + seconds
-    while time.monotonic() < end and processes["ours"].poll() is None:
+    while time.monotonic() < end and runs():
         time.sleep(0.1)
-    processes["ours"].send_signal(signal.SIGINT)
+    processes["ours"].send_signal(signal.SIGTERM)  # as Ctrl-C, which a job in the background does not hear
     usage = {}
     for name in ("ours", "plain"):
         _, status, spent = os.wait4(processes[name].pid, 0)

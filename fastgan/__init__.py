@@ -19,6 +19,7 @@ _impl.load_extension()
 
 from fastgan import nn, ops  # noqa: E402  the kernels are registered first
 from fastgan._info import info  # noqa: E402
+from fastgan.fold import fold_norms  # noqa: E402
 from fastgan.ops._output import empty_cache  # noqa: E402
 from fastgan.ops.conv import get_conv_algorithm, set_conv_algorithm  # noqa: E402
 from fastgan.replace import explain, replace_modules  # noqa: E402
@@ -29,6 +30,7 @@ __all__ = [
     "__version__",
     "empty_cache",
     "explain",
+    "fold_norms",
     "get_conv_algorithm",
     "info",
     "nn",

@@ -30,6 +30,8 @@ struct ConvArgs {
   int64_t batch, channels, height, width, outputs, out_height, out_width, pad_height, pad_width;
   ConvTensor x, w, y;
   const float* bias;
+  float slope =
+      1;  // what is negative in the result is multiplied by it, after the bias; not in the weight gradient
   void* workspace;
   int64_t* workspace_size;
   int32_t threads;

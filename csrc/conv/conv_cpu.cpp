@@ -279,6 +279,7 @@ void forward_task(const ConvArgs& a, const Side& side, const Tiling& tiling, int
               [&](int i, int j, Vec<float> v) {
                 v += shift;
                 check.see(j, v);
+                if (a.slope != 1) v = activate(v, a.slope);
                 store(to + (i * count * m + j) * kColumns, v);
               });
         }
@@ -338,6 +339,9 @@ void input_gradient_task(const ConvArgs& a, const Side& side, const Tiling& tili
           image_of(a.x, a.dtype, first + in_run / tiling.an_image, a.channels, a.height, a.width);
       const Window window{
           S * m * row + phase - a.pad_height, S, last ? n + 1 : m, -a.pad_width, across, kWidth};
+      if (a.slope != 1)
+        for (int64_t i = 0; i < window.rows * row_size; i += W)
+          store(scratch.rows + i, activate(load<float>(scratch.rows + i), a.slope));
       for (int64_t c = 0; c < width; c += kSlice) write_window(scratch.rows + c, window, image, channel + c);
       if (last) continue;
       for (int64_t i = 0; i < (n - m) * row_size; ++i) scratch.rows[i] = scratch.rows[m * row_size + i];

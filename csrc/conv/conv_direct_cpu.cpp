@@ -126,8 +126,8 @@ void pack_weights_backward(const ConvArgs& a, const Shape& shape, float* to) {
 
 template <int kCount>
 __attribute__((noinline)) void patch_kernel(int64_t segments, int64_t segment, const float* a, int64_t pitch,
-                                            int64_t step, const float* b, const float* bias, float* c,
-                                            int64_t ldc, Check& check) {
+                                            int64_t step, const float* b, const float* bias, float slope,
+                                            float* c, int64_t ldc, Check& check) {
   constexpr int W = lanes<float>;
   Vec<float> sums[kCount][2];
 #pragma GCC unroll 8
@@ -148,27 +148,27 @@ __attribute__((noinline)) void patch_kernel(int64_t segments, int64_t segment, c
     sums[i][0] += bias0, sums[i][1] += bias1;
     check.see(2 * i, sums[i][0]);
     check.see(2 * i + 1, sums[i][1]);
-    store(c + i * ldc, sums[i][0]);
-    store(c + i * ldc + W, sums[i][1]);
+    store(c + i * ldc, activate(sums[i][0], slope));
+    store(c + i * ldc + W, activate(sums[i][1], slope));
   }
 }
 
 FASTGAN_INLINE void patch_kernel_of(int count, int64_t segments, int64_t segment, const float* a,
-                                    int64_t pitch, int64_t step, const float* b, const float* bias, float* c,
-                                    int64_t ldc, Check& check) {
+                                    int64_t pitch, int64_t step, const float* b, const float* bias,
+                                    float slope, float* c, int64_t ldc, Check& check) {
   switch (count) {
     case 6:
-      return patch_kernel<6>(segments, segment, a, pitch, step, b, bias, c, ldc, check);
+      return patch_kernel<6>(segments, segment, a, pitch, step, b, bias, slope, c, ldc, check);
     case 5:
-      return patch_kernel<5>(segments, segment, a, pitch, step, b, bias, c, ldc, check);
+      return patch_kernel<5>(segments, segment, a, pitch, step, b, bias, slope, c, ldc, check);
     case 4:
-      return patch_kernel<4>(segments, segment, a, pitch, step, b, bias, c, ldc, check);
+      return patch_kernel<4>(segments, segment, a, pitch, step, b, bias, slope, c, ldc, check);
     case 3:
-      return patch_kernel<3>(segments, segment, a, pitch, step, b, bias, c, ldc, check);
+      return patch_kernel<3>(segments, segment, a, pitch, step, b, bias, slope, c, ldc, check);
     case 2:
-      return patch_kernel<2>(segments, segment, a, pitch, step, b, bias, c, ldc, check);
+      return patch_kernel<2>(segments, segment, a, pitch, step, b, bias, slope, c, ldc, check);
     default:
-      return patch_kernel<1>(segments, segment, a, pitch, step, b, bias, c, ldc, check);
+      return patch_kernel<1>(segments, segment, a, pitch, step, b, bias, slope, c, ldc, check);
   }
 }
 
@@ -210,7 +210,7 @@ void forward(const ConvArgs& a, const Threads& threads) {
           for (int64_t k = group; k < group + panels; k += 2 * lanes<float>)
             patch_kernel_of(count, a.kernel, shape.segment, scratch + i * a.stride * shape.pitch + j * step,
                             shape.pitch, step, weights + k / kWide * kWide * shape.depth + k % kWide,
-                            bias + k,
+                            bias + k, a.slope,
                             in_place ? row + j * image.column_stride + k : pixels + j * kWide + k - group,
                             in_place ? image.column_stride : kWide, check);
         }
@@ -240,20 +240,20 @@ void add_segments(const float* products, int64_t width, int64_t outputs, int64_t
 }
 
 void write_band(const Image& image, int64_t row, int64_t rows, int64_t pad_width, const Shape& shape,
-                const float* bias, const float* from) {
+                const float* bias, float slope, const float* from) {
   const int64_t C = shape.channels;
   for (int64_t i = 0; i < rows; ++i, from += shape.pitch)
     with_storage(image.dtype, image.data, [&](auto* data) {
       auto* to = data + (row + i) * image.row_stride;
       const float* pixels = from + pad_width * C;
-      if (!bias && image.channel_stride == 1 && image.column_stride == C) {
+      if (!bias && slope == 1 && image.channel_stride == 1 && image.column_stride == C) {
         for (int64_t j = 0; j < image.width * C; ++j) store1(to + j, pixels[j]);
         return;
       }
       for (int64_t c = 0; c < C; ++c)
         for (int64_t j = 0; j < image.width; ++j)
           store1(to + c * image.channel_stride + j * image.column_stride,
-                 pixels[j * C + c] + (bias ? bias[c] : 0.0f));
+                 activate(pixels[j * C + c] + (bias ? bias[c] : 0.0f), slope));
     });
 }
 
@@ -297,7 +297,7 @@ void input_gradient(const ConvArgs& a, const Threads& threads) {
     }
     check.tell(a.nonfinite);
     write_band(image_of(a.x, a.dtype, n, a.channels, a.height, a.width), first, count, a.pad_width, shape,
-               a.bias, scratch);
+               a.bias, a.slope, scratch);
   });
 }
 

@@ -75,7 +75,7 @@ int64_t second_cache() {
 // which: 0, from x and w to y; 1, from y and w to x; 2, from x and y to w. True if all that was computed is
 // finite.
 bool conv_pass(int64_t which, Tensor first, Tensor second, Tensor out, std::optional<Tensor> bias,
-               int64_t stride, int64_t pad_height, int64_t pad_width) {
+               double slope, int64_t stride, int64_t pad_height, int64_t pad_width) {
   FASTGAN_CHECK(which >= 0 && which <= 2, "conv_pass: which must be 0, 1 or 2");
   const Tensor &x = which == 1 ? out : first, &w = which == 2 ? out : second;
   const Tensor& y = which == 0 ? out : which == 1 ? first : second;
@@ -105,6 +105,8 @@ bool conv_pass(int64_t which, Tensor first, Tensor second, Tensor out, std::opti
                   "conv_pass: bias must be contiguous, float32 and one number a channel of the output");
     a.bias = static_cast<const float*>(bias->const_data_ptr());
   }
+  FASTGAN_CHECK(slope == 1 || which < 2, "conv_pass: no activation of a weight gradient");
+  a.slope = float(slope);
   a.x = view(x), a.w = view(w), a.y = view(y);
   int32_t nonfinite = 0;
   int64_t size = 0;

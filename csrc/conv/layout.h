@@ -46,6 +46,10 @@ inline Image image_of(const ConvTensor& tensor, Dtype dtype, int64_t n, int64_t 
 FASTGAN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTGAN_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// ReLU (slope 0), leaky ReLU, or nothing (1).
+FASTGAN_INLINE Vec<float> activate(Vec<float> v, float slope) { return select(v > 0.0f, v, v * slope); }
+FASTGAN_INLINE float activate(float v, float slope) { return v > 0.0f ? v : v * slope; }
+
 FASTGAN_INLINE void zero(float* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = 0;
 }

@@ -25,6 +25,7 @@ def sample(
         raise typer.BadParameter(f"--out: a PNG file is written; {out.name!r} would say otherwise")
     import torch
 
+    from fastgan import fold_norms, replace_modules
     from fastgan.training.checkpoint import RunError, replace_file
     from fastgan.training.gan import GANTrainer
     from fastgan.training.pictures import grid_png
@@ -32,6 +33,7 @@ def sample(
 
     with in_one_line():
         generator, config, step = load_generator(folder)
+        generator = fold_norms(replace_modules(generator))
         pictures = GANTrainer.sample_from(generator, (config.latent, 1, 1), n, seed)
         if not bool(torch.isfinite(pictures).all()):
             raise RunError(f"{folder}: the generator of step {step} makes values that are not finite")

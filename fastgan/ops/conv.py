@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgan import _impl
-from fastgan.ops._autograd import LIBRARY, define
+from fastgan.ops._autograd import LIBRARY, define, is_plain
 from fastgan.ops._output import new_output
 
 Algorithm = Literal["auto", "exact"]
@@ -264,26 +264,33 @@ def _conv_weight_gradient_fake(gradient, input, kernel, stride, padding, channel
     return gradient.new_empty(shape).contiguous(memory_format=_format(channels_last))
 
 
-def _conv_kernel(input, weight, bias, stride, padding, channels_last):
+def _activated(output: Tensor, slope: float) -> Tensor:
+    """What is negative is multiplied by ``slope``: 0 is ReLU, 1 nothing."""
+    if slope == 0.0:
+        return F.relu(output)  # of -inf 0, where leaky_relu has NaN
+    return output if slope == 1.0 else F.leaky_relu(output, slope)
+
+
+def _conv_kernel(input, weight, bias, stride, padding, channels_last, slope=1.0):
     arguments = (input, weight, bias, stride, padding, channels_last)
     size = output_size(input.shape[2:], weight.shape[2:], stride, padding, (1, 1))
     if not _has_kernel(input, weight, weight.shape[2:], stride, input.numel() * weight.numel()):
-        return conv_reference(*arguments)
+        return _activated(conv_reference(*arguments), slope)
     shape = (input.shape[0], weight.shape[0], *size)
     output = new_output(input, shape, channels_last=channels_last)
-    finite = torch.ops.fastgan.conv_pass(0, input, weight, output, _bias(bias), stride[0], *padding)
-    return output if finite else conv_reference(*arguments)
+    finite = torch.ops.fastgan.conv_pass(0, input, weight, output, _bias(bias), slope, stride[0], *padding)
+    return output if finite else _activated(conv_reference(*arguments), slope)
 
 
-def _conv_input_gradient_kernel(gradient, weight, bias, size, stride, padding, channels_last):
+def _conv_input_gradient_kernel(gradient, weight, bias, size, stride, padding, channels_last, slope=1.0):
     arguments = (gradient, weight, bias, size, stride, padding, channels_last)
     numbers = gradient.numel() * weight.numel() * size[0] * size[1]
     if not _has_kernel(gradient, weight, weight.shape[2:], stride, numbers):
-        return conv_input_gradient_reference(*arguments)
+        return _activated(conv_input_gradient_reference(*arguments), slope)
     shape = (gradient.shape[0], weight.shape[1], *size)
     output = new_output(gradient, shape, channels_last=channels_last)
-    finite = torch.ops.fastgan.conv_pass(1, gradient, weight, output, _bias(bias), stride[0], *padding)
-    return output if finite else conv_input_gradient_reference(*arguments)
+    finite = torch.ops.fastgan.conv_pass(1, gradient, weight, output, _bias(bias), slope, stride[0], *padding)
+    return output if finite else _activated(conv_input_gradient_reference(*arguments), slope)
 
 
 def _conv_weight_gradient_kernel(gradient, input, kernel, stride, padding, channels_last):
@@ -292,7 +299,7 @@ def _conv_weight_gradient_kernel(gradient, input, kernel, stride, padding, chann
         return conv_weight_gradient_reference(*arguments)
     shape = (gradient.shape[1], input.shape[1], *kernel)
     output = new_output(input, shape, channels_last=channels_last)
-    finite = torch.ops.fastgan.conv_pass(2, input, gradient, output, None, stride[0], *padding)
+    finite = torch.ops.fastgan.conv_pass(2, input, gradient, output, None, 1.0, stride[0], *padding)
     return output if finite else conv_weight_gradient_reference(*arguments)
 
 
@@ -395,8 +402,8 @@ conv_weight_gradient = define(
 
 # One of the three passes into `out`; true if all of it is finite. See csrc/conv/conv_op.cpp.
 LIBRARY.define(
-    "conv_pass(int which, Tensor first, Tensor second, Tensor(a!) out, Tensor? bias, int stride, int pad_height, "
-    "int pad_width) -> bool"
+    "conv_pass(int which, Tensor first, Tensor second, Tensor(a!) out, Tensor? bias, float slope, int stride, "
+    "int pad_height, int pad_width) -> bool"
 )
 if _impl.extension_error is None:
     LIBRARY.impl("conv", _conv_kernel, "CPU")
@@ -453,8 +460,12 @@ def convolution(
     padding: int | Sequence[int] | str,
     dilation: int | Sequence[int],
     groups: int,
+    slope: float = 1.0,
 ) -> Tensor:
-    """A convolution by the algorithm for its shapes; arguments as ``convolution_reference``'s."""
+    """A convolution by the algorithm for its shapes; arguments as ``convolution_reference``'s.
+
+    What is negative in the result is multiplied by ``slope``: in the kernel itself where no derivative is asked for.
+    """
     if input.dim() == 4 and not isinstance(padding, str) and _takes(input, weight, bias):
         strides, pads, dilations = _pair(stride), _pair(padding), _pair(dilation)
         if (
@@ -464,14 +475,16 @@ def convolution(
             and input.shape[2:] == weight.shape[2:]
             and input.numel() > 0
         ):
-            return _whole_convolution(input, weight, bias)
+            return _activated(_whole_convolution(input, weight, bias), slope)
         name = algorithm_name(weight.shape[2:], strides, dilations, groups, weight.shape[1], weight.shape[0])
         if name != "torch":
             size = output_size(input.shape[2:], weight.shape[2:], strides, pads, dilations)
             if pays(input.shape, weight.shape, size, name):
                 last = is_channels_last(input) or is_channels_last(weight)
-                return conv(input, weight, bias, list(strides), list(pads), last)
-    return convolution_reference(input, weight, bias, stride, padding, dilation, groups)
+                if slope != 1.0 and is_plain((input, weight, bias)):
+                    return _conv_kernel(input, weight, bias, strides, pads, last, slope)
+                return _activated(conv(input, weight, bias, list(strides), list(pads), last), slope)
+    return _activated(convolution_reference(input, weight, bias, stride, padding, dilation, groups), slope)
 
 
 def transposed_convolution(
@@ -483,18 +496,26 @@ def transposed_convolution(
     output_padding: int | Sequence[int],
     groups: int,
     dilation: int | Sequence[int],
+    slope: float = 1.0,
 ) -> Tensor:
-    """A transposed convolution by the algorithm for its shapes; arguments as ``transposed_convolution_reference``'s."""
+    """A transposed convolution by the algorithm for its shapes; arguments as ``transposed_convolution_reference``'s.
+
+    ``slope`` as ``convolution``'s.
+    """
     if input.dim() == 4 and _takes(input, weight, bias):
         strides, pads, extra, dilations = _pair(stride), _pair(padding), _pair(output_padding), _pair(dilation)
         single = pads == extra == (0, 0) and dilations == (1, 1) and groups == 1 and input.shape[2:] == (1, 1)
         if single and weight.numel() > 0:
-            return _whole_transposed_convolution(input, weight, bias)
+            return _activated(_whole_transposed_convolution(input, weight, bias), slope)
         name = algorithm_name(weight.shape[2:], strides, dilations, groups, weight.shape[1], weight.shape[0])
         if name != "torch":
             size = transposed_output_size(input.shape[2:], weight.shape[2:], strides, pads, extra, dilations)
             large = (input.shape[0], weight.shape[1], *size)
             if pays(large, weight.shape, input.shape[2:], name):
                 last = is_channels_last(input) or is_channels_last(weight)
-                return conv_input_gradient(input, weight, bias, size, list(strides), list(pads), last)
-    return transposed_convolution_reference(input, weight, bias, stride, padding, output_padding, groups, dilation)
+                if slope != 1.0 and is_plain((input, weight, bias)):
+                    return _conv_input_gradient_kernel(input, weight, bias, size, strides, pads, last, slope)
+                out = conv_input_gradient(input, weight, bias, size, list(strides), list(pads), last)
+                return _activated(out, slope)
+    out = transposed_convolution_reference(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return _activated(out, slope)

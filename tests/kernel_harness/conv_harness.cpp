@@ -112,6 +112,13 @@ void check(const Case& c, bool direct = false) {
         harness::expect(first[i] == out[i], "the same bits for every number of threads");
       }
       if (threads != 2) continue;
+      if (pass < 2) {
+        a.slope = 0.25f;
+        call(direct, pass, a, threads);
+        for (int64_t i = 0; i < size; ++i)
+          harness::expect(out[i] == (first[i] > 0 ? first[i] : 0.25f * first[i]), "leaky ReLU");
+        a.slope = 1;
+      }
       // Anything that is not finite, wherever it lies inside, is told.
       Buffer<float>& spoiled = in[pass == 0 ? 0 : 2];
       const int64_t where = spoiled.size / 2;
