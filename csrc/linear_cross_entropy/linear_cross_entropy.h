@@ -10,7 +10,7 @@ namespace fastgan {
 //   loss = (1 - smoothing) (lse - x[target]) + smoothing (lse - mean x) + z lse²
 // Where `gradient` is given, one number a row, the logits become gradient times the loss's derivative with
 // respect to them; else they are left undefined. Pointers that are null are not there; every target is in [0,
-// classes).
+// classes) (on CUDA another one makes its row NaN).
 struct LinearCrossEntropyRows {
   Dtype dtype;
   void* logits;
@@ -26,3 +26,4 @@ struct LinearCrossEntropyRows {
 }  // namespace fastgan
 
 FASTGAN_DECLARE_KERNEL(linear_cross_entropy_rows, fastgan::LinearCrossEntropyRows)
+FASTGAN_DECLARE_CUDA_KERNEL(linear_cross_entropy_rows, fastgan::LinearCrossEntropyRows)

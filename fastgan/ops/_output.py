@@ -18,11 +18,13 @@ _LARGE = 2**20  # bytes, from which on the pool serves; below, torch is quicker
 def new_output(
     beside: Tensor, size: Sequence[int], *, dtype: torch.dtype | None = None, channels_last: bool = False
 ) -> Tensor:
-    """Uninitialised, on the CPU, of ``beside``'s dtype unless another is given; large ones in the pool's memory."""
+    """Uninitialised, on the device and of the dtype of ``beside`` unless another is given; large ones on the CPU in the
+    pool's memory."""
     dtype = beside.dtype if dtype is None else dtype
-    if math.prod(size) * dtype.itemsize < _LARGE or _impl.extension_error is not None:
+    is_pooled = beside.device.type == "cpu" and math.prod(size) * dtype.itemsize >= _LARGE
+    if not is_pooled or _impl.extension_error is not None:
         format = torch.channels_last if channels_last else torch.contiguous_format
-        return torch.empty(size, dtype=dtype, memory_format=format)
+        return torch.empty(size, dtype=dtype, device=beside.device, memory_format=format)
     return torch.ops.fastgan.new_output(beside, size, dtype=dtype, channels_last=channels_last)
 
 

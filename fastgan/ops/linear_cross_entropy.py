@@ -8,13 +8,18 @@ With an adversarial radius r, x_y is first lowered by r ‖h‖: the closed form
 embedding within a ball of radius r (Wang, Gong and Liu, "Improving neural language modeling via adversarial training",
 ICML 2019). Ignored tokens have neither loss nor gradient, and the mean divides by the number of the others.
 
-On the CPU the tokens that count are gathered first (of masked-word prediction's batch, 15 % remain) and go through in
+The tokens that count are gathered first (of masked-word prediction's batch, 15 % remain) and go through in
 chunks: a matrix product into one buffer that is used again for each chunk; the row kernel
 (csrc/linear_cross_entropy), which leaves losses and, in the buffer itself, the gradient of the logits; and a product
 for each gradient that will be wanted. So a forward that expects a backward does all of the work at once, for an
 upstream gradient of 1; the backward multiplies. Where each token has an upstream gradient of its own
 (``reduction="none"``), or where the backward is to be differentiated, ``linear_cross_entropy_backward`` computes the
 chunks again.
+
+16-bit features and weights are widened for the CPU's products. A GPU multiplies them as they are and leaves float32: the
+logits are never rounded, and their gradient is before it is multiplied, as it is by torch under autocast. While a CUDA
+graph is captured nothing can be gathered, for the host would have to know how many: ignored tokens then go along with a
+gradient of zero, and an impossible target makes the loss NaN where it would raise.
 """
 
 from __future__ import annotations
@@ -25,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgan import _impl
+from fastgan import _cuda, _impl
 from fastgan.ops._autograd import LIBRARY, define, in_functorch, take_saved
 from fastgan.ops._output import new_output
 
@@ -35,6 +40,8 @@ NONE, MEAN, SUM = range(3)
 #: bytes of one chunk's logits. Below the 32 MiB from which malloc returns memory to the system at every free (and pays
 #: for its pages at every call), and enough tokens for the matrix products to run at their full rate.
 CHUNK_BYTES = 30 << 20
+#: on a GPU, whose products need more rows for that: 600 and more of a vocabulary of 50,257
+CUDA_CHUNK_BYTES = 128 << 20
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -183,42 +190,61 @@ def gradients_to_expect(input: Tensor, weight: Tensor, bias: Tensor | None, redu
 # ---- kernels ----
 
 
-def _rows_per_chunk(tokens: int, classes: int, dtype: torch.dtype) -> int:
+def _rows_per_chunk(tokens: int, classes: int, dtype: torch.dtype, device: str = "cpu") -> int:
     """Chunks of equal size within the budget; by shape only."""
-    most = max(16, CHUNK_BYTES // max(1, classes * dtype.itemsize))
+    budget = CHUNK_BYTES if device == "cpu" else CUDA_CHUNK_BYTES
+    most = max(16, budget // max(1, classes * dtype.itemsize))
     chunks = -(-tokens // most)
     return -(-tokens // max(1, chunks))
 
 
-class _Weight:
-    """The weight of the products; 16-bit ones are widened a block of classes at a time."""
+class _Products:
+    """The three matrix products of a chunk. On the CPU, 16-bit weights are widened a block of classes at a time."""
 
     def __init__(self, weight: Tensor, dtype: torch.dtype):
         if weight.stride(0) != 1 and weight.stride(1) != 1:
             weight = weight.contiguous()  # a matrix product would copy it for every chunk
-        self.weight = weight
+        self.weight, self.dtype = weight, dtype
         self.block = weight.shape[0]
+        #: of the factors; a GPU multiplies 16-bit ones into float32
+        self.factor_dtype = dtype
         if weight.dtype != dtype:
-            self.block = max(16, CHUNK_BYTES // max(1, 4 * weight.shape[1]))
-        self.dtype = dtype
+            if weight.device.type == "cpu":
+                self.block = max(16, CHUNK_BYTES // max(1, 4 * weight.shape[1]))
+            else:
+                self.factor_dtype = weight.dtype
 
     def _blocks(self):
         for begin in range(0, self.weight.shape[0], self.block):
             part = slice(begin, begin + self.block)
-            yield part, self.weight[part].to(self.dtype)
+            yield part, self.weight[part].to(self.factor_dtype)
 
-    def project(self, x: Tensor, logits: Tensor) -> None:
-        """logits (t, V) = x (t, H) @ weightᵀ"""
-        for part, weight in self._blocks():
-            torch.mm(x, weight.t(), out=logits[:, part])
-
-    def project_back(self, dlogits: Tensor, out: Tensor) -> None:
-        """out (t, H) = dlogits (t, V) @ weight"""
-        for number, (part, weight) in enumerate(self._blocks()):
-            if number == 0:
-                torch.mm(dlogits[:, part], weight, out=out)
+    def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+        """out = a @ b, or is added to."""
+        if self.factor_dtype == self.dtype:
+            if add:
+                out.addmm_(a, b)
             else:
-                out.addmm_(dlogits[:, part], weight)
+                torch.mm(a, b, out=out)
+        elif add:
+            torch.addmm(out, a, b, out_dtype=self.dtype, out=out)
+        else:
+            torch.mm(a, b, out_dtype=self.dtype, out=out)
+
+    def logits(self, x: Tensor, out: Tensor) -> None:
+        """out (t, V) = x (t, H) @ weightᵀ"""
+        for part, weight in self._blocks():
+            self._multiply(x.to(self.factor_dtype), weight.t(), out[:, part])
+
+    def input_gradient(self, dlogits: Tensor, out: Tensor) -> None:
+        """out (t, H) = dlogits (t, V) @ weight"""
+        dlogits = dlogits.to(self.factor_dtype)
+        for part, weight in self._blocks():
+            self._multiply(dlogits[:, part], weight, out, add=part.start > 0)
+
+    def weight_gradient(self, dlogits: Tensor, x: Tensor, out: Tensor, add: bool) -> None:
+        """out (V, H) = dlogitsᵀ (V, t) @ x (t, H), or is added to"""
+        self._multiply(dlogits.to(self.factor_dtype).t(), x.to(self.factor_dtype), out, add)
 
 
 def _check_targets(target: Tensor, classes: int) -> None:
@@ -245,77 +271,94 @@ def _chunked(
 ) -> tuple[Tensor, int, list[Tensor]]:
     """Loss of each token, how many count, and the gradients for ``upstream`` (a scalar or one a token, None is 1)."""
     (tokens, features), classes, dtype = input.shape, weight.shape[0], accumulate_dtype(input.dtype)
+    device = input.device
+    zeros = lambda *size: torch.zeros(size, dtype=dtype, device=device)
     target = target.contiguous()
-    kept = (target != ignore_index).nonzero().squeeze(-1)
-    count = kept.numel()
-    whole = count == tokens
-    if not whole:
-        target = target[kept]
-    _check_targets(target, classes)
+    kept = target != ignore_index
+    count: int | Tensor
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # All tokens go along.
+        index, rows, count = None, tokens, kept.sum()
+        target = torch.where(kept, target, 0)
+    else:
+        index = kept.nonzero().squeeze(-1)
+        rows = count = index.numel()
+        if rows == tokens:
+            index = None
+        else:
+            target = target[index]
+        _check_targets(target, classes)
     wants_input, wants_weight, wants_bias = gradients
-    losses = torch.empty(count if want_loss else 0, dtype=dtype)
+    losses = torch.empty(rows if want_loss else 0, dtype=dtype, device=device)
     out = [input.new_empty(0, dtype=dtype) for _ in range(3)]
     if wants_input:
-        # Ignored tokens keep their zeros; the others are all written.
         out[0] = new_output(input, (tokens, features), dtype=dtype)
-        if not whole:
-            out[0].zero_()
-    if count == 0:
+        if index is not None:
+            out[0].zero_()  # the ignored tokens'; all others are written
+    if rows == 0:
         if wants_weight:
-            out[1] = torch.zeros(classes, features, dtype=dtype)
+            out[1] = zeros(classes, features)
         if wants_bias:
-            out[2] = torch.zeros(classes, dtype=dtype)
-        return torch.zeros(tokens if want_loss else 0, dtype=dtype), count, out
+            out[2] = zeros(classes)
+        return zeros(tokens if want_loss else 0), count, out
     row_gradient = None
     if any(gradients):
-        row_gradient = torch.ones(count, dtype=dtype) if upstream is None else upstream.to(dtype)
-        if row_gradient.dim() == 1 and upstream is not None and not whole:
-            row_gradient = row_gradient[kept]
+        row_gradient = torch.ones((), dtype=dtype, device=device) if upstream is None else upstream.to(dtype)
+        if row_gradient.dim() == 1 and index is not None:
+            row_gradient = row_gradient[index]
         if mean:
             row_gradient = row_gradient / count
-        row_gradient = row_gradient.expand(count).contiguous()
-    head = _Weight(weight, dtype)
+        row_gradient = row_gradient.expand(rows)
+        row_gradient = row_gradient.contiguous() if index is not None else torch.where(kept, row_gradient, 0.0)
+    products = _Products(weight, dtype)
     offset = None if bias is None else bias.to(dtype).contiguous()
-    rows = _rows_per_chunk(count, classes, dtype)
-    buffer = new_output(input, (rows, classes), dtype=dtype)
+    chunk = _rows_per_chunk(rows, classes, dtype, device.type)
+    buffer = new_output(input, (chunk, classes), dtype=dtype)
     rows_kernel = torch.ops.fastgan.linear_cross_entropy_rows.default
-    for begin in range(0, count, rows):
-        part = slice(begin, min(begin + rows, count))
-        x = (input[part] if whole else input[kept[part]]).to(dtype)
+    for begin in range(0, rows, chunk):
+        part = slice(begin, min(begin + chunk, rows))
+        x = (input[part] if index is None else input[index[part]]).to(dtype)
         logits = buffer[: x.shape[0]]
-        head.project(x, logits)
+        products.logits(x, logits)
         margin = torch.linalg.vector_norm(x, dim=-1).mul_(adversarial_radius) if adversarial_radius != 0.0 else None
         upstream_part = None if row_gradient is None else row_gradient[part]
         loss_part = losses[part] if want_loss else None
         rows_kernel(logits, target[part], offset, margin, upstream_part, loss_part, label_smoothing, z_loss)
         if wants_input:
-            dx = out[0][part] if whole else torch.empty_like(x)
-            head.project_back(logits, dx)
+            dx = out[0][part] if index is None else torch.empty_like(x)
+            products.input_gradient(logits, dx)
             if margin is not None:
                 at_target = logits.gather(1, target[part, None])
                 slope = torch.where(margin == 0, 0.0, adversarial_radius**2 / margin)
                 dx.sub_(at_target * slope[:, None] * x)
-            if not whole:
-                out[0].index_copy_(0, kept[part], dx)
+            if index is not None:
+                out[0].index_copy_(0, index[part], dx)
         if wants_weight:
             if begin == 0:
-                out[1] = torch.mm(logits.t(), x, out=new_output(input, (classes, features), dtype=dtype))
-            else:
-                out[1].addmm_(logits.t(), x)
+                out[1] = new_output(input, (classes, features), dtype=dtype)
+            products.weight_gradient(logits, x, out[1], add=begin > 0)
         if wants_bias:
             if begin == 0:
                 out[2] = logits.sum(0)
             else:
                 out[2].add_(logits.sum(0))
-    if want_loss and not whole:
-        losses = torch.zeros(tokens, dtype=dtype).index_copy_(0, kept, losses)
+    if want_loss:
+        losses = torch.where(kept, losses, 0.0) if index is None else zeros(tokens).index_copy_(0, index, losses)
     return losses, count, out
+
+
+def _has_kernel(input: Tensor) -> bool:
+    return input.device.type == "cpu" or _cuda.has_kernel("linear_cross_entropy_rows")
 
 
 def _forward_kernel(
     input, weight, target, bias, ignore_index, label_smoothing, reduction, z_loss, adversarial_radius, gradients
 ):
     settings = (ignore_index, label_smoothing, z_loss, adversarial_radius)
+    if not _has_kernel(input):
+        return reference(
+            input, weight, target, bias, ignore_index, label_smoothing, reduction, z_loss, adversarial_radius, gradients
+        )
     loss, count, out = _chunked(
         input, weight, target, bias, *settings, None, reduction == MEAN, gradients, want_loss=True
     )
@@ -330,6 +373,11 @@ def _backward_kernel(
     grad, input, weight, target, bias, ignore_index, label_smoothing, reduction, z_loss, adversarial_radius, gradients
 ):
     settings = (ignore_index, label_smoothing, z_loss, adversarial_radius)
+    if not _has_kernel(input):
+        return backward_reference(
+            grad, input, weight, target, bias, ignore_index, label_smoothing, reduction, z_loss, adversarial_radius,
+            gradients,
+        )  # fmt: skip
     _, _, out = _chunked(input, weight, target, bias, *settings, grad, reduction == MEAN, gradients, want_loss=False)
     return tuple(gradient.to(input.dtype) for gradient in out)
 
@@ -400,6 +448,6 @@ LIBRARY.define(
     "linear_cross_entropy_rows(Tensor(a!) logits, Tensor target, Tensor? bias, Tensor? margin, Tensor? gradient, "
     "Tensor(b!)? loss, float smoothing, float z) -> ()"
 )
-if _impl.extension_error is None:
-    LIBRARY.impl("linear_cross_entropy", _forward_kernel, "CPU")
-    LIBRARY.impl("linear_cross_entropy_backward", _backward_kernel, "CPU")
+for _device in ("CPU", "CUDA") if _impl.extension_error is None else ():
+    LIBRARY.impl("linear_cross_entropy", _forward_kernel, _device)
+    LIBRARY.impl("linear_cross_entropy_backward", _backward_kernel, _device)

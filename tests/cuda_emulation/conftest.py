@@ -16,6 +16,7 @@ from tests.cuda_emulation.build import CXX, REPOSITORY, build
 STEMS = {
     "norm_act": ["norm_act", "norm_act_backward", "norm_act_eval", "norm_act_eval_backward", "norm_act_move"],
     "gan_loss": ["conv_gan_loss", "conv_gan_loss_backward"],
+    "linear_cross_entropy": ["linear_cross_entropy_rows"],
     "attention": ["attention", "attention_backward", "attention_jvp", "attention_double_backward"],
 }
 _library: list[torch.library.Library] = []
