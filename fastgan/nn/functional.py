@@ -631,7 +631,7 @@ def linear_cross_entropy(
     if weight.dim() > 2 or target.is_floating_point():
         return _linear_cross_entropy.composed(input, weight, target, bias, *settings)
     arguments = (input.reshape(target.numel(), input.shape[-1]), weight, target.reshape(-1).long(), bias, *settings)
-    if _impl.reference_selected() or device != "cpu":
+    if _impl.reference_selected() or not _linear_cross_entropy.has_kernel(device):
         with _autocast.off(device):
             loss = _linear_cross_entropy.reference(*arguments, [False] * 3)[0]
     else:

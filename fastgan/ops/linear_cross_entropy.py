@@ -347,15 +347,16 @@ def _chunked(
     return losses, count, out
 
 
-def _has_kernel(input: Tensor) -> bool:
-    return input.device.type == "cpu" or _cuda.has_kernel("linear_cross_entropy_rows")
+def has_kernel(device: str) -> bool:
+    """Whether tensors of this type of device have the kernels."""
+    return device == "cpu" or (device == "cuda" and _cuda.has_kernel("linear_cross_entropy_rows"))
 
 
 def _forward_kernel(
     input, weight, target, bias, ignore_index, label_smoothing, reduction, z_loss, adversarial_radius, gradients
 ):
     settings = (ignore_index, label_smoothing, z_loss, adversarial_radius)
-    if not _has_kernel(input):
+    if not has_kernel(input.device.type):
         return reference(
             input, weight, target, bias, ignore_index, label_smoothing, reduction, z_loss, adversarial_radius, gradients
         )
@@ -373,7 +374,7 @@ def _backward_kernel(
     grad, input, weight, target, bias, ignore_index, label_smoothing, reduction, z_loss, adversarial_radius, gradients
 ):
     settings = (ignore_index, label_smoothing, z_loss, adversarial_radius)
-    if not _has_kernel(input):
+    if not has_kernel(input.device.type):
         return backward_reference(
             grad, input, weight, target, bias, ignore_index, label_smoothing, reduction, z_loss, adversarial_radius,
             gradients,
