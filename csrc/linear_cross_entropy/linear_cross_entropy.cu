@@ -1,16 +1,16 @@
-// Cross-entropy of rows of logits on CUDA, in place: the loss, and the gradient of the logits where the logits
-// were. Registers: at most 64, no spills (nvcc 13: sm_80, sm_90a, sm_100).
+// Cross-entropy of rows of logits on CUDA, in place: the loss, and the gradient of the logits where the
+// logits were. Registers: at most 64, no spills (nvcc 13: sm_80, sm_90a, sm_100).
 //
 // A block has a row. It reads the row twice and writes it once; in between the row stays in the second-level
-// cache (132 blocks of 50,257 floats are 27 MB, of the 50 MB that an H100 has), so that memory sees one reading
-// and one writing, and cuBLAS's product before it may have left the row there. Each thread keeps the largest
-// entry that it has seen and the sum of exponentials below it, rescaled when a larger one comes (Milakov and
-// Gimelshein, Online normalizer calculation for softmax, 2018); the block folds these in double, as is
-// everything that there is one of a row: for a confident token lse - x[target] is a small difference of large
-// numbers. No atomics: the bits are the same in every run.
+// cache (132 blocks of 50,257 floats are 27 MB, of the 50 MB that an H100 has), so that memory sees one
+// reading and one writing, and cuBLAS's product before it may have left the row there. Each thread keeps the
+// largest entry that it has seen and the sum of exponentials below it, rescaled when a larger one comes
+// (Milakov and Gimelshein, Online normalizer calculation for softmax, 2018); the block folds these in double,
+// as is everything that there is one of a row: for a confident token lse - x[target] is a small difference of
+// large numbers. No atomics: the bits are the same in every run.
 //
-// A target outside the classes is not looked for on the host, which would wait for the device: its loss is NaN,
-// and so is its row's gradient.
+// A target outside the classes is not looked for on the host, which would wait for the device: its loss is
+// NaN, and so is its row's gradient.
 #include "common/cuda_block.h"
 #include "common/cuda_types.h"
 #include "linear_cross_entropy/linear_cross_entropy.h"
@@ -73,8 +73,7 @@ FASTGAN_DEVICE double fold(double value, double* memory) {
   block_sync();
   double out = memory[0];
 #pragma unroll
-  for (int i = 1; i < kWarps; ++i)
-    out = kMaximum ? (memory[i] > out ? memory[i] : out) : out + memory[i];
+  for (int i = 1; i < kWarps; ++i) out = kMaximum ? (memory[i] > out ? memory[i] : out) : out + memory[i];
   return out;
 }
 
@@ -119,8 +118,8 @@ __global__ void __launch_bounds__(kThreads, 2) rows_kernel(Args a) {
   const double gradient = double(static_cast<const T*>(a.gradient)[row]);
   // About the row's maximum, whose exponential is 1: of the sum only a factor remains.
   const T factor = T(gradient * (1 + (a.z != 0 ? 2 * a.z * lse : 0.0)) * (exists ? 1 / sum : nan));
-  const T shift = high == -double(INFINITY) ? T(0) : T(high), offset = T(gradient * a.smoothing / double(a.classes)),
-          whole = T(gradient * (1 - a.smoothing));
+  const T shift = high == -double(INFINITY) ? T(0) : T(high),
+          offset = T(gradient * a.smoothing / double(a.classes)), whole = T(gradient * (1 - a.smoothing));
 #pragma unroll 4
   for (int64_t i = threadIdx.x; i < a.classes; i += kThreads) {
     T out = exp_below(entries(i), shift) * factor - offset;

@@ -16,10 +16,10 @@ upstream gradient of 1; the backward multiplies. Where each token has an upstrea
 (``reduction="none"``), or where the backward is to be differentiated, ``linear_cross_entropy_backward`` computes the
 chunks again.
 
-16-bit features and weights are widened for the CPU's products. A GPU multiplies them as they are and leaves float32: the
-logits are never rounded, and their gradient is before it is multiplied, as it is by torch under autocast. While a CUDA
-graph is captured nothing can be gathered, for the host would have to know how many: ignored tokens then go along with a
-gradient of zero, and an impossible target makes the loss NaN where it would raise.
+16-bit features and weights are widened for the CPU's products. A GPU multiplies them as they are and leaves float32:
+the logits are never rounded, and their gradient is before it is multiplied, as it is by torch under autocast. While a
+CUDA graph is captured nothing can be gathered, for the host would have to know how many: ignored tokens then go along
+with a gradient of zero, and an impossible target makes the loss NaN where it would raise.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""linear_cross_entropy.cu, emulated and on a GPU where there is one: judged by float64 and by the CPU kernel's own error."""
+"""linear_cross_entropy.cu, emulated and on a GPU where there is one: judged by float64 and by the CPU's own error."""
 
 from __future__ import annotations
 
