@@ -268,7 +268,7 @@ def _chunked(
     mean: bool,
     gradients: Sequence[bool],
     want_loss: bool,
-) -> tuple[Tensor, int, list[Tensor]]:
+) -> tuple[Tensor, int | Tensor, list[Tensor]]:
     """Loss of each token, how many count, and the gradients for ``upstream`` (a scalar or one a token, None is 1)."""
     (tokens, features), classes, dtype = input.shape, weight.shape[0], accumulate_dtype(input.dtype)
     device = input.device
