@@ -603,8 +603,8 @@ def linear_cross_entropy(
             logit is lowered by radius · ‖input‖ (Wang, Gong and Liu, ICML 2019). Needs classes as target.
 
     Returns:
-        The loss in input's dtype (computed in float32 for the 16-bit types; float32 under autocast), a scalar or, for
-        "none", of target's shape.
+        The loss in input's dtype (computed in float32 for the 16-bit types; float32 under autocast, which multiplies
+        float32 on the CPU and the lower type on a GPU), a scalar or, for "none", of target's shape.
 
     Raises:
         RuntimeError: shapes or dtypes that do not fit, or label_smoothing outside [0, 1].
@@ -621,11 +621,11 @@ def linear_cross_entropy(
     _linear_cross_entropy_inputs.check(
         input, weight, target, bias, label_smoothing, reduction, z_loss, adversarial_radius
     )
-    device = input.device.type
+    device, dtype = input.device.type, input.dtype
     if _autocast.is_on(device):
-        # torch's own: the product in the lower type, the loss in float32. Here all of it is float32.
-        input, weight = input.to(_float32(input)), weight.to(_float32(weight))
-        bias = None if bias is None else bias.to(_float32(bias))
+        # As torch: the loss in float32; on a GPU the factors in the lower type, their product though in float32.
+        input, weight, bias = _linear_cross_entropy.autocast(device, input, weight, bias)
+        dtype = _linear_cross_entropy.accumulate_dtype(input.dtype)
     index = _linear_cross_entropy.REDUCTIONS.index(reduction)
     settings = (ignore_index, label_smoothing, index, z_loss, adversarial_radius)
     if weight.dim() > 2 or target.is_floating_point():
@@ -637,8 +637,4 @@ def linear_cross_entropy(
     else:
         gradients = _linear_cross_entropy.gradients_to_expect(input, weight, bias, index)
         loss = _linear_cross_entropy.linear_cross_entropy(*arguments, gradients)[0]
-    return loss.reshape(target.shape) if reduction == "none" else loss
-
-
-def _float32(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return (loss.reshape(target.shape) if reduction == "none" else loss).to(dtype)

@@ -13,7 +13,8 @@ Autograd              a single-level ``autograd.Function`` applied in Python, wh
                       in C++. ``register_autograd`` and a Function *around* the operator are each silently wrong
                       somewhere: zero tangents, zero compiled gradients
 FuncTorchBatched      the reference, decomposed under vmap; or the rule given as ``vmap``
-Autocast              ``autocast="lower"`` casts floating arguments to the autocast dtype, ``"float32"`` to float32
+Autocast              ``autocast="lower"`` casts floating arguments to the autocast dtype, ``"float32"`` to float32, a
+                      function as it will. A backward formula runs without autocast: its arguments have been cast
 ====================  ================================================================================================
 
 Derivatives that have no kernel come from the reference: an operator without ``backward`` is differentiated by running
@@ -37,6 +38,9 @@ LIBRARY = torch.library.Library("fastgan", "DEF")
 Backward = Callable[
     [Sequence[Any], Sequence[torch.Tensor], Sequence[torch.Tensor | None], Sequence[bool]], Sequence[Any]
 ]
+
+#: what autocast does to the arguments: (type of device, arguments) -> arguments
+Autocast = Callable[[str, Sequence[Any]], Sequence[Any]]
 
 #: what a forward-mode formula gets: arguments, saved outputs, and the arguments' tangents, None where there is none
 Jvp = Callable[[Sequence[Any], Sequence[torch.Tensor], Sequence[torch.Tensor | None]], Sequence[torch.Tensor | None]]
@@ -116,13 +120,13 @@ def take_saved(gradient: torch.Tensor, upstream: torch.Tensor, dtype: torch.dtyp
         and not torch._C._functorch.is_legacy_batchedtensor(upstream)  # grad(..., is_grads_batched=True)
         and type(gradient) is torch.Tensor
         and type(upstream) is torch.Tensor
-        and gradient.dtype == dtype
         and torch._C._current_graph_task_id() != -1
         and not torch._C._autograd._get_current_graph_task_keep_graph()
     )
     if not consumed:
         return (gradient * upstream).to(dtype)
-    return gradient if gradient.device.type == "cpu" and upstream.item() == 1.0 else gradient.mul_(upstream)
+    is_one = gradient.device.type == "cpu" and upstream.item() == 1.0
+    return (gradient if is_one else gradient.mul_(upstream)).to(dtype)
 
 
 def _tangent(output: torch.Tensor) -> torch.Tensor:
@@ -140,7 +144,7 @@ def define(
     save_outputs: Sequence[int] = (),
     nondifferentiable_outputs: Sequence[int] = (),
     vmap: Callable[..., Any] | None = None,
-    autocast: str | None = None,
+    autocast: str | Autocast | None = None,
 ) -> torch._ops.OpOverload:
     """Define ``torch.ops.fastgan.<name>`` with everything but its compiled kernel, and return it.
 
@@ -158,7 +162,8 @@ def define(
             reference.
         nondifferentiable_outputs: indices of outputs without a gradient.
         vmap: a rule as for ``torch.library.register_vmap``, where one is better than the decomposed reference.
-        autocast: ``"lower"``, ``"float32"`` or None (autocast leaves the arguments alone).
+        autocast: ``"lower"``, ``"float32"``, a function ``(device, args) -> args``, or None (autocast leaves the
+            arguments alone).
     """
     name = schema[: schema.index("(")]
     formula = jvp  # Node has a method of that name
@@ -192,23 +197,9 @@ def define(
             if all(grad is None for grad in grads):
                 return (None,) * len(args)
             needs = _gradients_asked_for(ctx, args)
-            if backward is not None:
-                return tuple(backward(args, outputs, grads, needs))
-            where = [i for i, value in enumerate(args) if _is_differentiable(value) and needs[i]]
-            if not where:
-                return (None,) * len(args)
-            vjp: Any = torch.func.vjp(_as_function_of(where, args), *[args[i] for i in where])
-            primal_outputs, pull = vjp
-            if ctx.is_single:
-                gradients = pull(grads[0])
-            else:
-                gradients = pull(
-                    tuple(torch.zeros_like(o) if g is None else g for o, g in zip(primal_outputs, grads, strict=True))
-                )
-            out: list[Any] = [None] * len(args)
-            for i, gradient in zip(where, gradients, strict=True):
-                out[i] = gradient
-            return tuple(out)
+            # Called inside autocast's region or outside, the bits are the same.
+            with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
+                return _pull_back(ctx, args, outputs, grads, needs)
 
         @staticmethod
         def jvp(ctx, *tangents):
@@ -229,6 +220,25 @@ def define(
                 return tuple(
                     None if i in nondifferentiable_outputs else _tangent(output) for i, output in enumerate(out)
                 )
+
+    def _pull_back(ctx, args, outputs, grads, needs):
+        if backward is not None:
+            return tuple(backward(args, outputs, grads, needs))
+        where = [i for i, value in enumerate(args) if _is_differentiable(value) and needs[i]]
+        if not where:
+            return (None,) * len(args)
+        vjp: Any = torch.func.vjp(_as_function_of(where, args), *[args[i] for i in where])
+        primal_outputs, pull = vjp
+        if ctx.is_single:
+            gradients = pull(grads[0])
+        else:
+            gradients = pull(
+                tuple(torch.zeros_like(o) if g is None else g for o, g in zip(primal_outputs, grads, strict=True))
+            )
+        out: list[Any] = [None] * len(args)
+        for i, gradient in zip(where, gradients, strict=True):
+            out[i] = gradient
+        return tuple(out)
 
     def _restore(ctx):
         args, saved = list(ctx.constants), ctx.saved_tensors
@@ -272,20 +282,30 @@ def define(
     return operator
 
 
-def _autocast_kernel(operator: torch._ops.OpOverload, device: str, policy: str) -> Callable[..., Any]:
-    if policy not in ("lower", "float32"):
-        raise ValueError(f"autocast must be 'lower' or 'float32', got {policy!r}")
+def cast_for_autocast(value: Any, dtype: torch.dtype) -> Any:
+    """As torch's autocast: float64 and what is not floating are left alone."""
+    if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype not in (dtype, torch.float64):
+        return value.to(dtype)
+    return value
+
+
+_AUTOCAST_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU) | torch._C.DispatchKeySet(
+    torch._C.DispatchKey.AutocastCUDA
+)
+
+
+def _autocast_kernel(operator: torch._ops.OpOverload, device: str, policy: str | Autocast) -> Callable[..., Any]:
+    if isinstance(policy, str) and policy not in ("lower", "float32"):
+        raise ValueError(f"autocast must be 'lower', 'float32' or a function, got {policy!r}")
     key = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device.upper()}"))
 
     def kernel(*args):
-        dtype = torch.get_autocast_dtype(device) if policy == "lower" else torch.float32
-        args = tuple(
-            a.to(dtype)
-            if isinstance(a, torch.Tensor) and a.is_floating_point() and a.dtype not in (dtype, torch.float64)
-            else a
-            for a in args
-        )
+        if isinstance(policy, str):
+            dtype = torch.get_autocast_dtype(device) if policy == "lower" else torch.float32
+            cast: Sequence[Any] = [cast_for_autocast(a, dtype) for a in args]
+        else:
+            cast = policy(device, args)
         with torch._C._ExcludeDispatchKeyGuard(key):
-            return operator(*args)
+            return operator(*cast)
 
     return kernel

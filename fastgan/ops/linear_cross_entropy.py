@@ -17,21 +17,23 @@ upstream gradient of 1; the backward multiplies. Where each token has an upstrea
 chunks again.
 
 16-bit features and weights are widened for the CPU's products. A GPU multiplies them as they are and leaves float32:
-the logits are never rounded, and their gradient is before it is multiplied, as it is by torch under autocast. While a
-CUDA graph is captured nothing can be gathered, for the host would have to know how many: ignored tokens then go along
-with a gradient of zero, and an impossible target makes the loss NaN where it would raise.
+the logits are never rounded, and their gradient is before it is multiplied, as it is by torch under autocast. So
+autocast lowers features and weights for a GPU, and widens them for the CPU. The operator's loss is never of 16 bits.
+While a CUDA graph is captured nothing can be gathered, for the host would have to know how many: ignored tokens then go
+along with a gradient of zero, and an impossible target makes the loss NaN where it would raise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fastgan import _cuda, _impl
-from fastgan.ops._autograd import LIBRARY, define, in_functorch, take_saved
+from fastgan.ops._autograd import LIBRARY, cast_for_autocast, define, in_functorch, take_saved
 from fastgan.ops._output import new_output
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -47,6 +49,21 @@ CUDA_CHUNK_BYTES = 128 << 20
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for the 16-bit types, the type itself otherwise."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def autocast_dtype(device: str) -> torch.dtype:
+    """What features and weights become under autocast: a GPU multiplies the lower type, the CPU float32."""
+    return torch.float32 if device == "cpu" else torch.get_autocast_dtype(device)
+
+
+def autocast(device: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three as autocast has them; the bias, which is added to float32 logits, is float32."""
+    dtype = autocast_dtype(device)
+    return (
+        cast_for_autocast(input, dtype),
+        cast_for_autocast(weight, dtype),
+        None if bias is None else cast_for_autocast(bias, torch.float32),
+    )
 
 
 # ---- references ----
@@ -90,7 +107,10 @@ def reference(
     adversarial_radius: float,
     gradients: Sequence[bool],
 ) -> tuple[Tensor, ...]:
-    """Input (T, H), weight (V, H), target (T,) and bias (V,) or None → the loss and the gradients asked for."""
+    """Input (T, H), weight (V, H), target (T,) and bias (V,) or None → the loss and the gradients asked for.
+
+    All of them in the accumulate dtype. The bias may be wider than the others.
+    """
     logits = _logits(input, weight, target, bias, adversarial_radius)
     kept = target != ignore_index
     lse = logits.logsumexp(-1)
@@ -112,7 +132,7 @@ def reference(
             precomputed = _gradients(one, input, weight, target, bias, *settings, gradients)
     else:
         precomputed = [input.new_empty(0, dtype=accumulate_dtype(input.dtype)) for _ in range(3)]
-    return loss.to(input.dtype), *precomputed
+    return loss, *precomputed
 
 
 def _gradients(
@@ -145,7 +165,13 @@ def _gradients(
 
 def backward_reference(grad: Tensor, input: Tensor, *args) -> tuple[Tensor, ...]:
     """The gradients of input, weight and bias for an upstream gradient: a scalar, or (T,) without reduction."""
-    return tuple(gradient.to(input.dtype) for gradient in _gradients(grad, input, *args))
+    return _as_given(_gradients(grad, input, *args), input, args[0], args[2])
+
+
+def _as_given(gradients: Sequence[Tensor], input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """Each gradient in the dtype of its tensor."""
+    given = (input, weight, input if bias is None else bias)
+    return tuple(gradient.to(tensor.dtype) for gradient, tensor in zip(gradients, given, strict=True))
 
 
 def composed(
@@ -198,6 +224,19 @@ def _rows_per_chunk(tokens: int, classes: int, dtype: torch.dtype, device: str =
     return -(-tokens // max(1, chunks))
 
 
+def _multiplies_16_bits(device: str) -> bool:
+    """Whether its matrix products take 16-bit factors and give float32."""
+    return device != "cpu"
+
+
+def _widening_product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """out (float32) = a @ b of 16-bit factors, or is added to."""
+    if add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
 class _Products:
     """The three matrix products of a chunk. On the CPU, 16-bit weights are widened a block of classes at a time."""
 
@@ -209,7 +248,7 @@ class _Products:
         #: of the factors; a GPU multiplies 16-bit ones into float32
         self.factor_dtype = dtype
         if weight.dtype != dtype:
-            if weight.device.type == "cpu":
+            if not _multiplies_16_bits(weight.device.type):
                 self.block = max(16, CHUNK_BYTES // max(1, 4 * weight.shape[1]))
             else:
                 self.factor_dtype = weight.dtype
@@ -226,10 +265,8 @@ class _Products:
                 out.addmm_(a, b)
             else:
                 torch.mm(a, b, out=out)
-        elif add:
-            torch.addmm(out, a, b, out_dtype=self.dtype, out=out)
         else:
-            torch.mm(a, b, out_dtype=self.dtype, out=out)
+            _widening_product(a, b, out, add)
 
     def logits(self, x: Tensor, out: Tensor) -> None:
         """out (t, V) = x (t, H) @ weightᵀ"""
@@ -314,7 +351,6 @@ def _chunked(
     offset = None if bias is None else bias.to(dtype).contiguous()
     chunk = _rows_per_chunk(rows, classes, dtype, device.type)
     buffer = new_output(input, (chunk, classes), dtype=dtype)
-    rows_kernel = torch.ops.fastgan.linear_cross_entropy_rows.default
     for begin in range(0, rows, chunk):
         part = slice(begin, min(begin + chunk, rows))
         x = (input[part] if index is None else input[index[part]]).to(dtype)
@@ -323,7 +359,7 @@ def _chunked(
         margin = torch.linalg.vector_norm(x, dim=-1).mul_(adversarial_radius) if adversarial_radius != 0.0 else None
         upstream_part = None if row_gradient is None else row_gradient[part]
         loss_part = losses[part] if want_loss else None
-        rows_kernel(logits, target[part], offset, margin, upstream_part, loss_part, label_smoothing, z_loss)
+        _rows_kernel(logits, target[part], offset, margin, upstream_part, loss_part, label_smoothing, z_loss)
         if wants_input:
             dx = out[0][part] if index is None else torch.empty_like(x)
             products.input_gradient(logits, dx)
@@ -367,7 +403,7 @@ def _forward_kernel(
         loss = loss.sum()
     if reduction == MEAN:
         loss = loss / count  # no token that counts: nan, as torch has it
-    return loss.to(input.dtype), *out
+    return loss, *out
 
 
 def _backward_kernel(
@@ -380,26 +416,29 @@ def _backward_kernel(
             gradients,
         )  # fmt: skip
     _, _, out = _chunked(input, weight, target, bias, *settings, grad, reduction == MEAN, gradients, want_loss=False)
-    return tuple(gradient.to(input.dtype) for gradient in out)
+    return _as_given(out, input, weight, bias)
 
 
 # ---- operators ----
 
 
-def _fake_gradients(input: Tensor, weight: Tensor, gradients: Sequence[bool], dtype: torch.dtype) -> list[Tensor]:
+def _fake_gradients(input, weight, bias, gradients: Sequence[bool], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     shapes = (input.shape, weight.shape, weight.shape[:1])
     return [
-        input.new_empty(shape if wanted else (0,), dtype=dtype) for shape, wanted in zip(shapes, gradients, strict=True)
+        input.new_empty(shape if wanted else (0,), dtype=dtype)
+        for shape, wanted, dtype in zip(shapes, gradients, dtypes, strict=True)
     ]
 
 
 def _fake(input, weight, target, bias, ignore_index, label_smoothing, reduction, z_loss, adversarial_radius, gradients):
-    loss = input.new_empty(target.shape if reduction == NONE else ())
-    return loss, *_fake_gradients(input, weight, gradients, accumulate_dtype(input.dtype))
+    dtype = accumulate_dtype(input.dtype)
+    loss = input.new_empty(target.shape if reduction == NONE else (), dtype=dtype)
+    return loss, *_fake_gradients(input, weight, bias, gradients, [dtype] * 3)
 
 
-def _fake_backward(grad, input, weight, *args):
-    return tuple(_fake_gradients(input, weight, args[-1], input.dtype))
+def _fake_backward(grad, input, weight, target, bias, *args):
+    dtypes = [tensor.dtype for tensor in (input, weight, input if bias is None else bias)]
+    return tuple(_fake_gradients(input, weight, bias, args[-1], dtypes))
 
 
 def _backward(args, saved, grads, needs):
@@ -413,14 +452,21 @@ def _backward(args, saved, grads, needs):
         and all(have or not want for have, want in zip(precomputed, wanted, strict=True))
     ):
         out = [
-            take_saved(gradient, grads[0], input.dtype) if want else None
-            for gradient, want in zip(saved, wanted, strict=True)
+            take_saved(gradient, grads[0], tensor.dtype) if want else None
+            for gradient, tensor, want in zip(saved, (input, weight, bias), wanted, strict=True)
         ]
     else:
         # The backward will itself be differentiated, or each token has an upstream gradient of its own.
         out = linear_cross_entropy_backward(grads[0], input, weight, target, bias, *settings, wanted)
         out = [gradient if want else None for gradient, want in zip(out, wanted, strict=True)]
     return out[0], out[1], None, out[2], *none
+
+
+def _autocast_arguments(device: str, begin: int, args: Sequence[Any]) -> list[Any]:
+    """Input, weight, target and bias stand at ``begin``; before them an upstream gradient."""
+    input, weight, target, bias = args[begin : begin + 4]
+    input, weight, bias = autocast(device, input, weight, bias)
+    return [*args[:begin], input, weight, target, bias, *args[begin + 4 :]]
 
 
 _SETTINGS = "int ignore_index, float label_smoothing, int reduction, float z_loss, float adversarial_radius"
@@ -433,7 +479,7 @@ linear_cross_entropy = define(
     backward=_backward,
     save_outputs=(1, 2, 3),
     nondifferentiable_outputs=(1, 2, 3),
-    autocast="float32",
+    autocast=lambda device, args: _autocast_arguments(device, 0, args),
 )
 
 linear_cross_entropy_backward = define(
@@ -441,7 +487,7 @@ linear_cross_entropy_backward = define(
     f"{_SETTINGS}, bool[] gradients) -> (Tensor, Tensor, Tensor)",
     reference=backward_reference,
     fake=_fake_backward,
-    autocast="float32",
+    autocast=lambda device, args: _autocast_arguments(device, 1, args),
 )
 
 # The row kernel, in place; only the two kernels below call it, beneath autograd.
@@ -449,6 +495,7 @@ LIBRARY.define(
     "linear_cross_entropy_rows(Tensor(a!) logits, Tensor target, Tensor? bias, Tensor? margin, Tensor? gradient, "
     "Tensor(b!)? loss, float smoothing, float z) -> ()"
 )
+_rows_kernel = torch.ops.fastgan.linear_cross_entropy_rows.default
 for _device in ("CPU", "CUDA") if _impl.extension_error is None else ():
     LIBRARY.impl("linear_cross_entropy", _forward_kernel, _device)
     LIBRARY.impl("linear_cross_entropy_backward", _backward_kernel, _device)

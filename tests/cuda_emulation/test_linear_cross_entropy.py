@@ -7,6 +7,8 @@ import math
 import pytest
 import torch
 
+from fastgan.nn.functional import linear_cross_entropy
+from fastgan.ops import linear_cross_entropy as ops
 from tests.cuda_emulation.build import needs_compiler
 
 pytestmark = [needs_compiler, pytest.mark.kernel, pytest.mark.timeout(600)]
@@ -110,6 +112,42 @@ def test_a_target_outside_makes_its_row_nan_and_reads_nothing(cuda_kernels):
     logits = torch.randn(3, 50)
     loss, x = run(cuda_kernels, logits, torch.tensor([50, 1, -1]), None, None, torch.ones(3), 0.0, 0.0)
     assert loss.isnan().tolist() == x.isnan().all(1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_gpus_16_bit_factors_give_float32_logits(emulated, monkeypatch, reduction):
+    """The operator as it runs on a GPU: chunks, products of the factors as they are, the emulated row kernel."""
+    dtypes = set()
+
+    def product(a, b, out, add):
+        dtypes.add((a.dtype, b.dtype, out.dtype))
+        out.add_(a.float() @ b.float()) if add else out.copy_(a.float() @ b.float())
+
+    monkeypatch.setattr(ops, "CHUNK_BYTES", 1)  # sixteen rows a chunk
+    monkeypatch.setattr(ops, "_multiplies_16_bits", lambda device: True)
+    monkeypatch.setattr(ops, "_widening_product", product)
+    monkeypatch.setattr(ops, "_rows_kernel", emulated.linear_cross_entropy_rows)
+    monkeypatch.setattr(ops, "autocast_dtype", torch.get_autocast_dtype)
+    input, weight, bias = (torch.randn(*size).requires_grad_() for size in ((40, 8), (50, 8), (50,)))
+    target = torch.randint(0, 50, (40,))
+    target[[3, 30]] = -100
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(input, weight, target, bias, label_smoothing=0.1, reduction=reduction)
+    assert loss.dtype == torch.float32
+    assert dtypes <= {(torch.bfloat16, torch.bfloat16, torch.float32)}
+    assert dtypes
+    got = torch.autograd.grad(loss.sum(), (input, weight, bias))
+    leaves = [t.detach().bfloat16().double().requires_grad_() for t in (input, weight)]
+    exact_bias = bias.detach().double().requires_grad_()
+    exact_loss = torch.nn.functional.cross_entropy(
+        leaves[0] @ leaves[1].t() + exact_bias, target, label_smoothing=0.1, reduction=reduction
+    )
+    torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-5, atol=1e-6)
+    want = torch.autograd.grad(exact_loss.sum(), (*leaves, exact_bias))
+    assert error(got[2], want[2]) < 1e-6
+    # the logits' gradient is rounded before it is multiplied, and the result once more
+    assert error(got[0], want[0]) < torch.finfo(torch.bfloat16).eps
+    assert error(got[1], want[1]) < torch.finfo(torch.bfloat16).eps
 
 
 def test_the_same_bits_again(cuda_kernels):

@@ -223,6 +223,87 @@ def test_autocast_computes_in_float32():
     assert mixed.dtype == torch.float32
 
 
+# ---- autocast as it is on a GPU, where the factors are of the lower type ----
+
+
+@pytest.fixture
+def autocast_as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(ops, "autocast_dtype", torch.get_autocast_dtype)
+
+
+def test_autocast_lowers_the_factors_for_a_gpu_alone():
+    input, weight, _, bias = inputs(dtype=torch.float32)
+    cast = lambda device, *tensors: [t if t is None else t.dtype for t in ops.autocast(device, *tensors)]
+    with torch.autocast("cpu", torch.float16):
+        assert cast("cpu", input.bfloat16(), weight, bias.half()) == [torch.float32] * 3
+    before = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        assert cast("cuda", input, weight, bias) == [torch.bfloat16, torch.bfloat16, torch.float32]
+        assert cast("cuda", input.half(), weight, None) == [torch.bfloat16, torch.bfloat16, None]
+        assert cast("cuda", input.double(), weight.double(), bias.double()) == [torch.float64] * 3
+    finally:
+        torch.set_autocast_dtype("cuda", before)
+
+
+@pytest.mark.parametrize("implementation", ["kernels", "reference"])
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_lowered_factors_and_a_loss_that_is_never_rounded(autocast_as_on_a_gpu, reduction, implementation):
+    args = inputs(40, 8, 50, torch.float32, ignored=(3,))
+    input, weight, target, bias = args
+    upstream = torch.rand(40 if reduction == "none" else ())
+    lowered = [t.detach().bfloat16().double() for t in (input, weight)]
+    exact = [t.requires_grad_() for t in (*lowered, bias.detach().double())]
+    expected = gradients(plain, *exact[:2], target, exact[2], upstream, reduction=reduction)
+    with fastgan.use(implementation), torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(*args, reduction=reduction)
+    got = (loss, *torch.autograd.grad(loss, (input, weight, bias), upstream))
+    assert all(t.dtype == torch.float32 for t in got)
+    torch.testing.assert_close([got[0], got[3]], [expected[0], expected[3]], rtol=1e-5, atol=1e-6, check_dtype=False)
+    # those of features and weight pass through the lower type
+    torch.testing.assert_close(
+        got[1:3], expected[1:3], rtol=0.51 * torch.finfo(torch.bfloat16).eps, atol=1e-6, check_dtype=False
+    )
+
+
+@pytest.mark.kernel  # the reference is PyTorch's own operators, whose backward autocast does lower
+@pytest.mark.parametrize("gpu", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_backward_inside_autocast_gives_the_same_bits(monkeypatch, reduction, gpu):
+    if gpu:
+        monkeypatch.setattr(ops, "autocast_dtype", torch.get_autocast_dtype)
+    wanted = lambda args: (args[0], args[1], args[3])
+    for forward_too in (False, True):  # in autocast
+        args = inputs(40, 8, 50, torch.float32)
+        with torch.autocast("cpu", torch.bfloat16, enabled=forward_too):
+            loss = linear_cross_entropy(*args, reduction=reduction).sum()
+        results = []
+        for inside in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                first = torch.autograd.grad(loss, wanted(args), retain_graph=True)
+                once = torch.autograd.grad(loss, args[0], create_graph=True)[0]
+                penalty = once.square().sum()
+                second = torch.autograd.grad(penalty, wanted(args))
+            results.append([*first, *second])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.kernel
+def test_autocast_compiles_and_the_raw_operator_obeys_it(autocast_as_on_a_gpu):
+    args = inputs(dtype=torch.float32, ignored=(2,))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = gradients(linear_cross_entropy, *args)
+        raw = ops.linear_cross_entropy(*args, -100, 0.0, ops.MEAN, 0.0, 0.0, [False] * 3)[0]
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def compiled(*args, **settings):
+        with torch.autocast("cpu", torch.bfloat16):
+            return linear_cross_entropy(*args, **settings)
+
+    torch.testing.assert_close(gradients(compiled, *args), expected)
+    assert raw.equal(expected[0])
+
+
 def test_the_row_kernel_gives_the_same_bits_for_every_number_of_threads():
     logits, target = torch.randn(33, 3001), torch.randint(0, 3001, (33,))
     results = []
