@@ -251,6 +251,7 @@ def test_R32_a_live_t5_goes_to_eager_and_back():
         torch.testing.assert_close(each, logits[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.kernel
 def test_t5_keeps_mask_and_bias_apart(monkeypatch):
     """Joined they would be a (B, H, L, S) tensor in every layer."""
     monkeypatch.setattr(functional, "scaled_dot_product_attention", None)
