@@ -15,7 +15,7 @@
 // is exactly 0. A NaN score is no maximum, but goes through exp2 into the row's sum, and so to the whole row.
 // Dropout: P is kept or dropped by Philox's word for its place, row sums are over what is not dropped yet.
 // Work and the order of sums depend on shapes alone: the same bits in every run.
-#include "attention/attention_cuda.h"
+#include "attention/attention_cuda_blocks.h"
 
 namespace fastgan {
 namespace {
@@ -76,24 +76,9 @@ __global__ void __launch_bounds__(ForwardTiling<S, D>::threads, 2)
   const int warp = int(threadIdx.x) / kWarp;
   T* memory = per_warp ? shared.take<T>(Tiling::warps * per_warp) + warp * per_warp : nullptr;
 
-  int block, head;
-  const int pair = divide(int(blockIdx.x), plan.row_blocks, block);
-  const int batch = divide(pair, int(args.heads), head);
-  if (args.is_causal) block = plan.row_blocks - 1 - block;  // those with the most work first
-  const int row0 = block * Tiling::rows, warp_row = row0 + warp * 16 * R;
-  const int kv_head = head / int(args.heads / args.kv_heads);
-  const S *key = head_of<S>(args.key, batch, kv_head), *value = head_of<S>(args.value, batch, kv_head);
-  int end = int(args.columns);
-  if (args.is_causal && row0 + Tiling::rows < end) end = row0 + Tiling::rows;
-
-  int seen = kAll;
-  auto next = [&](int tile) {  // the first from `tile` on in which something is visible
-    for (; tile < end; tile += N) {
-      seen = seen_of(plan.map, args, batch, head, row0, Tiling::rows, tile, N);
-      if (seen != kNothing) break;
-    }
-    return tile;
-  };
+  const RowsOfBlock<Tiling> of(args, plan, args.is_causal);
+  const int batch = of.batch, head = of.head, warp_row = of.warp_row;
+  const S *key = head_of<S>(args.key, batch, of.kv_head), *value = head_of<S>(args.value, batch, of.kv_head);
   auto load = [&](int tile, int stage) {
     S* to = tiles + stage * 2 * N * D;
     load_tile<S, D, N, threads>(to, args.key, key, tile, args.columns, args.width, plan.vectors);
@@ -104,24 +89,9 @@ __global__ void __launch_bounds__(ForwardTiling<S, D>::threads, 2)
   T output[R][D / 8][4] = {}, maximum[R][2], total[R][2] = {};
 #pragma unroll
   for (int t = 0; t < R; ++t) maximum[t][0] = maximum[t][1] = -T(INFINITY);
-  load_tile<S, D, Tiling::rows, threads>(queries, args.query, head_of<S>(args.query, batch, head), row0,
+  load_tile<S, D, Tiling::rows, threads>(queries, args.query, head_of<S>(args.query, batch, head), of.row0,
                                          args.rows, args.width, plan.vectors);
-  int tile = next(0), stage = 0;
-  if (stages == 2 && tile < end) load(tile, 0);
-  async_commit();
-  while (tile < end) {
-    const bool look = args.mask.data && seen == kSome;
-    if (stages == 1) {
-      load(tile, 0);
-      async_commit();
-    }
-    async_wait<0>();
-    block_sync();  // the tile is there, and nobody is at the former one any more
-    const int following = next(tile + N);
-    if (stages == 2 && following < end) {
-      load(following, stage ^ 1);
-      async_commit();
-    }
+  go_through<stages>(TilesOfKeys<Tiling>(args, plan, of), load, [&](int tile, int stage, bool look) {
     const S* keys = tiles + stage * 2 * N * D;
     // A warp whose rows end before the diagonal has nothing to do here.
     if (!args.is_causal || tile < warp_row + 16 * R) {
@@ -135,10 +105,7 @@ __global__ void __launch_bounds__(ForwardTiling<S, D>::threads, 2)
         });
       add_weighted_rows<S, D, N, R>(output, scores, keys + N * D, memory);
     }
-    if (stages == 1) block_sync();
-    tile = following;
-    if (stages == 2) stage ^= 1;
-  }
+  });
 
   double* logsumexp = args.logsumexp + (int64_t(batch) * args.heads + head) * args.rows;
   const T kept_scale = args.has_dropout ? T(args.kept_scale) : T(1);

@@ -19,7 +19,7 @@
 // summed up from P ∘ dP instead (delta_kernel), the numbers that it is subtracted from: a weight of 1 then
 // has a gradient of exactly 0, as it must, and a row's dS sum to 0. Short rows wait for launches, not for
 // products.
-#include "attention/attention_cuda.h"
+#include "attention/attention_cuda_blocks.h"
 
 namespace fastgan {
 namespace {
@@ -157,11 +157,8 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
   using T = Accumulate<S>;
   constexpr int N = Tiling::N, R = Tiling::R, threads = Tiling::threads;
   const Memory<S, D, Tiling> memory;
-  int block, head;
-  const int pair = divide(int(blockIdx.x), plan.row_blocks, block);
-  const int batch = divide(pair, int(args.heads), head);
-  const int row0 = block * Tiling::rows, warp_row = row0 + int(threadIdx.x) / kWarp * 16 * R;
-  const int kv_head = head / int(args.heads / args.kv_heads);
+  const RowsOfBlock<Tiling> of(args, plan);
+  const int batch = of.batch, head = of.head, kv_head = of.kv_head, row0 = of.row0, warp_row = of.warp_row;
   load_tile<S, D, Tiling::rows, threads>(memory.a, args.query, head_of<S>(args.query, batch, head), row0,
                                          args.rows, args.width, plan.vectors);
   load_tile<S, D, Tiling::rows, threads>(memory.a + Tiling::rows * D, args.grad_output,
@@ -208,23 +205,9 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
   using T = Accumulate<S>;
   constexpr int N = Tiling::N, R = Tiling::R, stages = Tiling::stages, threads = Tiling::threads;
   const Memory<S, D, Tiling> memory;
-  int block, head;
-  const int pair = divide(int(blockIdx.x), plan.row_blocks, block);
-  const int batch = divide(pair, int(args.heads), head);
-  if (args.is_causal) block = plan.row_blocks - 1 - block;
-  const int row0 = block * Tiling::rows, warp_row = row0 + int(threadIdx.x) / kWarp * 16 * R;
-  const int kv_head = head / int(args.heads / args.kv_heads);
-  const S *key = head_of<S>(args.key, batch, kv_head), *value = head_of<S>(args.value, batch, kv_head);
-  int end = int(args.columns);
-  if (args.is_causal && row0 + Tiling::rows < end) end = row0 + Tiling::rows;
-  int seen = kAll;
-  auto next = [&](int tile) {
-    for (; tile < end; tile += N) {
-      seen = seen_of(plan.map, args, batch, head, row0, Tiling::rows, tile, N);
-      if (seen != kNothing) break;
-    }
-    return tile;
-  };
+  const RowsOfBlock<Tiling> of(args, plan, args.is_causal);
+  const int batch = of.batch, head = of.head, row0 = of.row0, warp_row = of.warp_row;
+  const S *key = head_of<S>(args.key, batch, of.kv_head), *value = head_of<S>(args.value, batch, of.kv_head);
   auto load = [&](int tile, int stage) {
     load_tile<S, D, N, threads>(memory.tile(stage, 0), args.key, key, tile, args.columns, args.width,
                                 plan.vectors);
@@ -239,22 +222,7 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
   T sums[R][D / 8][4] = {}, lse[R][2], rest[R][2], delta[R][2];
   load_row_numbers(args, batch, head, warp_row, lse, rest);
   load_deltas(args, batch, head, warp_row, delta);
-  int tile = next(0), stage = 0;
-  if (stages == 2 && tile < end) load(tile, 0);
-  async_commit();
-  while (tile < end) {
-    const bool look = args.mask.data && seen == kSome;
-    if (stages == 1) {
-      load(tile, 0);
-      async_commit();
-    }
-    async_wait<0>();
-    block_sync();
-    const int following = next(tile + N);
-    if (stages == 2 && following < end) {
-      load(following, stage ^ 1);
-      async_commit();
-    }
+  go_through<stages>(TilesOfKeys<Tiling>(args, plan, of), load, [&](int tile, int stage, bool look) {
     if (!args.is_causal || tile < warp_row + 16 * R) {
       T scores[R][N / 8][4], grads[R][N / 8][4];
       weights_of_queries<S, D>(args, memory, batch, head, warp_row, tile, stage, look, lse, rest, scores,
@@ -262,10 +230,7 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
       for_each_place<N, R>([&](int t, int j, int i) { scores[t][j][i] *= grads[t][j][i] - delta[t][i / 2]; });
       add_weighted_rows<S, D, N, R>(sums, scores, memory.tile(stage, 0), memory.weights);
     }
-    if (stages == 1) block_sync();
-    tile = following;
-    if (stages == 2) stage ^= 1;
-  }
+  });
   T factor[R][2];
 #pragma unroll
   for (int t = 0; t < R; ++t) factor[t][0] = factor[t][1] = T(args.scale);
@@ -278,25 +243,11 @@ __global__ void __launch_bounds__(KeysTiling<S, D>::threads, 2) keys_kernel(Atte
   using T = Accumulate<S>;
   constexpr int N = Tiling::N, R = Tiling::R, stages = Tiling::stages, threads = Tiling::threads;
   const Memory<S, D, Tiling> memory;
-  int block, kv_head;
-  const int pair = divide(int(blockIdx.x), plan.key_blocks, block);
-  const int batch = divide(pair, int(args.kv_heads), kv_head);
-  const int key0 = block * Tiling::rows, warp_key = key0 + int(threadIdx.x) / kWarp * 16 * R;
-  const int group = int(args.heads / args.kv_heads), rows = int(args.rows);
-  const int first = args.is_causal ? key0 / N * N : 0;  // no row before sees these keys
-  int seen = kAll;
-  struct At {
-    int head, tile;
-  };
-  auto next = [&](At at) {
-    for (; at.head < group; ++at.head, at.tile = first)
-      for (; at.tile < rows; at.tile += N) {
-        seen = seen_of(plan.map, args, batch, kv_head * group + at.head, at.tile, N, key0, Tiling::rows);
-        if (seen != kNothing) return at;
-      }
-    return at;
-  };
-  auto load = [&](At at, int stage) {
+  using Tiles = TilesOfRows<Tiling>;
+  const KeysOfBlock<Tiling> of(args, plan);
+  const int batch = of.batch, kv_head = of.kv_head, key0 = of.key0, warp_key = of.warp_key, group = of.group;
+  const int rows = int(args.rows);
+  auto load = [&](typename Tiles::At at, int stage) {
     const int head = kv_head * group + at.head;
     load_tile<S, D, N, threads>(memory.tile(stage, 0), args.query, head_of<S>(args.query, batch, head),
                                 at.tile, args.rows, args.width, plan.vectors);
@@ -321,23 +272,7 @@ __global__ void __launch_bounds__(KeysTiling<S, D>::threads, 2) keys_kernel(Atte
                                            args.value_width, plan.vectors);
   // Where one of them is not wanted its sums are never touched, and take no registers.
   T key_sums[R][D / 8][4] = {}, value_sums[R][D / 8][4] = {};
-  At at = next({0, first});
-  int stage = 0;
-  if (stages == 2 && at.head < group) load(at, 0);
-  async_commit();
-  while (at.head < group) {
-    const bool look = args.mask.data && seen == kSome;
-    if (stages == 1) {
-      load(at, 0);
-      async_commit();
-    }
-    async_wait<0>();
-    block_sync();
-    const At following = next({at.head, at.tile + N});
-    if (stages == 2 && following.head < group) {
-      load(following, stage ^ 1);
-      async_commit();
-    }
+  go_through<stages>(Tiles(args, plan, of), load, [&](typename Tiles::At at, int stage, bool look) {
     const int head = kv_head * group + at.head;
     if (!args.is_causal || at.tile + N > warp_key) {
       const T* numbers = memory.numbers + 3 * stage * N + 2 * lane_column();
@@ -376,10 +311,7 @@ __global__ void __launch_bounds__(KeysTiling<S, D>::threads, 2) keys_kernel(Atte
         add_weighted_rows<S, D, N, R>(key_sums, scores, memory.tile(stage, 0), memory.weights);
       }
     }
-    if (stages == 1) block_sync();
-    at = following;
-    if (stages == 2) stage ^= 1;
-  }
+  });
   T factor[R][2];
 #pragma unroll
   for (int t = 0; t < R; ++t) factor[t][0] = factor[t][1] = T(args.scale);
@@ -467,18 +399,11 @@ Error backward(const AttentionArgs& args, void* stream) {
   if (!error)
     error = launch(queries_kernel<S, D>, args.batch * args.heads * plan.row_blocks, Tiling::threads, shared,
                    stream, args, plan);
-  if constexpr (OfKeys::split) {
-    if (!error)
-      error =
-          launch(keys_kernel<S, D, true, false>, keys, OfKeys::threads, shared_of_keys, stream, args, plan);
-    if (!error)
-      error =
-          launch(keys_kernel<S, D, false, true>, keys, OfKeys::threads, shared_of_keys, stream, args, plan);
-  } else {
-    if (!error)
-      error =
-          launch(keys_kernel<S, D, true, true>, keys, OfKeys::threads, shared_of_keys, stream, args, plan);
-  }
+  if (!error)
+    error = launch_of_keys<OfKeys::split>([&](auto key, auto value) {
+      return launch(keys_kernel<S, D, key.value, value.value>, keys, OfKeys::threads, shared_of_keys, stream,
+                    args, plan);
+    });
   if (error || !args.grad_bias) return error;
   const int64_t tiles = plan_bias_tiles(args, plan, Tiling::rows, Tiling::N);
   return launch(bias_kernel<S, D>, tiles, Tiling::threads, shared, stream, args, plan);

@@ -13,7 +13,7 @@
 // cost nothing. D and D' come from the output as it was stored: of half precision a row's dS' sums to 0 but
 // for its rounding, in short rows as well (the first order has D of those from P ∘ dP). All in memory linear
 // in the sequence, and the same bits in every run.
-#include "attention/attention_cuda.h"
+#include "attention/attention_cuda_blocks.h"
 
 namespace fastgan {
 namespace {
@@ -169,11 +169,8 @@ __global__ void __launch_bounds__(SecondTiling<S, D>::threads, 2)
   using T = Accumulate<S>;
   constexpr int N = Tiling::N;
   const Memory<S, D, 2, 4> memory;
-  int block, head;
-  const int pair = divide(int(blockIdx.x), plan.row_blocks, block);
-  const int batch = divide(pair, int(args.heads), head);
-  const int row0 = block * Tiling::rows, warp_row = row0 + int(threadIdx.x) / kWarp * 16;
-  const int kv_head = head / int(args.heads / args.kv_heads);
+  const RowsOfBlock<Tiling> of(args, plan);
+  const int batch = of.batch, head = of.head, kv_head = of.kv_head, row0 = of.row0, warp_row = of.warp_row;
   load_queries<S, D>(args, plan, memory, batch, head, row0);
   T numbers[2][kNumbers], sums[1][D / 8][4] = {}, mean[2] = {};
   row_numbers(args, batch, head, warp_row, false, numbers);
@@ -275,11 +272,8 @@ __global__ void __launch_bounds__(SecondTiling<S, D>::threads, 2)
   using T = Accumulate<S>;
   constexpr int N = Tiling::N;
   const Memory<S, D, 3, 4> memory;
-  int block, head;
-  const int pair = divide(int(blockIdx.x), plan.row_blocks, block);
-  const int batch = divide(pair, int(args.heads), head);
-  const int row0 = block * Tiling::rows, warp_row = row0 + int(threadIdx.x) / kWarp * 16;
-  const int kv_head = head / int(args.heads / args.kv_heads);
+  const RowsOfBlock<Tiling> of(args, plan);
+  const int batch = of.batch, head = of.head, kv_head = of.kv_head, row0 = of.row0, warp_row = of.warp_row;
   load_queries<S, D>(args, plan, memory, batch, head, row0);
   load_tile_of<S, D, Tiling::rows, Tiling::threads>(memory.block(2), args.grad_output, batch, head, row0,
                                                     args.rows, args.value_width, plan.vectors);
@@ -310,11 +304,8 @@ __global__ void __launch_bounds__(SecondTiling<S, D>::threads, 2)
   using T = Accumulate<S>;
   constexpr int N = Tiling::N, rows = Tiling::rows, threads = Tiling::threads;
   const Memory<S, D, 4, 3> memory;
-  int block, kv_head;
-  const int pair = divide(int(blockIdx.x), plan.key_blocks, block);
-  const int batch = divide(pair, int(args.kv_heads), kv_head);
-  const int key0 = block * rows, warp_key = key0 + int(threadIdx.x) / kWarp * 16;
-  const int group = int(args.heads / args.kv_heads);
+  const KeysOfBlock<Tiling> of(args, plan);
+  const int batch = of.batch, kv_head = of.kv_head, key0 = of.key0, warp_key = of.warp_key, group = of.group;
   load_tile_of<S, D, rows, threads>(memory.block(0), args.key, batch, kv_head, key0, args.columns, args.width,
                                     plan.vectors);
   load_tile_of<S, D, rows, threads>(memory.block(1), args.tangent_key, batch, kv_head, key0, args.columns,
@@ -470,18 +461,11 @@ Error double_backward(const AttentionArgs& args, void* stream) {
   if (!error)
     error = launch(second_queries_kernel<S, D>, args.batch * args.heads * plan.row_blocks, Tiling::threads,
                    shared, stream, args, plan);
-  if constexpr (Tiling::split) {
-    if (!error)
-      error =
-          launch(second_keys_kernel<S, D, true, false>, keys, Tiling::threads, of_keys, stream, args, plan);
-    if (!error)
-      error =
-          launch(second_keys_kernel<S, D, false, true>, keys, Tiling::threads, of_keys, stream, args, plan);
-  } else {
-    if (!error)
-      error =
-          launch(second_keys_kernel<S, D, true, true>, keys, Tiling::threads, of_keys, stream, args, plan);
-  }
+  if (!error)
+    error = launch_of_keys<Tiling::split>([&](auto key, auto value) {
+      return launch(second_keys_kernel<S, D, key.value, value.value>, keys, Tiling::threads, of_keys, stream,
+                    args, plan);
+    });
   if (error || !args.grad_bias) return error;
   const int64_t tiles = plan_bias_tiles(args, plan, Tiling::rows, Tiling::N);
   return launch(second_bias_kernel<S, D>, tiles, Tiling::threads, shared, stream, args, plan);
