@@ -4,13 +4,15 @@ Builds the CUDA kernels, runs the tests of tests/cuda_emulation on the device, t
 PyTorch does for the same result (eager, and compiled), forward and backward, and prints a Markdown table: medians of
 CUDA events after a warm-up, the cache flushed before every call, and the share of the memory bandwidth that a copy
 reaches in the same run, counted on the bytes that have to be moved. Attention has a table of its own: beside every
-backend of PyTorch's that takes the case, and FlexAttention compiled, in TFLOP/s of the products that have to be done.
+backend of PyTorch's that takes the case, and FlexAttention compiled, in TFLOP/s of the products that have to be done; a
+DCGAN's training step another, beside PyTorch's eager, compiled and recorded as a CUDA graph.
 Ends with an error if a result differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import subprocess
 import sys
@@ -24,6 +26,7 @@ import torch
 import torch.nn.functional as T
 
 import fastgan
+from benchmarks import gan_steps
 from fastgan import _cuda
 from fastgan.nn import functional as F
 
@@ -195,6 +198,24 @@ def attention_table(flush: torch.Tensor, rounds: int) -> tuple[list[dict[str, An
     return rows, failed
 
 
+def steps_table(flush: torch.Tensor, rounds: int) -> list[dict[str, Any]]:
+    """Prints the table of DCGAN steps at 64x64 pixels, width 64; its rows."""
+    print(f"\n| DCGAN step, milliseconds | {' | '.join(gan_steps.DEVICE_STEPS)} | eager / fastgan | graph / fastgan |")
+    print("|---|" + "---|" * (len(gan_steps.DEVICE_STEPS) + 2))
+    rows = []
+    for batch in (16, 64, 128):
+        gan, real = gan_steps.networks(batch=batch)
+        times = {}
+        for name, build in gan_steps.DEVICE_STEPS.items():
+            step = build(copy.deepcopy(gan).cuda(), real.cuda())
+            times[name] = milliseconds(step, flush, rounds)
+        ratios = [times[name] / times["fastgan"] for name in ("eager", "CUDA graph")]
+        shown = " | ".join(f"{time:.3f}" for time in times.values())
+        print(f"| batch {batch} | {shown} | {ratios[0]:.2f}x | {ratios[1]:.2f}x |", flush=True)
+        rows.append({"case": f"batch {batch}", **times})
+    return rows
+
+
 def difference(ours: tuple[torch.Tensor, ...], theirs: tuple[torch.Tensor, ...]) -> float:
     """The largest relative difference of a result, as norms."""
     pairs = [(a.double(), b.double()) for a, b in zip(ours, theirs, strict=True)]
@@ -250,9 +271,10 @@ def main() -> int:
                              "share": share, "difference": off})  # fmt: skip
     attention, wrong = attention_table(flush, max(10, options.rounds // 4))
     failed = failed or wrong
+    steps = steps_table(flush, max(10, options.rounds // 4))
     if options.json:
         about = {"device": properties.name, "torch": torch.__version__, "cuda": torch.version.cuda, "copy": bandwidth}
-        options.json.write_text(json.dumps({**about, "rows": rows, "attention": attention}, indent=1))
+        options.json.write_text(json.dumps({**about, "rows": rows, "attention": attention, "steps": steps}, indent=1))
     return int(bool(failed))
 
 

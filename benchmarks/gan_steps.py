@@ -1,12 +1,13 @@
 """The training steps that ``bench_train_step`` compares, each a call without arguments on networks of its own.
 
 ``python -m benchmarks.gan_steps NAME`` prints what one of them takes in memory, in megabytes (2²⁰ bytes): the peak of
-three steps in a fresh process, above what was there before them.
+three steps in a fresh process, above what was there before them. ``benchmarks.device`` times ``DEVICE_STEPS``.
 """
 
 from __future__ import annotations
 
 import copy
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -34,9 +35,9 @@ def tutorial(gan: Any, real: Tensor) -> Step:
 
     def step() -> None:
         discriminator.zero_grad()
-        label = torch.full((len(real),), 1.0)
+        label = torch.full((len(real),), 1.0, device=real.device)
         criterion(discriminator(real).view(-1), label).backward()
-        fake = generator(torch.randn(len(real), 100, 1, 1))
+        fake = generator(torch.randn(len(real), 100, 1, 1, device=real.device))
         label.fill_(0.0)
         criterion(discriminator(fake.detach()).view(-1), label).backward()
         optimizer_d.step()
@@ -48,29 +49,38 @@ def tutorial(gan: Any, real: Tensor) -> Step:
     return step
 
 
-def best_update(gan: Any, penalty: str | None = None) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+def best_update(
+    gan: Any, penalty: str | None = None, lower: bool = False
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """The best that plain PyTorch does: channels_last, logits instead of BCELoss, no gradients of the discriminator in
-    the generator's step, fused Adam, no ``.item()``.
+    the generator's step, fused Adam, no ``.item()``; ``lower``: under autocast to bfloat16.
 
     A function of real pictures and noise that makes a step and returns both losses.
     """
     generator = gan.generator.to(memory_format=torch.channels_last)
     discriminator = gan.discriminator.to(memory_format=torch.channels_last)
-    optimizer_d = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)
-    optimizer_g = torch.optim.Adam(generator.parameters(), lr=2e-4, betas=(0.5, 0.999), fused=True)
+    device = next(generator.parameters()).device.type
+    settings: dict[str, Any] = {"lr": 2e-4, "betas": (0.5, 0.999), "fused": True, "capturable": device == "cuda"}
+    optimizer_d = torch.optim.Adam(discriminator.parameters(), **settings)
+    optimizer_g = torch.optim.Adam(generator.parameters(), **settings)
+    autocast = functools.partial(torch.autocast, device, torch.bfloat16, enabled=lower)
 
-    def loss(logits: Tensor, target: float) -> Tensor:
+    def loss(pictures: Tensor, target: float) -> Tensor:
+        with autocast():
+            logits = discriminator(pictures)
         if penalty == "wgan-gp":
             return -logits.mean() if target else logits.mean()
+        logits = logits.float()
         return F.binary_cross_entropy_with_logits(logits, torch.full_like(logits, target))
 
     def update(real: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         real = real.to(memory_format=torch.channels_last)
         optimizer_d.zero_grad(set_to_none=True)
-        loss_real = loss(discriminator(real), 1.0)
+        loss_real = loss(real, 1.0)
         loss_real.backward()
-        fake = generator(noise)
-        loss_fake = loss(discriminator(fake.detach()), 0.0)
+        with autocast():
+            fake = generator(noise)
+        loss_fake = loss(fake.detach(), 0.0)
         loss_fake.backward()
         if penalty == "r1":
             r1_penalty(discriminator, real).backward()
@@ -79,7 +89,7 @@ def best_update(gan: Any, penalty: str | None = None) -> Callable[[Tensor, Tenso
         optimizer_d.step()
         optimizer_g.zero_grad(set_to_none=True)
         discriminator.requires_grad_(False)
-        loss_g = loss(discriminator(fake), 1.0)
+        loss_g = loss(fake, 1.0)
         loss_g.backward()
         discriminator.requires_grad_(True)
         optimizer_g.step()
@@ -88,15 +98,15 @@ def best_update(gan: Any, penalty: str | None = None) -> Callable[[Tensor, Tenso
     return update
 
 
-def best(gan: Any, real: Tensor, penalty: str | None = None) -> Step:
-    update = best_update(gan, penalty)
+def best(gan: Any, real: Tensor, penalty: str | None = None, lower: bool = False) -> Step:
+    update = best_update(gan, penalty, lower)
     real = real.to(memory_format=torch.channels_last)
-    return lambda: update(real, torch.randn(len(real), 100, 1, 1))
+    return lambda: update(real, torch.randn(len(real), 100, 1, 1, device=real.device))
 
 
-def trainer(gan: Any, real: Tensor, penalty: str | None = None) -> Step:
+def trainer(gan: Any, real: Tensor, penalty: str | None = None, **settings: Any) -> Step:
     loss = "wasserstein" if penalty == "wgan-gp" else "bce"
-    ours = GANTrainer(gan.generator, gan.discriminator, loss=loss, penalty=penalty)
+    ours = GANTrainer(gan.generator, gan.discriminator, loss=loss, penalty=penalty, **settings)
     return lambda: ours.train_step(real)
 
 
@@ -109,6 +119,36 @@ def replaced(step: Callable[..., Step]) -> Callable[..., Step]:
 
     return build
 
+
+def compiled(gan: Any, real: Tensor) -> Step:
+    gan.generator, gan.discriminator = torch.compile(gan.generator), torch.compile(gan.discriminator)
+    return best(gan, real, lower=True)
+
+
+def graphed(gan: Any, real: Tensor) -> Step:
+    """The best that plain PyTorch does on a GPU, all of it one CUDA graph."""
+    step = best(gan, real, lower=True)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+# On a GPU. Ours copies its batch and reads its four results at every step.
+DEVICE_STEPS: dict[str, Callable[..., Step]] = {
+    "eager": tutorial,
+    "channels_last, bfloat16": functools.partial(best, lower=True),
+    "compiled": compiled,
+    "CUDA graph": graphed,
+    "fastgan, no graph": functools.partial(trainer, precision="bfloat16", cuda_graph=False),
+    "fastgan": functools.partial(trainer, precision="bfloat16"),
+}
 
 STEPS: dict[str, Callable[..., Step]] = {
     "fastgan": trainer,

@@ -31,7 +31,8 @@ from fastgan.training.joining import (
     why_two_passes,
 )
 from fastgan.training.outputs import Outputs
-from fastgan.training.penalties import PENALTIES, r1_penalty, wgan_gp_penalty
+from fastgan.training.penalties import PENALTIES, penalty_points, r1_penalty, wgan_gp_penalty
+from fastgan.training.step_graph import CUDAGraph, Graph, GraphedStep
 from fastgan.training.streams import NOISE, PENALTY, SAMPLES, mixed_seed
 
 PRECISIONS = ("float32", "float64", "bfloat16")
@@ -69,6 +70,9 @@ class GANTrainer:
             layer is a dropout, which draws its mask in the order of the memory and so would draw another one, or
             DistributedDataParallel, whose layout of the gradients is fixed when it is made.
         optimizers: (generator's, discriminator's), in place of Adam.
+        cuda_graph: on a CUDA device, record the whole step as one graph and replay it; see
+            ``fastgan.training.step_graph``. Where that cannot be, steps run one kernel after the other, and one warning
+            says why. Forwards and hooks are called for the recording only: what they do on the host is done once.
 
     Raises ValueError or TypeError that names the argument.
     """
@@ -92,6 +96,7 @@ class GANTrainer:
         precision: str | None = None,
         channels_last: bool | None = None,
         optimizers: tuple[torch.optim.Optimizer, torch.optim.Optimizer] | None = None,
+        cuda_graph: bool = True,
     ) -> None:
         for name, module in (("generator", generator), ("discriminator", discriminator)):
             if not isinstance(module, nn.Module):
@@ -141,6 +146,19 @@ class GANTrainer:
         self._joined: tuple[Any, bool] | None = None
         self._said = False
         self._range_checked = False
+        self._graphed: GraphedStep | None = None
+        if cuda_graph and self.device.type == "cuda":
+            self._graphed = self._graphed_by(CUDAGraph(self.device))
+
+    def _graphed_by(self, graph: Graph) -> GraphedStep:
+        return GraphedStep(
+            self._update,
+            graph,
+            optimizers=(self.optimizer_d, self.optimizer_g),
+            modules=(self.generator, self.discriminator),
+            device=self.device,
+            settings=lambda: (self.loss, self.real_label, self.penalty, self.penalty_weight, self.precision),
+        )
 
     # ---- one step ----
 
@@ -164,9 +182,30 @@ class GANTrainer:
         if not self._range_checked:
             self._range_checked = True
             warn_of_range(self.generator, real)
-        noise = self._noise(len(real)) if noise is None and self.seed is not None else noise
+        points = None
+        if self.seed is not None:  # drawn here, for they are the step's; without a seed torch's generator goes on
+            noise = self._noise(len(real)) if noise is None else noise
+            if self.penalty == "wgan-gp":
+                points = penalty_points(real, self._generator_of(PENALTY))
+        noise = None if noise is None else noise.to(self.device, self.dtype)
+        update = self._update if self._graphed is None else self._graphed
+        values = update(real, noise, points).tolist()
+        self.step += 1
+        result = dict(zip(("loss_d", "loss_g", "d_real", "d_fake"), values, strict=True))
+        if not self._looks_early:
+            for name in ("loss_d", "loss_g"):
+                self._refuse_value(name, result[name])
+        return result
+
+    @property
+    def _looks_early(self) -> bool:
+        """Whether a loss is looked at before its player's update; on a GPU that would wait in the middle of a step."""
+        return self.device.type == "cpu" and self._graphed is None
+
+    def _update(self, real: Tensor, noise: Tensor | None, points: Tensor | None) -> Tensor:
+        """Updates both players: (loss_d, loss_g, d_real, d_fake) on the device, which the host does not wait for."""
         self.optimizer_d.zero_grad(set_to_none=True)
-        fake, loss_d, logits_real, logits_fake = self._discriminator_gradients(real, noise)
+        fake, loss_d, logits_real, logits_fake = self._discriminator_gradients(real, noise, points)
         self._refuse_not_finite("loss_d", loss_d, real)
         match_layouts(self.optimizer_d)
         self.optimizer_d.step()
@@ -178,17 +217,13 @@ class GANTrainer:
             loss_g.backward()
         match_layouts(self.optimizer_g)
         self.optimizer_g.step()
-        self.step += 1
         with torch.no_grad():
             means = [torch.sigmoid(logits.detach()).mean().float() for logits in (logits_real, logits_fake)]
-            values = torch.stack([loss_d.float(), loss_g.detach().float(), *means]).tolist()
-        result = dict(zip(("loss_d", "loss_g", "d_real", "d_fake"), values, strict=True))
-        if self.device.type != "cpu":
-            for name in ("loss_d", "loss_g"):
-                self._refuse_value(name, result[name])
-        return result
+            return torch.stack([loss_d.float(), loss_g.detach().float(), *means])
 
-    def _discriminator_gradients(self, real: Tensor, noise: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _discriminator_gradients(
+        self, real: Tensor, noise: Tensor | None, points: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Backward through the discriminator's loss: (fake with its graph, loss, logits of real, logits of fake)."""
         count = len(real)
         if one_batch_pays(self.discriminator, real) and self._one_batch():
@@ -220,8 +255,7 @@ class GANTrainer:
                 if self.penalty == "r1":
                     penalty = r1_penalty(self._outputs, real, self.penalty_weight)
                 else:
-                    draws = self._generator_of(PENALTY) if self.seed is not None else None
-                    penalty = wgan_gp_penalty(self._outputs, real, fake.detach(), self.penalty_weight, draws)
+                    penalty = wgan_gp_penalty(self._outputs, real, fake.detach(), self.penalty_weight, where=points)
             penalty.backward()
             loss = loss + penalty.detach()
         assert len(fake) == count
@@ -260,7 +294,7 @@ class GANTrainer:
                 self._said = True
                 warnings.warn(
                     f"real and fake go through the discriminator in two passes, not as one batch: {reason}",
-                    stacklevel=4,
+                    stacklevel=5,
                 )
         return self._joined[1]
 
@@ -370,8 +404,7 @@ class GANTrainer:
         return real
 
     def _refuse_not_finite(self, name: str, loss: Tensor, real: Tensor | None = None) -> None:
-        # On a GPU this would wait for it in the middle of a step; train_step looks at the end there.
-        if self.device.type == "cpu":
+        if self._looks_early:
             value = loss.item()
             if not math.isfinite(value) and real is not None and not bool(real.isfinite().all()):
                 raise FloatingPointError(

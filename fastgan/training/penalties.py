@@ -42,12 +42,19 @@ def r1_penalty(logits: Callable[[Tensor], Tensor], real: Tensor, weight: float =
     return weight / 2 * _squared_norms(logits(inputs), inputs).mean()
 
 
+def penalty_points(real: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Uniform numbers, one for each picture of real (N, ...): (N, 1, ...), of real's dtype."""
+    size = (len(real), *[1] * (real.dim() - 1))
+    return torch.rand(size, generator=generator, device=real.device, dtype=torch.float32).to(real.dtype)
+
+
 def wgan_gp_penalty(
     logits: Callable[[Tensor], Tensor],
     real: Tensor,
     fake: Tensor,
     weight: float = 10.0,
     generator: torch.Generator | None = None,
+    where: Tensor | None = None,
 ) -> Tensor:
     """``weight · E (‖∇ D(x)‖ − 1)²`` at random points between real and fake (Gulrajani et al., 2017): a scalar.
 
@@ -56,12 +63,12 @@ def wgan_gp_penalty(
         real, fake: (N, ...) of one shape.
         weight: λ of the paper.
         generator: for the random points; None is torch's own.
+        where: (N, 1, ...) in [0, 1], the points themselves (0 is real, 1 is fake), as ``penalty_points`` draws them.
     """
     if real.shape != fake.shape:
         raise ValueError(f"real and fake must have one shape, got {tuple(real.shape)} and {tuple(fake.shape)}")
-    where = torch.rand(
-        (len(real), *[1] * (real.dim() - 1)), generator=generator, device=real.device, dtype=torch.float32
-    ).to(real.dtype)
+    if where is None:
+        where = penalty_points(real, generator)
     inputs = torch.lerp(real.detach(), fake.detach(), where).requires_grad_()
     norms = safe_sqrt(_squared_norms(logits(inputs), inputs))
     return weight * (norms - 1).square().mean()

@@ -1,0 +1,349 @@
+"""The whole step as one graph: a tape for the CPU in CUDA's place records and replays it, and the plain step judges."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastgan.training import GANTrainer, step_graph
+from fastgan.training.step_graph import CUDAGraph
+from tests.training.test_gan import batches, pair
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:real and fake go through"),
+    pytest.mark.filterwarnings("ignore:real runs from"),
+]
+
+LR = 2.0**-9  # a float32 as well, as the recorded step reads it
+
+
+class Tape(TorchDispatchMode):
+    """Records the operations of a call with their tensors, and does them again with the same ones.
+
+    As on a GPU a replay calls no Python of the step, reads and writes the recording's memory and draws on from torch's
+    generator, and a value that the host asks for cannot be recorded. (Recording a call also does it, for a CPU has no
+    other way; the replay that follows at once is then done already.)
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.captures = self.warm_ups = self.replays = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+        result = operator(*args, **(kwargs or {}))
+        self.tape.append((operator, args, kwargs or {}, result))
+        return result
+
+    def warm_up(self, call):
+        self.warm_ups += 1
+        return call()
+
+    def capture(self, call):
+        self.captures += 1
+        self.tape, self.done = [], True
+        with self:
+            self.result = call()
+
+    def replay(self):
+        self.replays += 1
+        if not self.done:
+            with torch.no_grad():
+                for operator, args, kwargs, recorded in self.tape:
+                    result = operator(*args, **kwargs)
+                    was, now = (torch.utils._pytree.tree_leaves(each) for each in (recorded, result))
+                    for to, tensor in zip(was, now, strict=True):
+                        if isinstance(to, torch.Tensor) and to.data_ptr() != tensor.data_ptr():
+                            to.detach().copy_(tensor)
+        self.done = False
+        return self.result
+
+
+class Both:
+    """A trainer and one with a tape, from the same networks."""
+
+    def __init__(self, change=lambda generator, discriminator: None, optimizers=None, **settings):
+        networks = pair(dtype=settings.pop("dtype", torch.float64))
+        change(*networks)
+        self.trainers = []
+        for graphed in (False, True):
+            generator, discriminator = copy.deepcopy(networks)
+            own = optimizers and optimizers(generator, discriminator)
+            self.trainers.append(GANTrainer(generator, discriminator, (6, 1, 1), lr=LR, optimizers=own, **settings))
+            if graphed:
+                self.tape = Tape()
+                self.trainers[-1]._graphed = self.trainers[-1]._graphed_by(self.tape)
+        self.plain, self.graphed = self.trainers
+
+    def train(self, sizes, between=lambda trainer, step: None):
+        real, noises = batches(sizes)
+        for trainer in self.trainers:
+            torch.manual_seed(1)
+            losses = []
+            for step, images in enumerate(real):
+                noise = noises[step] if trainer.seed is None else None
+                losses.append(list(trainer.train_step(images.to(trainer.dtype), noise).values()))
+                between(trainer, step)
+            if trainer is self.plain:
+                expected = losses
+        torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-6, atol=1e-6)
+        self.check()
+
+    def check(self):
+        for name in ("generator", "discriminator"):
+            plain, graphed = (getattr(trainer, name) for trainer in self.trainers)
+            for (key, value), other in zip(plain.state_dict().items(), graphed.state_dict().values(), strict=True):
+                torch.testing.assert_close(other, value, rtol=1e-9, atol=1e-12, msg=f"{name}.{key}")
+            for a, b in zip(plain.parameters(), graphed.parameters(), strict=True):
+                torch.testing.assert_close(b.grad, a.grad, rtol=1e-6, atol=1e-12)
+
+
+@pytest.fixture
+def no_warning():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="the training step is not a CUDA graph")
+        yield
+
+
+def spectral_norm(generator, discriminator):
+    first, second = [layer for layer in discriminator.main if isinstance(layer, nn.Conv2d)][:2]
+    nn.utils.spectral_norm(first)
+    nn.utils.parametrizations.spectral_norm(second)
+
+
+def dropout(generator, discriminator):
+    discriminator.main.insert(2, nn.Dropout(0.5))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"seed": 3, "penalty": "wgan-gp", "loss": "wasserstein"},
+        {"penalty": "r1", "replace": False},
+        {"change": spectral_norm},
+        {"change": dropout, "seed": 3},
+        {"precision": "bfloat16", "dtype": torch.float32, "seed": 1},
+    ],
+    ids=lambda settings: "-".join(map(str, settings)) or "plain",
+)
+def test_the_same_parameters_and_losses_as_step_by_step(settings, no_warning):
+    both = Both(**settings)
+    calls = []
+
+    def count(trainer):  # without a hook
+        kind = type(trainer.generator)
+
+        class Counting(kind):
+            def forward(self, noise):
+                calls.append(trainer)
+                return super().forward(noise)
+
+        trainer.generator.__class__ = Counting
+
+    for trainer in both.trainers:
+        count(trainer)
+    both.train([6] * 9)
+    assert both.tape.captures == 1
+    assert both.tape.replays == 9 - step_graph.WARM_UP
+    assert calls.count(both.plain) == 9
+    assert calls.count(both.graphed) == step_graph.WARM_UP + 1
+
+
+def test_the_steps_own_noise_goes_on_from_torchs_generator(no_warning):
+    both = Both()
+    real, _ = batches([6] * 8)
+    losses = []
+    for trainer in both.trainers:
+        torch.manual_seed(4)
+        losses.append([trainer.train_step(images)["loss_g"] for images in real])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-6)
+    both.check()
+
+
+def test_the_last_batch_of_an_epoch_runs_beside_the_recording(no_warning):
+    both = Both(seed=1)
+    both.train([6, 6, 6, 6, 6, 4, 6, 6, 4, 6])
+    assert both.tape.captures == 1
+    assert both.tape.replays == 5
+    both.train([4] * 5)  # from now on
+    assert both.tape.captures == 2
+    both.train([4, 3])  # the gradients are those of the last step, whoever made it
+
+
+def test_a_schedule_of_the_learning_rate_needs_no_new_recording(no_warning):
+    both = Both(seed=1)
+    schedules = {
+        trainer: [torch.optim.lr_scheduler.StepLR(o, 2, 0.5) for o in (trainer.optimizer_g, trainer.optimizer_d)]
+        for trainer in both.trainers
+    }
+    both.train([6] * 9, lambda trainer, step: [schedule.step() for schedule in schedules[trainer]])
+    assert both.tape.captures == 1
+    for trainer in both.trainers:
+        for optimizer in (trainer.optimizer_g, trainer.optimizer_d):
+            group = optimizer.param_groups[0]
+            assert (group["lr"], group["capturable"]) == (LR / 2**4, False)
+            group["lr"] = torch.tensor(LR)
+    both.train([6] * 2)
+    assert both.tape.captures == 1
+
+
+def test_other_settings_and_a_loaded_state_make_a_new_recording(no_warning):
+    both = Both(seed=1)
+    saved = {trainer: copy.deepcopy(trainer.state_dict()) for trainer in both.trainers}
+    both.train([6] * 5)
+    for trainer in both.trainers:
+        trainer.load_state_dict(copy.deepcopy(saved[trainer]))
+    both.train([6] * 6)
+    assert both.tape.captures == 2
+    changes = [
+        lambda trainer: trainer.discriminator.main[0].weight.requires_grad_(False),
+        lambda trainer: trainer.discriminator.main[0].weight.requires_grad_(True),
+        lambda trainer: trainer.discriminator.main[3].eval(),
+        lambda trainer: trainer.optimizer_d.param_groups[0].update(betas=(0.25, 0.5)),
+        lambda trainer: setattr(trainer, "real_label", 0.9),
+    ]
+    for count, change in enumerate(changes, 3):
+        for trainer in both.trainers:
+            change(trainer)
+        both.train([6] * 5)
+        assert both.tape.captures == count
+
+
+def test_a_state_goes_on_in_another_trainer():
+    both, later = Both(seed=1), Both(seed=1)
+    both.train([6] * 6)
+    for trainer, other in zip(both.trainers, later.trainers, strict=True):
+        other.load_state_dict(copy.deepcopy(trainer.state_dict()))
+    real, _ = batches([6] * 6)
+    for images in real:
+        losses = [trainer.train_step(images)["loss_d"] for trainer in (*both.trainers, *later.trainers)]
+        assert losses[1:] == pytest.approx(losses[:1] * 3, rel=1e-6)
+
+
+def sgd(generator, discriminator):
+    return [torch.optim.SGD(module.parameters(), LR) for module in (generator, discriminator)]
+
+
+def slow_adam(generator, discriminator):
+    return [torch.optim.Adam(module.parameters(), LR) for module in (generator, discriminator)]
+
+
+def clipped(generator, discriminator):
+    optimizers = [torch.optim.Adam(module.parameters(), LR, fused=True) for module in (generator, discriminator)]
+
+    def clip(optimizer, *_):
+        nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1e-2)
+
+    for optimizer in optimizers:
+        optimizer.register_step_pre_hook(clip)
+    return optimizers
+
+
+def forward_hook(generator, discriminator):
+    generator.main[0].register_forward_hook(lambda *_: None)
+
+
+def gradient_hook(generator, discriminator):
+    generator.main[0].weight.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3))
+
+
+class Asking(nn.Module):
+    def forward(self, x):
+        return x if x.detach().mean().item() > -100 else -x
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"optimizers": sgd}, "the optimizer is SGD"),
+        ({"optimizers": slow_adam}, "Adam was made without fused=True"),
+        ({"optimizers": clipped}, "Adam has a step hook"),
+        ({"change": forward_hook}, r"main\.0 has a hook"),
+        (
+            {"change": lambda g, d: d.main.insert(1, Asking())},
+            r"recording it failed \(RuntimeError: operation not permitted when stream is capturing\)",
+        ),
+    ],
+)
+def test_what_cannot_be_recorded_runs_eagerly_and_one_line_says_why(settings, reason):
+    both = Both(**settings)
+    with pytest.warns(UserWarning, match=f"^the training step is not a CUDA graph, and slower: {reason}") as said:
+        both.train([6] * 6)
+    assert len([w for w in said if "CUDA graph" in str(w.message)]) == 1
+    assert both.tape.replays == 0
+
+
+def test_a_gradient_hook_works_and_is_said():
+    generator, discriminator = pair()
+    trainer = GANTrainer(generator, discriminator, (6, 1, 1), lr=LR)
+    gradient_hook(trainer.generator, trainer.discriminator)
+    trainer._graphed = trainer._graphed_by(Tape())
+    real, noises = batches([4])
+    with pytest.warns(UserWarning, match=r"main\.0\.weight has a gradient hook"):
+        trainer.train_step(real[0], noises[0])
+    assert trainer.generator.main[0].weight.grad.abs().max() <= 1e-3
+
+
+def test_a_hook_set_after_the_recording_is_called():
+    both = Both(seed=1)
+    both.train([6] * 5)
+    called = []
+    both.graphed.generator.main[0].register_forward_hook(lambda *_: called.append(1))
+    with pytest.warns(UserWarning, match="has a hook"):
+        both.train([6] * 2)
+    assert len(called) == 2
+
+
+def test_autocast_around_the_step_and_settings_that_never_rest():
+    both = Both(seed=1, dtype=torch.float32)
+    real, _ = batches([4])
+    with pytest.warns(UserWarning, match="autocast is on around train_step"), torch.autocast("cpu", torch.bfloat16):
+        both.graphed.train_step(real[0].float())
+
+    def momentum(trainer, step):
+        for optimizer in (trainer.optimizer_d, trainer.optimizer_g):
+            optimizer.param_groups[0]["betas"] = (0.5 + step / 100, 0.999)
+
+    both = Both(seed=1)
+    with pytest.warns(UserWarning, match="settings change from step to step"):
+        both.train([4] * 14, momentum)
+
+
+def test_a_loss_that_is_not_finite_is_said_after_a_replay():
+    both = Both(seed=1)
+    both.train([4] * 5)
+    real, _ = batches([4])
+    real[0][0, 0, 0, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match="loss_d is nan"):
+        both.graphed.train_step(real[0])
+    assert both.tape.replays == 3
+
+
+def test_the_cpu_and_a_switch_leave_it_out():
+    generator, discriminator = pair()
+    assert GANTrainer(generator, discriminator)._graphed is None
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_on_a_device(precision, no_warning):
+    networks = pair(64, dtype=torch.float32)
+    losses = []
+    for cuda_graph in (False, True):
+        generator, discriminator = copy.deepcopy(networks)
+        settings = {"device": "cuda", "seed": 1, "precision": precision, "lr": LR, "cuda_graph": cuda_graph}
+        trainer = GANTrainer(generator, discriminator, **settings)
+        assert (trainer._graphed is not None) == cuda_graph
+        real, _ = batches([16] * 8 + [5] + [16] * 3, 64)
+        losses.append([list(trainer.train_step(images.float()).values()) for images in real])
+    assert isinstance(trainer._graphed._graph, CUDAGraph)
+    assert trainer._graphed.is_recorded
+    torch.testing.assert_close(torch.tensor(losses[1][:5]), torch.tensor(losses[0][:5]), rtol=1e-2, atol=1e-2)
