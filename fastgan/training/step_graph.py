@@ -1,8 +1,9 @@
 """A training step as one CUDA graph: recorded once, then replayed by one launch where there were hundreds.
 
 A small network's step on a GPU is launches, not arithmetic. ``GraphedStep`` runs a step eagerly a few times (real
-steps, on a stream of their own, which leave cuDNN's choices and the optimizers' moments made), records the next one,
-and from then on copies its inputs into the recorded ones and replays. What the recording has taken for granted is part
+steps, on a stream of their own, which leave cuDNN's choices and the optimizers' moments made; the last of them is
+watched, for a recording that fails leaves torch's generator and allocator in it), records the next one, and from then
+on copies its inputs into the recorded ones and replays. What the recording has taken for granted is part
 of a signature that is compared before every replay: another signature (a loaded state, a flag, a hyperparameter) throws
 the recording away and begins anew; other shapes (an epoch's last batch) run eagerly beside it. Learning rates are
 numbers on the device that the recorded step reads, so a schedule costs nothing.
@@ -40,6 +41,9 @@ class Graph(Protocol):
     def warm_up(self, call: Callable[[], Tensor]) -> Tensor:
         """The call, run as it is, where the recording will be made."""
 
+    def rehearse(self, call: Callable[[], Tensor]) -> tuple[Tensor, str | None]:
+        """``warm_up``, and why it could not be recorded: None if nothing is known against it."""
+
     def capture(self, call: Callable[[], Tensor]) -> None:
         """Records the call; the device does nothing yet. Raises where something in it cannot be recorded."""
 
@@ -66,8 +70,35 @@ class CUDAGraph:
         current.wait_stream(self._stream)
         return result
 
+    def rehearse(self, call: Callable[[], Tensor]) -> tuple[Tensor, str | None]:
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as said:
+                warnings.simplefilter("always")
+                result = self.warm_up(call)
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+        reason = None
+        for each in said:
+            if "synchronizing CUDA operation" not in str(each.message):
+                warnings.warn_explicit(each.message, each.category, each.filename, each.lineno)
+            elif reason is None:
+                reason = f"the host waits for the device in it, at {each.filename}:{each.lineno}"
+        return result, reason
+
     def capture(self, call: Callable[[], Tensor]) -> None:
         self._graph = self._result = None  # the former one's memory first
+        index = torch.cuda.current_device() if self._device.index is None else self._device.index
+        generator = torch.cuda.default_generators[index]
+        state = generator.clone_state()
+        try:
+            self._capture(call)
+        except BaseException:
+            generator.graphsafe_set_state(state)  # its own still takes itself to be in the recording
+            raise
+
+    def _capture(self, call: Callable[[], Tensor]) -> None:
         graph = torch.cuda.CUDAGraph()
         # thread_local: what a loader's thread does meanwhile (it pins memory) is no part of the recording.
         recording = torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local")
@@ -142,7 +173,12 @@ class GraphedStep:
             self._strayed = True
             self._rates.fill()
             with self._rates.in_place():
-                result = self._graph.warm_up(lambda: self._step(*inputs))
+                if self._equal < WARM_UP:
+                    result = self._graph.warm_up(lambda: self._step(*inputs))
+                else:
+                    result, reason = self._graph.rehearse(lambda: self._step(*inputs))
+            if reason is not None:
+                self._say(reason)
             if self._equal == 1:  # the first step makes moments: they belong to the signature
                 self._last = (self._signature(), shapes)
             return result
@@ -179,10 +215,13 @@ class GraphedStep:
         self._recorded, self._static, self._gradients = None, [], []
 
     def _eagerly_from_now_on(self, reason: str, inputs: Inputs) -> Tensor:
+        self._say(reason)
+        return self._step(*inputs)
+
+    def _say(self, reason: str) -> None:
         self.reason = reason
         self._forget()
-        warnings.warn(f"the training step is not a CUDA graph, and slower: {reason}", stacklevel=4)
-        return self._step(*inputs)
+        warnings.warn(f"the training step is not a CUDA graph, and slower: {reason}", stacklevel=5)
 
     def _signature(self) -> tuple[Any, ...]:
         """What the recording has taken for granted: addresses, flags and numbers; none is read from the device."""

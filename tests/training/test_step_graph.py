@@ -34,10 +34,13 @@ class Tape(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.captures = self.warm_ups = self.replays = 0
+        self.rehearses = self.asked = False
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         if operator is torch.ops.aten._local_scalar_dense.default:
-            raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+            if not self.rehearses:
+                raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+            self.asked = True
         result = operator(*args, **(kwargs or {}))
         self.tape.append((operator, args, kwargs or {}, result))
         return result
@@ -45,6 +48,13 @@ class Tape(TorchDispatchMode):
     def warm_up(self, call):
         self.warm_ups += 1
         return call()
+
+    def rehearse(self, call):
+        self.tape, self.rehearses = [], True
+        with self:
+            result = call()
+        self.rehearses = False
+        return result, "the host waits for the device in it" if self.asked else None
 
     def capture(self, call):
         self.captures += 1
@@ -267,10 +277,7 @@ class Asking(nn.Module):
         ({"optimizers": slow_adam}, "Adam was made without fused=True"),
         ({"optimizers": clipped}, "Adam has a step hook"),
         ({"change": forward_hook}, r"main\.0 has a hook"),
-        (
-            {"change": lambda g, d: d.main.insert(1, Asking())},
-            r"recording it failed \(RuntimeError: operation not permitted when stream is capturing\)",
-        ),
+        ({"change": lambda g, d: d.main.insert(1, Asking())}, "the host waits for the device in it"),
     ],
 )
 def test_what_cannot_be_recorded_runs_eagerly_and_one_line_says_why(settings, reason):
@@ -278,6 +285,19 @@ def test_what_cannot_be_recorded_runs_eagerly_and_one_line_says_why(settings, re
     with pytest.warns(UserWarning, match=f"^the training step is not a CUDA graph, and slower: {reason}") as said:
         both.train([6] * 6)
     assert len([w for w in said if "CUDA graph" in str(w.message)]) == 1
+    assert both.tape.replays == 0
+
+
+def test_a_recording_that_fails_nevertheless(monkeypatch):
+    both = Both(seed=1)
+
+    def capture(call):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+
+    monkeypatch.setattr(both.tape, "capture", capture)
+    reason = r"recording it failed \(RuntimeError: operation not permitted when stream is capturing\)$"
+    with pytest.warns(UserWarning, match=f"and slower: {reason}"):
+        both.train([6] * 6)
     assert both.tape.replays == 0
 
 
@@ -330,6 +350,46 @@ def test_a_loss_that_is_not_finite_is_said_after_a_replay():
 def test_the_cpu_and_a_switch_leave_it_out():
     generator, discriminator = pair()
     assert GANTrainer(generator, discriminator)._graphed is None
+
+
+def test_a_rehearsal_tells_where_the_host_waited(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+    graph = CUDAGraph(torch.device("cuda", 0))
+    monkeypatch.setattr(graph, "warm_up", lambda call: call())
+
+    def call():
+        warnings.warn("called a synchronizing CUDA operation (Triggered internally at ...)", stacklevel=1)
+        warnings.warn("another one", stacklevel=1)
+        return 1
+
+    with pytest.warns(UserWarning, match="^another one$") as said:
+        result, reason = graph.rehearse(call)
+    assert (result, len(said), modes) == (1, 1, ["warn", 0])
+    assert reason.startswith(f"the host waits for the device in it, at {__file__}:")
+    assert graph.rehearse(lambda: 2) == (2, None)
+
+
+def test_after_a_failed_recording_torchs_generator_is_as_before(monkeypatch):
+    class Generator:
+        state = "before"
+
+        def clone_state(self):
+            return "a copy of it"
+
+        def graphsafe_set_state(self, state):
+            self.state = state
+
+    generator = Generator()
+    monkeypatch.setattr(torch.cuda, "default_generators", [None, generator])
+    graph = CUDAGraph(torch.device("cuda", 1))
+    monkeypatch.setattr(graph, "_capture", lambda call: call())
+    graph.capture(lambda: 1)
+    assert generator.state == "before"
+    with pytest.raises(ZeroDivisionError):
+        graph.capture(lambda: 1 / 0)
+    assert generator.state == "a copy of it"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
