@@ -3,61 +3,19 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 
-REPOSITORY = Path(__file__).resolve().parent.parent
-OTHER_TORCH = os.environ.get("FASTGAN_OTHER_TORCH", "2.14.1")
-BUILD_TOOLS = ["scikit-build-core>=0.10", "pybind11>=2.13", "cmake>=3.25", "ninja>=1.11"]
+from tests.other_torch import OTHER_TORCH, REPOSITORY, build_wheel, run
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
-def run(*command: str | Path, **environment: str) -> str:
-    done = subprocess.run(
-        [str(part) for part in command],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        cwd=tempfile.gettempdir(),
-        timeout=1500,
-    )
-    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout
-
-
-def build_wheel(python: str | Path, folder: Path) -> Path:
-    run(
-        python, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", folder,
-        f"--config-settings=build-dir={folder}/build", REPOSITORY,
-    )  # fmt: skip
-    return next(folder.glob("fastgan-*.whl"))
-
-
-@pytest.fixture(scope="module")
-def other_python(tmp_path_factory) -> Path:
-    """An environment with another torch; FASTGAN_OTHER_PYTHON names one that is there already."""
-    if "FASTGAN_OTHER_PYTHON" in os.environ:
-        return Path(os.environ["FASTGAN_OTHER_PYTHON"])
-    folder = tmp_path_factory.mktemp("other")
-    run(sys.executable, "-m", "venv", folder)
-    python = folder / "bin" / "python"
-    run(python, "-m", "pip", "install", "-q", f"torch=={OTHER_TORCH}", "numpy", *BUILD_TOOLS)
-    return python
-
-
-def test_R71_built_here_runs_under_the_other_torch(other_python, tmp_path):
-    # FASTGAN_WHEEL names one that was built here already.
-    wheel = (
-        Path(os.environ["FASTGAN_WHEEL"]) if "FASTGAN_WHEEL" in os.environ else build_wheel(sys.executable, tmp_path)
-    )
-    run(other_python, "-m", "pip", "install", "-q", "--no-deps", "--target", tmp_path / "site", wheel)
-    out = run(other_python, REPOSITORY / "tests" / "smoke.py", PYTHONPATH=str(tmp_path / "site"))
+def test_R71_built_here_runs_under_the_other_torch(other_python, other_site):
+    out = run(other_python, REPOSITORY / "tests" / "smoke.py", PYTHONPATH=str(other_site))
     assert f"under torch {OTHER_TORCH}" in out
 
 
