@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,6 +26,14 @@ SANITIZERS = {
     "none": [],
     "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "thread": ["-fsanitize=thread"],
+}
+
+#: the operators that have a .cu, by their stems
+STEMS = {
+    "norm_act": ["norm_act", "norm_act_backward", "norm_act_eval", "norm_act_eval_backward", "norm_act_move"],
+    "gan_loss": ["conv_gan_loss", "conv_gan_loss_backward"],
+    "linear_cross_entropy": ["linear_cross_entropy_rows"],
+    "attention": ["attention", "attention_backward", "attention_jvp", "attention_double_backward"],
 }
 
 needs_compiler = pytest.mark.skipif(shutil.which(CXX) is None, reason=f"no C++ compiler ({CXX}) on this machine")
@@ -73,3 +82,33 @@ def build(
     out = folder / (f"lib{name}.so" if shared else f"{name}_{sanitizer}")
     _compile([CXX, *SANITIZERS[sanitizer], *(["-shared"] if shared else []), *objects, *libraries, "-o", out])
     return out
+
+
+_definitions: list[Any] = []
+
+
+def build_operators(folder: Path) -> Path:
+    """``torch.ops.fastgan_emulated``: the library of the operators' files and the .cu, built once and loaded."""
+    import torch
+
+    import fastgan  # noqa: F401, which defines the operators
+
+    library = folder / "libfastgan_emulated.so"
+    torch_folder = Path(torch.__file__).parent
+    csrc = REPOSITORY / "csrc"
+    sources = [p for stem in STEMS for p in (csrc / stem / f"{stem}_op.cpp", *sorted((csrc / stem).glob("*.cu")))]
+    flags = [
+        "-DFASTGAN_CUDA", "-DFASTGAN_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000",
+        "-isystem", str(torch_folder / "include"),
+    ]  # fmt: skip
+    if not library.exists():
+        link = [torch_folder / "lib" / "libtorch_cpu.so"]
+        library = build(folder, "fastgan_emulated", sources, shared=True, flags=flags, libraries=link)
+    definitions = torch.library.Library("fastgan_emulated", "DEF")
+    _definitions.append(definitions)  # an operator lives as long as its library
+    for names in STEMS.values():
+        for name in names:
+            schema = str(getattr(torch.ops.fastgan, name).default._schema)
+            definitions.define(schema.removeprefix("fastgan::"))
+    torch.ops.load_library(library)
+    return library

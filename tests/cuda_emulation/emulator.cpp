@@ -306,6 +306,11 @@ void fault(const char* message) {
   std::abort();
 }
 
+static bool is_recording = false;
+static std::vector<Record> records;
+bool recording() { return is_recording; }
+void record(const Record& launch) { records.push_back(launch); }
+
 const char* launch(unsigned grid, unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
   static std::string last;
   if (threads == 0 || threads > 1024 || threads % kLanes) return "emulator: threads must be 32, 64, ... 1024";
@@ -409,3 +414,15 @@ bool async_take(unsigned pending, AsyncCopy* out) {
 }
 
 }  // namespace emulator
+
+// For whoever loads the library: begins (with an empty list) and ends the recording; how many launches there
+// were, the first `most` of them written to `out`.
+extern "C" void fastgan_emulator_record(int on) {
+  emulator::is_recording = on != 0;
+  if (on) emulator::records.clear();
+}
+extern "C" int64_t fastgan_emulator_recorded(emulator::Record* out, int64_t most) {
+  const int64_t count = int64_t(emulator::records.size());
+  for (int64_t i = 0; i < count && i < most; ++i) out[i] = emulator::records[size_t(i)];
+  return count;
+}

@@ -26,6 +26,14 @@ Index block_index();
 Index block_size();
 Index grid_size();
 
+// A launch that was asked for. While `recording`, launches are written down and not made.
+struct Record {
+  const void* kernel;
+  int64_t grid, threads, shared_bytes;
+};
+bool recording();
+void record(const Record& launch);
+
 // Null, or a fault in words. `body` is one thread's work.
 const char* launch(unsigned grid, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
 

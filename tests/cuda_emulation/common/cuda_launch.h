@@ -20,6 +20,10 @@ inline Error launch(void (*kernel)(Parameters...), int64_t grid, int threads, si
   if (grid <= 0) return nullptr;
   if (grid > 0x7fffffff) return "the tensor is too large for one launch";
   if (shared_bytes > 227 * 1024) return "emulator: no GPU has that much shared memory";
+  if (emulator::recording()) {
+    emulator::record({reinterpret_cast<const void*>(kernel), grid, threads, int64_t(shared_bytes)});
+    return nullptr;
+  }
   return emulator::launch(unsigned(grid), unsigned(threads), shared_bytes, [&] { kernel(args...); });
 }
 
