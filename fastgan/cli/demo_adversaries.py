@@ -7,9 +7,11 @@ the generator's vectors, before and after.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,7 @@ def compete(
     out.mkdir(parents=True)
     sentences, labels, names = labelled_sentences(per_chapter=180)
     training, held = split_by_hash(sentences, 0.2)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, _one_thread():
         folder = Path(temporary)
         _write(folder / "held-out.tsv", [f"{sentences[i]}\t{names[labels[i]]}" for i in held])
         accuracies: dict[str, list[float]] = {arm: [] for arm in ARMS}
@@ -71,6 +73,19 @@ def compete(
               "accuracies": accuracies, "diversity": game["diversity"], "nearest": told}  # fmt: skip
     (out / "adversaries.json").write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     return result
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Eight short sentences and a narrow model: two threads wait for each other longer than they compute."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _write(path: Path, lines: list[str]) -> None:
