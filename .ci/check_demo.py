@@ -24,7 +24,7 @@ def tiles(path: Path, size: int, padding: int = 2) -> np.ndarray:
 
 def main(folder: Path) -> None:
     pictures = sorted(folder.rglob("*.png"))
-    assert len(pictures) >= 7, f"too few pictures in {folder}: {pictures}"
+    assert len(pictures) >= 8, f"too few pictures in {folder}: {pictures}"
     for path in pictures:
         pixels = np.asarray(Image.open(path).convert("L"), dtype=np.float64)
         assert min(pixels.shape) >= 64, f"{path} is {pixels.shape}"
@@ -50,6 +50,15 @@ def main(folder: Path) -> None:
     assert summary["generation"]["loss_per_character"] < 2.0, summary["generation"]  # letters alone: 3.0
     assert all(len(text) > 40 for text in summary["generation"]["written"]), summary["generation"]
     assert summary["answers"]["right"] > 1.4 * summary["answers"]["chance"], summary["answers"]
+    # Which arm wins is whatever comes out; that all of them ran, learnt, and were drawn, is not.
+    adversaries = summary["adversaries"]
+    assert len(adversaries["accuracies"]) == 4, adversaries
+    for arm, found in adversaries["accuracies"].items():
+        assert len(found) == 3, (arm, found)
+        assert sum(found) / 3 > 1.2 * adversaries["chance"], (arm, found, adversaries["chance"])
+    assert 0 < adversaries["diversity"] < 3, adversaries
+    assert adversaries["seconds"] < 300, adversaries["seconds"]
+    assert (folder / "adversaries" / "game.png").exists()
     print(
         f"{len(pictures)} pictures, spread {spread:.2f}, roughness {rough(fake) / rough(real):.2f} of the data's: well"
     )

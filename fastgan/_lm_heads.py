@@ -188,7 +188,10 @@ def _obstacle(model: Any, head: _Head) -> str:
     """Why this call computes the logits nevertheless: looked at in each call, since hooks and heads come and go."""
     linear = head.linear(model)
     if parametrize.type_before_parametrizations(linear) is not nn.Linear:
-        return f"the head is a {type(linear).__name__}"
+        # PEFT's wrapper of a Linear is called Linear, too.
+        package = type(linear).__module__.partition(".")[0]
+        own = f"{package}." if type(linear).__name__ == "Linear" else ""
+        return f"the head is a {own}{type(linear).__name__}"
     for module in (linear, *(model.get_submodule(name) for name in head.on_the_way)):
         if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
             return "there are hooks on the head"

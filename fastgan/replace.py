@@ -23,12 +23,15 @@ from torch.nn.utils import parametrize
 from fastgan.nn.activation import FusedLeakyReLU, FusedReLU
 from fastgan.nn.attention import MultiheadAttention
 from fastgan.nn.conv import Conv2d, ConvTranspose2d, algorithm_of
+from fastgan.nn.embedding import Embedding
+from fastgan.nn.embedding import why_not as _why_not_embedding
 from fastgan.nn.norm_act import BatchNormAct2d
 
 _SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: Conv2d,
     nn.ConvTranspose2d: ConvTranspose2d,
     nn.BatchNorm2d: BatchNormAct2d,
+    nn.Embedding: Embedding,
     nn.MultiheadAttention: MultiheadAttention,
 }
 _FUSED: dict[type[nn.Module], type[nn.Module]] = {nn.ReLU: FusedReLU, nn.LeakyReLU: FusedLeakyReLU}
@@ -95,6 +98,7 @@ def replace_modules(model: M) -> M:
 
     - ``nn.Conv2d``, ``nn.ConvTranspose2d``, ``nn.MultiheadAttention`` and ``nn.BatchNorm2d`` become fastgan.nn's
       ``Conv2d``, ``ConvTranspose2d``, ``MultiheadAttention`` and ``BatchNormAct2d``, which are subclasses of theirs.
+    - ``nn.Embedding`` of 1 MB and more becomes fastgan.nn's, whose gradient lies in memory kept from step to step.
     - Where an ``nn.ReLU`` or ``nn.LeakyReLU`` follows the norm in an ``nn.Sequential``, the norm takes it over; in its
       place a module of the same name and kind passes its input on. Not where that could be seen: hooks on the norm's
       output, pre-hooks or backward hooks on the activation, either module in use elsewhere in the model. A forward hook
@@ -284,7 +288,9 @@ def _uses_nested_tensors(encoder: nn.TransformerEncoder) -> bool:
 def _obstacle(module: nn.Module) -> str:
     """Why a module of one of torch's exact classes is left nevertheless."""
     overridden = [name for name in ("forward", "_conv_forward") if name in vars(module)]
-    return f"its {overridden[0]} was overridden on the instance" if overridden else ""
+    if overridden:
+        return f"its {overridden[0]} was overridden on the instance"
+    return _why_not_embedding(module) if isinstance(module, nn.Embedding) else ""
 
 
 def _is_worth_a_row(name: str, module: nn.Module) -> bool:

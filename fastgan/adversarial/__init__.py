@@ -17,7 +17,7 @@ pure function of that and the configuration: a resumed run calls it again. ``MyT
 ``compute_loss`` is one of them (evaluation comes here, too, with the model in eval mode), ``create_optimizer``,
 ``_save_optimizer_and_scheduler`` and ``_load_optimizer_and_scheduler`` are a second player's. Random numbers come from
 ``step_seed(trainer, use)`` or from torch's generator, which each step seeds. ``fastgan/adversarial/trainer.py`` is the
-plainest, ``gan_bert.py`` the one with a player.
+plainest, ``gan_bert.py`` the one with a player; ``unlabelled.py`` has batches of texts without labels.
 """
 
 from __future__ import annotations
@@ -62,7 +62,10 @@ class Adversary(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Perturbing:
-    """Passes over perturbed embeddings, as ``settings`` say."""
+    """Passes over perturbed embeddings, as ``settings`` say.
+
+    Where the configuration has ``unlabelled`` texts, the divergence is theirs, and the labelled batch has one pass.
+    """
 
     name: str
     settings: Perturbation
@@ -71,16 +74,25 @@ class Perturbing:
         from fastgan.adversarial.trainer import PerturbingTrainer
 
         attack = Attack(prepared.model, self.settings, prepared.tokenizer.all_special_ids)
+        passes, own = f"{self.settings.passes} passes", {}
+        if getattr(config, "unlabelled", None) is not None:
+            from fastgan.adversarial.unlabelled import unlabelled_texts
+
+            own["unlabelled"], counts = unlabelled_texts(prepared, config, say)
+            prepared = dataclasses.replace(prepared, counts=prepared.counts | counts)
+            passes = f"1 pass over labelled and {self.settings.passes} over unlabelled texts"
         say(
-            f"{self.name}: {self.settings.passes} passes a step, radius {self.settings.radius:g} of the word vectors' "
-            f"mean norm of {attack.unit:.3g}"
+            f"{self.name}: {passes} a step, radius {self.settings.radius:g} of the word vectors' mean norm of "
+            f"{attack.unit:.3g}"
         )
-        return with_trainer(prepared, PerturbingTrainer, attack=attack)
+        return with_trainer(prepared, PerturbingTrainer, attack=attack, **own)
 
 
 def _perturbing(name: str) -> Callable[[Any], Adversary]:
     def make_it(config: Any) -> Adversary:
-        _refuse(config, ("unlabelled",), name)
+        settings = PRESETS[name]
+        if settings.adds != "divergence" or settings.raises == "loss":  # which needs labels
+            _refuse(config, ("unlabelled",), name)
         changes = {option: getattr(config, f"adversary_{option}") for option in OPTIONS}
         try:
             return Perturbing(name, preset(name, **changes))

@@ -20,16 +20,16 @@ A step sees as many unlabelled texts as labelled ones, so labelled texts are see
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 NOISE = 100  # numbers that the generator starts from
+COLLAPSED = 0.1  # a diversity under it is said
 _FILE = "players.safetensors"
 
 
@@ -44,47 +44,22 @@ class GANBert:
 
         from fastgan.adversarial import with_trainer
         from fastgan.adversarial.players_trainer import PlayersTrainer
-        from fastgan.data.grouped import GroupedByLength, steps_per_epoch
-        from fastgan.training.hub import encode
+        from fastgan.adversarial.unlabelled import unlabelled_texts
         from fastgan.training.language_run import processes
 
         if processes() > 1:
             raise ValueError("adversary gan-bert trains in one process, and there are several")
-        texts = read_unlabelled(config.unlabelled, config.text_column, config.label_column)
-        ids, cut = encode(prepared.tokenizer, texts, prepared.length)
-        held = {tuple(row["input_ids"]) for row in prepared.held_out}
-        shared = sum(tuple(each) in held for each in ids)
-        if shared:
-            say(f"{shared} of {len(ids)} texts of {config.unlabelled} are in the validation file as well")
-        rows, lengths = [{"input_ids": each} for each in ids], [len(each) for each in ids]
-        step_size = config.batch_size * config.gradient_accumulation
-        total = config.epochs * steps_per_epoch(len(prepared.rows), step_size)
+        texts, counts = unlabelled_texts(prepared, config, say)
         head = Head(prepared.model)
-        counts = prepared.counts | {"unlabelled": len(ids), "unlabelled_cut": len(cut)}
         return with_trainer(
-            dataclasses.replace(prepared, counts=counts),
+            dataclasses.replace(prepared, counts=prepared.counts | counts),
             PlayersTrainer,
             head=head,
             players=Players(head.hidden, head.features, _head_dropout(prepared.model)),
             player_lr=self.lr,
-            unlabelled=GroupedByLength(rows, lengths, step_size, config.seed + 1, total),
+            say=staticmethod(say),  # as a plain function it would be a method
+            unlabelled=texts,
         )
-
-
-def read_unlabelled(
-    path: str | os.PathLike[str], text_column: str | None = None, label_column: str | None = None
-) -> list[str]:
-    """The texts of a file, one a line, plain or ``.gz``; of a .tsv, .csv or .jsonl those of its text column,
-    whose labels, of any kind, are not looked at.
-
-    Raises TextError (nothing in it, not UTF-8, a row that cannot be) or OSError.
-    """
-    from fastgan.data.labelled import read_labelled, read_text
-
-    suffix = Path(os.fspath(path).removesuffix(".gz")).suffix.lower()
-    if suffix in (".tsv", ".csv", ".jsonl", ".ndjson"):
-        return read_labelled(path, text_column=text_column, label_column=label_column).texts
-    return [line.strip() for line in read_text(path).split("\n") if line.strip()]
 
 
 class Head:
@@ -147,6 +122,35 @@ class Players(nn.Module):
     def fake_logits(self, features: Tensor) -> Tensor:
         """The (k+1)-th logit, (N,)."""
         return self.fake(features).squeeze(-1)
+
+
+@torch.no_grad()
+def made_from(head: Head, players: Players, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Features (count, features) and chances of being fake (count,) of generated vectors, without dropout.
+
+    ``seed`` alone decides the generator's noise. The modules come back in the modes that they were in.
+    """
+    modes = [(module, module.training) for module in (*head.model.modules(), *players.modules())]
+    device = next(players.parameters()).device
+    drawn = torch.randn(count, NOISE, generator=torch.Generator().manual_seed(seed)).to(device)
+    try:
+        head.model.eval()
+        players.eval()
+        seen, logits = head(players.generator(drawn))
+        return seen, torch.cat([logits, players.fake_logits(seen).unsqueeze(1)], 1).softmax(1)[:, -1]
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def diversity(texts: Tensor, generated: Tensor) -> float | None:
+    """How far generated features lie from their mean, over how far those of texts, (N, width), do: root mean squares.
+
+    About 1 for a generator that is as various as texts, 0 for one that makes a single vector; None where all texts
+    are one.
+    """
+    spread, own = ((each.float() - each.float().mean(0)).square().sum(1).mean().sqrt() for each in (texts, generated))
+    return float(own / spread) if float(spread) > 0 else None
 
 
 def discriminator_loss(texts: Tensor, texts_fake: Tensor, generated: Tensor, generated_fake: Tensor) -> Tensor:

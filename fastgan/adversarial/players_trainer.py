@@ -3,15 +3,29 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 
 from fastgan.adversarial import step_seed
-from fastgan.adversarial.gan_bert import _FILE, NOISE, Head, Players, discriminator_loss, generator_loss
+from fastgan.adversarial.gan_bert import (
+    _FILE,
+    COLLAPSED,
+    NOISE,
+    Head,
+    Players,
+    discriminator_loss,
+    diversity,
+    generator_loss,
+    made_from,
+)
+from fastgan.adversarial.unlabelled import batch_beside
 from fastgan.training.language_trainer import LanguageTrainer
-from fastgan.training.streams import PLAYERS
+from fastgan.training.streams import EVALUATION, PLAYERS, mixed_seed
+
+_JUDGED = 256  # generated vectors, in an evaluation
 
 
 class PlayersTrainer(LanguageTrainer):
@@ -21,6 +35,11 @@ class PlayersTrainer(LanguageTrainer):
     players: Players
     player_lr: float
     unlabelled: torch.utils.data.Dataset
+    say: Callable[[str], None]
+    # sums since they were last logged, and of how many batches: the discriminator's part in the game, the generator's
+    _sums: tuple[int, Any] = (0, 0.0)
+    # the features of an evaluation's texts
+    _seen: list[torch.Tensor] | None = None
     # of the batch at hand: unlabelled texts, generated vectors, and what the generator's loss needs
     _unlabelled: Any = None
     _generated: Any = None
@@ -44,23 +63,22 @@ class PlayersTrainer(LanguageTrainer):
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
         seed = step_seed(self, PLAYERS)
-        step, batch = self._batch_of_step  # type: ignore[attr-defined]
-        if batch == 0:
+        if self._batch_of_step[1] == 0:  # type: ignore[attr-defined]
             self.players.zero_grad(set_to_none=True)  # the Trainer clears the model's gradients alone
         self.players.train()
+        self._unlabelled = batch_beside(self)
         count = self.args.per_device_train_batch_size
-        first = (step * self.args.gradient_accumulation_steps + batch) * count
-        texts: Any = self.unlabelled
-        self._unlabelled = self._prepare_inputs(self.data_collator([texts[first + i] for i in range(count)]))
         drawn = torch.randn(count, NOISE, generator=torch.Generator().manual_seed(seed)).to(self.args.device)
         with self.accelerator.autocast():
             self._generated = self.players.generator(drawn)
         loss = super().training_step(model, inputs, num_items_in_batch)
-        share, features = self._game
+        share, features, played = self._game
         with self.accelerator.autocast():
             seen, logits = self.head(self._generated)
-            against = generator_loss(logits, self.players.fake_logits(seen), features, seen) * share
-        self.accelerator.backward(against, inputs=list(self.players.generator.parameters()))
+            against = generator_loss(logits, self.players.fake_logits(seen), features, seen)
+        self.accelerator.backward(against * share, inputs=list(self.players.generator.parameters()))
+        batches, sums = self._sums
+        self._sums = batches + 1, sums + torch.stack([played, against.detach().float()])
         self._game = self._generated = self._unlabelled = None
         return loss
 
@@ -87,9 +105,33 @@ class PlayersTrainer(LanguageTrainer):
                 generated,
                 self.players.fake_logits(seen),
             )
-        self._game = share, texts.detach()
+        self._game = share, texts.detach(), played.detach().float()
         loss = loss + share * played
         return (loss, outputs) if return_outputs else loss
+
+    def evaluate(self, *arguments: Any, **options: Any) -> Any:
+        with self.head.watched() as self._seen:
+            try:
+                return super().evaluate(*arguments, **options)
+            finally:
+                self._seen = None
+
+    def log(self, logs: dict[str, float], *arguments: Any, **options: Any) -> None:
+        batches, sums = self._sums
+        if "loss" in logs and batches:
+            discriminator, generator = (sums / batches).tolist()
+            logs |= {"discriminator_loss": discriminator, "generator_loss": generator}
+            self._sums = (0, 0.0)
+        elif "eval_loss" in logs and self._seen:
+            step, texts = self.state.global_step, torch.cat(self._seen)
+            made, _ = made_from(self.head, self.players, _JUDGED, mixed_seed(self.args.seed, EVALUATION, step))
+            found = diversity(texts, made)
+            if found is not None:
+                logs["eval_diversity"] = found
+                if found < COLLAPSED:
+                    self.say(f"step {step}: the generator has collapsed: its vectors are spread over {found:.2g} of "
+                             "what texts are")  # fmt: skip
+        super().log(logs, *arguments, **options)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         super()._save_optimizer_and_scheduler(output_dir)

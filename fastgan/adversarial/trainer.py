@@ -9,6 +9,7 @@ import torch
 from fastgan._lm_heads import is_fused
 from fastgan.adversarial import step_seed
 from fastgan.adversarial.attack import Attack, Rows
+from fastgan.adversarial.unlabelled import batch_beside
 from fastgan.training.language_trainer import LanguageTrainer
 from fastgan.training.streams import PERTURBATION
 
@@ -17,6 +18,7 @@ class PerturbingTrainer(LanguageTrainer):
     """Trains on the passes that ``attack`` wants. Accumulation, clipping and precision stay the Trainer's."""
 
     attack: Attack
+    unlabelled: Any = None  # the divergence is then that of these texts, and the labelled batch has a pass of its own
     _share: float = 1.0
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Any:
@@ -50,6 +52,13 @@ class PerturbingTrainer(LanguageTrainer):
             loss = compute(model, inputs, return_outputs, num_items_in_batch)
             return (loss[0] * self._share, loss[1]) if return_outputs else loss * self._share
         plain = self.accelerator.unwrap_model(model)
+        if self.unlabelled is not None:
+            seed = step_seed(self, PERTURBATION)
+            loss, output = compute(model, inputs, True, num_items_in_batch)
+            # Batches are of one size, so each counts alike among a step's.
+            share: Any = 1.0 if num_items_in_batch is None else 1.0 / self.current_gradient_accumulation_steps
+            loss = loss + self._of_unlabelled(model, plain, seed, share)
+            return (loss, output) if return_outputs else loss
         labels = inputs.get("labels")
         shifted = labels is not None and _shifts(self, plain)
         counted = labels[..., 1:] if shifted else labels
@@ -63,11 +72,21 @@ class PerturbingTrainer(LanguageTrainer):
         def rows(output: Any) -> Rows:
             return distributions(output, counted, shifted)
 
-        share: Any = 1.0
+        share = 1.0
         if num_items_in_batch is not None and counted is not None:
             share = counted.ne(-100).sum() / num_items_in_batch * self.accelerator.num_processes
         loss, output = self.attack.regularized(inputs, forward, rows, step_seed(self, PERTURBATION), share)
         return (loss, output) if return_outputs else loss
+
+    def _of_unlabelled(self, model: Any, plain: Any, seed: int, share: float) -> torch.Tensor:
+        """The weighted divergence on the texts without labels that stand beside the batch."""
+        texts = batch_beside(self)
+
+        def forward(searching: bool) -> tuple[torch.Tensor, Any]:
+            output = (plain if searching else model)(**texts)
+            return output["logits"].new_zeros(()), output
+
+        return self.attack.regularized(texts, forward, lambda each: distributions(each, None, False), seed, share)[0]
 
 
 def distributions(output: Any, counted: torch.Tensor | None, shifted: bool) -> Rows:

@@ -1,11 +1,12 @@
-"""``fastgan demo``: the main job on real input, in six parts, with pictures at the end.
+"""``fastgan demo``: the main job on real input, in seven parts, with pictures at the end.
 
 1. a DCGAN draws handwritten digits;
 2. a small BERT learns to guess masked words from the reference manual that every CPython carries;
 3. the same BERT is fine-tuned to tell which chapter a sentence comes from;
 4. a GPT-2 learns to write like the manual;
 5. a reader answers questions about exceptions, the manual's two thousand paragraphs before it;
-6. each kernel is timed beside PyTorch's own.
+6. each kernel is timed beside PyTorch's own;
+7. GAN and language model together: FreeLB and GAN-BERT beside plain fine-tuning, with few labels.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from fastgan.cli.demo_adversaries import compete
 from fastgan.cli.demo_language import ask, write
 from fastgan.cli.failures import in_one_line
 from fastgan.cli.train import check_data
@@ -39,7 +41,7 @@ def _say(text: str = "") -> None:
 
 
 def _title(number: int, text: str) -> None:
-    _say(f"\n[{number}/6] {text}")
+    _say(f"\n[{number}/7] {text}")
 
 
 def _pictures(data: str, seed: int, quick: bool) -> tuple[DCGANConfig, ImageArray]:
@@ -173,6 +175,9 @@ def _demo(out: Path, data: str, seed: int, quick: bool) -> None:
     summary["answers"] = ask(out / "answers", seed, steps=2 if quick else 60)
     _title(6, "Each kernel beside PyTorch's own, in one run.")
     summary["kernels"] = _kernels(out / "kernels")
+    _title(7, "GAN and language model together: adversaries of the same BERT, which sees few labels.")
+    effort = {"passes": 6, "draws": 1} if quick else {}
+    summary["adversaries"] = compete(out / "language", out / "adversaries", seed, **effort)
 
     summary["seconds"] = time.perf_counter() - begin
     (out / "summary.json").write_text(json.dumps(summary, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -186,12 +186,14 @@ def generate(
     For example: fastgan evaluate generate --model runs/mine --data test.txt
     """
     with in_one_line():
-        from fastgan.training.generate import evaluate_generate
+        from fastgan.training.generate import evaluate_generate, repeats_itself
 
         evaluation = evaluate_generate(
             model, data, n=n, length=length, temperature=temperature, seed=seed, samples=samples
         )
         _print(evaluation, as_json)
+        if said := repeats_itself(evaluation):
+            typer.echo(said, err=True)
 
 
 @app.command()

@@ -95,7 +95,8 @@ def sentiment(
     text_column: str | None = typer.Option(None, help="Name of the column or key. Default: text, sentence, ..."),
     label_column: str | None = typer.Option(None, help="Default: label, sentiment, ..."),
     unlabelled: Path | None = typer.Option(
-        None, help="Texts for gan-bert: one a line; of a .tsv, .csv or .jsonl the labels are not looked at."
+        None,
+        help="Texts for gan-bert, vat, smart, r3f: one a line; of a .tsv, .csv or .jsonl the labels are not looked at.",
     ),
     epochs: int = typer.Option(2, help="Times that all texts are seen."),
     max_steps: int = MAX_STEPS,

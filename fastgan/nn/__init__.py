@@ -3,6 +3,7 @@
 from fastgan.nn import functional
 from fastgan.nn.attention import MultiheadAttention
 from fastgan.nn.conv import Conv2d, ConvTranspose2d
+from fastgan.nn.embedding import Embedding
 from fastgan.nn.gan_loss import DiscriminatorHeadLoss
 from fastgan.nn.linear_cross_entropy import LinearCrossEntropyLoss
 from fastgan.nn.norm_act import BatchNormAct2d
@@ -12,6 +13,7 @@ __all__ = [
     "Conv2d",
     "ConvTranspose2d",
     "DiscriminatorHeadLoss",
+    "Embedding",
     "LinearCrossEntropyLoss",
     "MultiheadAttention",
     "functional",

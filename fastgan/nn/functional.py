@@ -17,6 +17,7 @@ from fastgan.nn._inputs import Pair as _Pair
 from fastgan.nn._inputs import check_tensors, number
 from fastgan.nn._inputs import pair as _pair
 from fastgan.ops import conv as _conv
+from fastgan.ops import embedding as _embedding
 from fastgan.ops import gan_loss as _gan_loss
 from fastgan.ops import linear_cross_entropy as _linear_cross_entropy
 from fastgan.ops import norm_act as _norm_act
@@ -638,3 +639,56 @@ def linear_cross_entropy(
         gradients = _linear_cross_entropy.gradients_to_expect(input, weight, bias, index)
         loss = _linear_cross_entropy.linear_cross_entropy(*arguments, gradients)[0]
     return (loss.reshape(target.shape) if reduction == "none" else loss).to(dtype)
+
+
+# ---- embedding ----
+
+
+def embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """As ``torch.nn.functional.embedding``; on the CPU the gradient of a table of 1 MB and more lies in kept memory.
+
+    Fresh memory for a gradient that is mostly zeros costs more than all that is added up in it. Where no gradient is
+    wanted, for small tables, on other devices, and with ``max_norm``, ``scale_grad_by_freq`` or ``sparse``, it is
+    torch's own.
+
+    Args:
+        input: numbers of rows, int64 or int32, any shape and strides.
+        weight: (V, D), any floating-point dtype.
+        padding_idx: this row gets no gradient; may be negative, from the end.
+        max_norm, norm_type, scale_grad_by_freq, sparse: as torch's.
+
+    Returns:
+        input's shape and D, in weight's dtype.
+
+    Raises:
+        TypeError: input or weight is no tensor. Otherwise torch's own errors: IndexError for a number outside [0, V),
+        RuntimeError for numbers of another dtype or a weight that is not (V, D), AssertionError for padding_idx.
+    """
+    check_tensors(input=input, weight=weight)
+    rows = weight.shape[0] if weight.dim() == 2 else 0
+    ours = (
+        weight.dim() == 2
+        and weight.device.type in ("cpu", "meta")
+        and weight.device == input.device
+        and input.dtype in (torch.int64, torch.int32)
+        and weight.is_floating_point()
+        and weight.numel() * weight.element_size() >= _embedding.LARGE
+        and (padding_idx is None or -rows <= padding_idx < rows)
+        and max_norm is None
+        and not scale_grad_by_freq
+        and not sparse
+        and not _impl.reference_selected()
+        and not is_plain((weight,))
+    )
+    if not ours:
+        return _F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+    padding = _embedding.NO_PADDING if padding_idx is None else padding_idx % rows
+    return _embedding.embedding(weight, input, padding)

@@ -300,6 +300,20 @@ def evaluate_generate(
     return Evaluation(results)
 
 
+def repeats_itself(found: Evaluation) -> str:
+    """What is to be said of a model whose texts have a quarter fewer different pairs of words than the file; else "".
+
+    No stricter, since each text begins with words of the file.
+    """
+    own, data = found["distinct-2"], found["data distinct-2"]
+    if own >= 0.75 * data:
+        return ""
+    return (
+        f"the model repeats itself: {own:.1%} of its pairs of words are different, and {data:.1%} of the file's; a "
+        "higher --temperature may help, and shows whether the loss or the drawing is to blame"
+    )
+
+
 def _losses(network: Any, ids: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
     """For each block the sum of its tokens' losses, and how many were predicted (all but its first)."""
     device = next(network.parameters()).device

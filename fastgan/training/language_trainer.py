@@ -588,7 +588,9 @@ def picture(history: list[dict[str, Any]], label: str) -> bytes:
     if any(two.values()):
         # One is fifty times the other's weight, so that their sum says little.
         (label, losses), *others = two.items()
-        plot_losses(losses, buffer, label, {}, more=dict(others))
+        # ELECTRA's validation losses are the players' own; a classifier's is that of its labels.
+        own = [] if two["validation generator loss"] else LOSS.evaluations(history)
+        plot_losses(losses, buffer, label, {}, validation=own, more=dict(others))
     else:
         plot_losses(losses, buffer, label, {}, validation=LOSS.evaluations(history))
     return buffer.getvalue()

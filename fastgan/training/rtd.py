@@ -27,6 +27,7 @@ from fastgan.training.pretrain import PretrainConfig
 from fastgan.training.streams import EVALUATION, mixed_seed
 
 GENERATOR = "generator"  # the folder beside the discriminator's files
+_FIGURES = ("generator_loss", "discriminator_loss", "accuracy")
 
 
 class Players(nn.Module):
@@ -104,16 +105,20 @@ class Players(nn.Module):
 class RtdTrainer(LanguageTrainer):
     """The trainer of :class:`Players`: both losses are scaled, logged and saved."""
 
-    _sums: tuple[int, dict[str, Tensor]] = (0, {})
+    # examples and sums of ``_FIGURES`` over them since they were last logged; in training those of this process
+    _sums: tuple[int, Any] = (0, 0.0)
 
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         outputs = model(input_ids=inputs["input_ids"], labels=inputs["labels"])
         size = len(inputs["labels"])  # the last batch of an evaluation may be smaller
-        figures = {name: value.detach() * size for name, value in outputs.items() if name != "loss"}
+        figures = torch.stack([outputs[name].detach().float() for name in _FIGURES]).repeat(size, 1)
+        if not model.training:
+            # Of every process, as the Trainer does with the loss.
+            figures = self.accelerator.gather_for_metrics(figures)
         count, sums = self._sums
-        self._sums = count + size, {name: sums[name] + value if sums else value for name, value in figures.items()}
+        self._sums = count + len(figures), sums + figures.sum(0)
         loss = outputs["loss"]
         if num_items_in_batch is not None:
             # Masked words count alike in whatever batch of a step they are, and batches have equally many tokens.
@@ -123,7 +128,7 @@ class RtdTrainer(LanguageTrainer):
         return (loss, outputs) if return_outputs else loss
 
     def evaluate(self, *arguments: Any, **options: Any) -> Any:
-        training, self._sums = self._sums, (0, {})
+        training, self._sums = self._sums, (0, 0.0)
         try:
             return super().evaluate(*arguments, **options)
         finally:
@@ -133,8 +138,11 @@ class RtdTrainer(LanguageTrainer):
         prefix = "eval_" if "eval_loss" in logs else ""
         if (prefix or "loss" in logs) and self._sums[0]:
             count, sums = self._sums
-            logs |= {prefix + name: float(value) / count for name, value in sums.items()}
-            self._sums = (0, {})
+            means: Any = sums / count
+            if not prefix:  # equally many examples in every process
+                means = self.accelerator.reduce(means, "mean")
+            logs |= {prefix + name: float(value) for name, value in zip(_FIGURES, means, strict=True)}
+            self._sums = (0, 0.0)
         super().log(logs, *arguments, **options)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:

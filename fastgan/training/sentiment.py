@@ -45,7 +45,7 @@ class SentimentConfig(FinetuneConfig):
     validation: str = ""
     text_column: str | None = None
     label_column: str | None = None
-    unlabelled: str | None = None  # texts without labels, for the adversary gan-bert
+    unlabelled: str | None = None  # texts without labels, for gan-bert, vat, smart and r3f
 
     FILES: ClassVar[tuple[str, ...]] = ("train", "validation")
     OPTIONAL_FILES: ClassVar[tuple[str, ...]] = ("unlabelled",)

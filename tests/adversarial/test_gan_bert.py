@@ -16,13 +16,23 @@ pytest.importorskip("accelerate")
 from safetensors.torch import load_file
 
 from fastgan.adversarial import attach
-from fastgan.adversarial.gan_bert import NOISE, discriminator_loss, generator_loss, read_unlabelled
+from fastgan.adversarial.gan_bert import (
+    NOISE,
+    Players,
+    discriminator_loss,
+    diversity,
+    generator_loss,
+    made_from,
+)
+from fastgan.adversarial.unlabelled import read_unlabelled
+from fastgan.data.grouped import GroupedByLength
 from fastgan.data.units import TextError
 from fastgan.training.finetune import finetune, resume_finetune
 from fastgan.training.language_trainer import make_arguments
+from fastgan.training.run import Silent
 from fastgan.training.sentiment import SENTIMENT, classify
-from fastgan.training.streams import PLAYERS, mixed_seed
-from tests.training.test_finetune import _sentences, files, tiny, weights  # noqa: F401  files is a fixture
+from fastgan.training.streams import EVALUATION, PLAYERS, mixed_seed
+from tests.training.test_finetune import _sentences, files, rows, tiny, weights  # noqa: F401  files is a fixture
 from tests.training.test_pretrain import StopsAt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -69,7 +79,7 @@ def test_losses_and_gradients_by_hand():
     assert float(by_a) == pytest.approx((on_made[0] * (0.9 - pull) + 2 * (-0.6 - h)) * z, rel=1e-5)
 
 
-def one_step(config, labels=None, features=None):
+def one_step(config, labels=None, grouped=False):
     """The trainer after one step without an optimizer, its batch, and the generator's noise."""
     torch.manual_seed(0)
     prepared = attach(SENTIMENT.prepare(config, lambda said: None), config, lambda said: None)
@@ -77,7 +87,8 @@ def one_step(config, labels=None, features=None):
     arguments = make_arguments(config, config_folder(config), **settings)
     trainer = prepared.trainer(model=prepared.model, args=arguments, data_collator=prepared.collator)
     trainer.current_gradient_accumulation_steps = 1
-    batch = dict(prepared.collator([prepared.rows[i] for i in range(8)]))
+    chosen = GroupedByLength(prepared.rows, prepared.lengths, 8, config.seed, 1) if grouped else prepared.rows
+    batch = dict(prepared.collator([chosen[i] for i in range(8)]))
     if labels is not None:
         batch["labels"] = labels
     items = batch["labels"].ne(-100).sum()
@@ -149,6 +160,74 @@ def test_the_labels_loss_is_that_of_k_classes(game, files, tmp_path):  # noqa: F
     _, probabilities = classify(tmp_path / "run", ["the film warm 3 ."])
     assert probabilities.shape == (1, 2)
     assert probabilities.sum() == pytest.approx(1)
+
+
+class Says(Silent):
+    def __init__(self):
+        self.said = []
+
+    def say(self, text):
+        self.said.append(text)
+
+
+def test_diversity_by_hand():
+    texts = torch.tensor([[0.0, 0.0], [6.0, 8.0]])  # 5 from their mean
+    assert diversity(texts, torch.tensor([[1.0, 1.0], [1.0, 3.0]])) == pytest.approx(0.2)
+    assert diversity(texts, torch.ones(3, 2)) == 0
+    assert diversity(texts, texts + 100) == pytest.approx(1)
+    assert diversity(torch.ones(2, 2), texts) is None
+
+
+def test_R77_diversity_stands_beside_the_accuracy_and_a_collapse_is_said(game, tmp_path, monkeypatch):
+    config, reporter = game(), Says()
+    result = finetune(SENTIMENT, config, tmp_path / "run", reporter=reporter)
+    logged = rows(tmp_path / "run")
+    judged = [row for row in logged if "validation_accuracy" in row]
+    assert [row["step"] for row in judged] == [2, 4]
+    assert all(row["validation_diversity"] > 0.1 for row in judged)
+    assert [row["step"] for row in logged if {"loss", "generator_loss", "discriminator_loss"} <= set(row)] == [2, 4]
+    assert not [said for said in reporter.said if "collapsed" in said]
+
+    # The last one from what was saved.
+    prepared = attach(SENTIMENT.prepare(config, lambda said: None), config, lambda said: None)
+    head, players, last = prepared.trainer.head, prepared.trainer.players, tmp_path / "run" / "checkpoints/checkpoint-4"
+    prepared.model.load_state_dict(load_file(last / "model.safetensors"))
+    players.load_state_dict(load_file(last / "players.safetensors"))
+    prepared.model.eval()
+    with torch.no_grad(), head.watched() as seen:
+        for row in prepared.held_out:
+            prepared.model(torch.tensor([row["input_ids"]]))
+    made, fake = made_from(head, players.train(), 256, mixed_seed(config.seed, EVALUATION, 4))
+    assert diversity(torch.cat(seen), made) == pytest.approx(judged[-1]["validation_diversity"], rel=1e-4)
+    assert bool(((fake > 0) & (fake < 1)).all())
+    assert players.training
+    if result.best_step == 4:
+        assert result.figures["diversity"] == judged[-1]["validation_diversity"]
+
+    class Constant(Players):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            torch.nn.init.zeros_(self.generator[-1].weight)
+
+    monkeypatch.setattr("fastgan.adversarial.gan_bert.Players", Constant)
+    finetune(SENTIMENT, game(adversary_lr=1e-9), tmp_path / "one", reporter=reporter)
+    assert [said.split(":")[:2] for said in reporter.said if "collapsed" in said] == [
+        [f"step {step}", " the generator has collapsed"] for step in (2, 4)
+    ]
+
+
+def test_the_players_losses_are_logged(game, tmp_path):
+    """At the first step, before any weight has moved, they are those by hand."""
+    config = game(dropout=0.0, max_steps=1, eval_every=1)
+    trainer, batch, _, total = one_step(config, grouped=True)
+    (count, sums), model = trainer._sums, trainer.model
+    assert count == 1
+    of_labels = model(**batch).loss
+    finetune(SENTIMENT, config, tmp_path / "run")
+    (row,) = [row for row in rows(tmp_path / "run") if "generator_loss" in row]
+    assert [row["discriminator_loss"], row["generator_loss"]] == pytest.approx(sums.tolist(), rel=1e-4)
+    assert row["loss"] == pytest.approx(float(total), rel=1e-4)
+    assert float(total) == pytest.approx(float(of_labels.detach() + sums[0]), rel=1e-4)
 
 
 class DiesAt(StopsAt):

@@ -57,6 +57,10 @@ def test_adversaries_by_command(files, tmp_path):  # noqa: F811
     assert "finished: 2 steps" in result.output
     document = json.loads((tmp_path / "players" / "run.json").read_text())
     assert str(tmp_path / "raw.txt") in document["files"]
+    vat = ["--adversary", "vat", "--unlabelled", tmp_path / "raw.txt"]
+    result = fastgan("finetune", "sentiment", *given, *vat, "--out", tmp_path / "vat")
+    assert result.exit_code == 0, result.output
+    assert "vat: 1 pass over labelled and 3 over unlabelled texts a step" in " ".join(result.output.split())
 
 
 def test_translate_and_generate(tmp_path):

@@ -13,7 +13,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("sacrebleu")
 
 from fastgan.training.finetune import finetune, resume_finetune
-from fastgan.training.generate import GENERATE, GenerateConfig, evaluate_generate, generate, load
+from fastgan.training.generate import GENERATE, GenerateConfig, evaluate_generate, generate, load, repeats_itself
 from tests.training.test_pretrain import LINES, StopsAt
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,6 +97,37 @@ def test_measures_beside_the_files_own(files, learnt):
     assert (
         found["self-BLEU"] == evaluate_generate(learnt.folder, files / "b.txt", n=10, length=24, samples=0)["self-BLEU"]
     )
+
+
+def test_R77_a_model_that_repeats_itself_is_said_and_temperature_is_the_baseline(files, learnt, tmp_path):
+    from typer.testing import CliRunner
+
+    from fastgan.cli import app
+
+    varied = evaluate_generate(learnt.folder, files / "b.txt", n=10, length=24, samples=0)
+    assert repeats_itself(varied) == ""
+    # The last hidden state no longer depends on the text, and one word has nearly all of the chance.
+    network, tokenizer = load(str(learnt.folder))
+    with torch.no_grad():
+        network.transformer.ln_f.weight.zero_()
+        network.transformer.ln_f.bias.copy_(50 * network.lm_head.weight[tokenizer("the red")["input_ids"][-1]])
+    for part in (network, tokenizer):
+        part.save_pretrained(tmp_path / "collapsed")
+    arguments = ["evaluate", "generate", "--model", str(tmp_path / "collapsed"), "--data", str(files / "b.txt"), "--n",
+                 "10", "--length", "24", "--samples", "0"]  # fmt: skip
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "the model repeats itself: " in result.stderr
+    assert "distinct-2" in result.stdout
+    assert "data distinct-2" in result.stdout
+    found = evaluate_generate(tmp_path / "collapsed", files / "b.txt", n=10, length=24, samples=0)
+    assert found["distinct-2"] < 0.75 * found["data distinct-2"]
+    assert found["self-BLEU"] > varied["self-BLEU"]
+    # So hot that the chances are even: what it draws is various again, and the loss is as bad as before.
+    hot = evaluate_generate(tmp_path / "collapsed", files / "b.txt", n=10, length=24, temperature=1e6, samples=0)
+    assert hot["distinct-2"] > found["distinct-2"]
+    assert hot["loss"] == found["loss"]
+    assert repeats_itself(hot) == ""
 
 
 def test_R65_stopped_and_resumed_and_gone_on_from(files, tmp_path):
