@@ -272,7 +272,7 @@ def evaluate_generate(
     signature = f"tokens:{len(ids)}|predicted:{counts.sum()}|bs:{samples}|seed:{SEED}"
     results = []
     per_character = len(ids) / len(text)
-    for name, change in (("loss", lambda each: each), ("perplexity", math.exp),
+    for name, change in (("loss", lambda each: each), ("perplexity", lambda each: math.exp(min(each, 700.0))),
                          ("loss per character", lambda each: each * per_character)):  # fmt: skip
         score, bounds = change(loss), [None if each is None else change(each) for each in (low, high)]
         shown = "" if low is None else f" (95 %: {bounds[0]:.4f} to {bounds[1]:.4f})"
