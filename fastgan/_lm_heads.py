@@ -30,6 +30,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils.generic import can_return_tuple
 
+from fastgan._hooks import has_hooks
 from fastgan.nn.functional import linear_cross_entropy
 
 Call = dict[str, Any]
@@ -193,7 +194,7 @@ def _obstacle(model: Any, head: _Head) -> str:
         own = f"{package}." if type(linear).__name__ == "Linear" else ""
         return f"the head is a {own}{type(linear).__name__}"
     for module in (linear, *(model.get_submodule(name) for name in head.on_the_way)):
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        if has_hooks(module):
             return "there are hooks on the head"
         if "forward" in vars(module):
             return "the head's forward was overridden on the instance"

@@ -8,18 +8,20 @@ memory less for each layer.
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Iterator
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from fastgan._hooks import has_hooks
 from fastgan.nn.activation import FusedLeakyReLU, FusedReLU
 from fastgan.nn.conv import Conv2d, ConvTranspose2d
 from fastgan.nn.norm_act import BatchNormAct2d
 from fastgan.ops import conv as _conv
+from fastgan.replace import in_sequence, obstacle_of, torch_type
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -28,36 +30,14 @@ _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, FusedReLU, FusedLeakyReLU)
 
 
 class FoldedConv2d(Conv2d):
-    """A convolution that multiplies what is negative in its result by ``slope``."""
-
-    slope: float = 1.0
-
-    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            input = nn.functional.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
-            padding = (0, 0)
-        return _conv.convolution(
-            input, weight, bias, self.stride, padding, self.dilation, self.groups, self.slope  # type: ignore[arg-type]
-        )  # fmt: skip
+    """A convolution with a norm or an activation, or both, in it."""
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, slope={self.slope}"
 
 
 class FoldedConvTranspose2d(ConvTranspose2d):
-    """A transposed convolution that multiplies what is negative in its result by ``slope``."""
-
-    slope: float = 1.0
-
-    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
-        extra = self._output_padding(
-            input, output_size, self.stride, self.padding, self.kernel_size, 2, self.dilation  # type: ignore[arg-type]
-        )  # fmt: skip
-        return _conv.transposed_convolution(
-            input, self.weight, self.bias, self.stride, self.padding, extra, self.groups, self.dilation,  # type: ignore[arg-type]
-            self.slope,
-        )  # fmt: skip
+    """A transposed convolution with a norm or an activation, or both, in it."""
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, slope={self.slope}"
@@ -100,27 +80,22 @@ def fold_norms(model: M) -> M:
 
 def _runs(module: nn.Module, slots: Counter[int]) -> Iterator[list[str]]:
     """Names of a convolution and of the one or two modules after it in a Sequential that go into it."""
-    if type(module).forward is not nn.Sequential.forward or "forward" in vars(module):
-        return
-    names = [name for name, child in module._modules.items() if child is not None]
-    children = [module._modules[name] for name in names]
+    children = in_sequence(module)
+    names = list(children)
 
-    def is_free(child: nn.Module | None) -> bool:
-        hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-        return slots[id(child)] == 1 and not any(getattr(child, each) for each in hooks)
+    def is_free(name: str) -> bool:
+        child = children[name]
+        return slots[id(child)] == 1 and not has_hooks(child) and not obstacle_of(child)
 
-    for i, conv in enumerate(children):
-        if parametrize.type_before_parametrizations(conv) not in _FOLDED or not is_free(conv):  # type: ignore[arg-type]
-            continue
-        if "forward" in vars(conv) or "_conv_forward" in vars(conv):
+    for i, name in enumerate(names):
+        if torch_type(children[name]) not in _FOLDED or not is_free(name):
             continue
         end = i + 1
-        if end < len(children) and type(children[end]) in _NORMS and is_free(children[end]):
-            norm = children[end]
-            if norm.running_mean is None or norm.running_var is None:  # type: ignore[union-attr]
+        if end < len(names) and type(norm := children[names[end]]) in _NORMS and is_free(names[end]):
+            if norm.running_mean is None or norm.running_var is None:
                 continue
             end += 1
-        if end < len(children) and type(children[end]) in _ACTIVATIONS and is_free(children[end]):
+        if end < len(names) and type(children[names[end]]) in _ACTIVATIONS and is_free(names[end]):
             end += 1
         if end > i + 1:
             yield names[i:end]
@@ -132,7 +107,7 @@ def _fold(module: nn.Module, names: list[str]) -> None:
     norm = after[0] if isinstance(after[0], nn.BatchNorm2d) else None
     with torch.no_grad():
         weight, bias = (conv.weight, conv.bias) if norm is None else _folded(conv, norm)
-    kind = _FOLDED[parametrize.type_before_parametrizations(conv)]
+    kind = _FOLDED[torch_type(conv)]
     # A new module: a parametrized one has a class that it shares with its copies.
     folded = kind(
         conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding,  # type: ignore[arg-type]
@@ -142,9 +117,7 @@ def _fold(module: nn.Module, names: list[str]) -> None:
         folded.output_padding = conv.output_padding
     folded.weight = nn.Parameter(weight.detach().clone())
     folded.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-    folded.slope = 1.0
-    for each in after:
-        folded.slope *= _slope(each)
+    folded.slope = math.prod(map(_slope, after))
     module._modules[names[0]] = folded.eval()
     for name in names[1:]:
         module._modules[name] = nn.Identity()

@@ -24,8 +24,8 @@ from fastgan.nn.activation import FusedLeakyReLU, FusedReLU
 from fastgan.nn.attention import MultiheadAttention
 from fastgan.nn.conv import Conv2d, ConvTranspose2d, algorithm_of
 from fastgan.nn.embedding import Embedding
-from fastgan.nn.embedding import why_not as _why_not_embedding
 from fastgan.nn.norm_act import BatchNormAct2d
+from fastgan.ops.embedding import why_torch
 
 _SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: Conv2d,
@@ -173,7 +173,7 @@ def _swap_class(module: nn.Module, target: type[nn.Module]) -> None:
     module.__class__ = target
 
 
-def _torch_type(module: nn.Module) -> type[nn.Module]:
+def torch_type(module: nn.Module) -> type[nn.Module]:
     """The module's class, without what a parametrization made of it."""
     return parametrize.type_before_parametrizations(module)
 
@@ -187,12 +187,12 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
     after = {id(norm): act for _, module in named for norm, act in _norms_with_activation(module)}
     fused: set[int] = set()
     for name, module in named:
-        kind = _torch_type(module)
+        kind = torch_type(module)
         if id(module) in fused:
             target = _FUSED[kind]
             row = Row(name, type(module).__name__, "will be swapped", target.__name__, "in the norm before it")
             yield _Decision(module, row, target)
-        elif kind in _SWAPS and not _obstacle(module):
+        elif kind in _SWAPS and not obstacle_of(module):
             target, attributes, reason = _SWAPS[kind], {}, ""
             if id(module) in after:
                 act = after[id(module)]
@@ -242,15 +242,19 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
             yield _Decision(module, Row(name, type(module).__name__, "left", reason=_why_left(module, kind)))
 
 
-def _norms_with_activation(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """(norm, activation) for the neighbours in a Sequential, or in a subclass that runs as one."""
+def in_sequence(module: nn.Module) -> dict[str, nn.Module]:
+    """What a Sequential, or a subclass that runs as one, runs one after another; empty for any other module."""
     if not isinstance(module, nn.Sequential) or "forward" in vars(module):
-        return
+        return {}
     if type(module).forward is not nn.Sequential.forward or type(module).__iter__ is not nn.Sequential.__iter__:
-        return
-    children = [child for child in module._modules.values() if child is not None]
-    for norm, act in pairwise(children):
-        if _torch_type(norm) in (nn.BatchNorm2d, BatchNormAct2d) and type(act) in _FUSED:
+        return {}
+    return {name: child for name, child in module._modules.items() if child is not None}
+
+
+def _norms_with_activation(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """(norm, activation) for the neighbours in a Sequential."""
+    for norm, act in pairwise(in_sequence(module).values()):
+        if torch_type(norm) in (nn.BatchNorm2d, BatchNormAct2d) and type(act) in _FUSED:
             yield norm, act
 
 
@@ -281,16 +285,18 @@ def _uses_nested_tensors(encoder: nn.TransformerEncoder) -> bool:
         return False
     attentions = [m for m in encoder.modules() if isinstance(m, nn.MultiheadAttention)]
     return any(
-        _torch_type(m) is MultiheadAttention or (_torch_type(m) in _SWAPS and not _obstacle(m)) for m in attentions
+        torch_type(m) is MultiheadAttention or (torch_type(m) in _SWAPS and not obstacle_of(m)) for m in attentions
     )
 
 
-def _obstacle(module: nn.Module) -> str:
+def obstacle_of(module: nn.Module) -> str:
     """Why a module of one of torch's exact classes is left nevertheless."""
     overridden = [name for name in ("forward", "_conv_forward") if name in vars(module)]
     if overridden:
         return f"its {overridden[0]} was overridden on the instance"
-    return _why_not_embedding(module) if isinstance(module, nn.Embedding) else ""
+    if isinstance(module, nn.Embedding):
+        return why_torch(module.weight, module.max_norm, module.scale_grad_by_freq, module.sparse)
+    return ""
 
 
 def _is_worth_a_row(name: str, module: nn.Module) -> bool:
@@ -309,7 +315,7 @@ def _why_left(module: nn.Module, kind: type[nn.Module]) -> str:
     if kind.__module__.startswith("torch.ao."):
         return "quantized"
     if kind in _SWAPS:
-        return _obstacle(module)
+        return obstacle_of(module)
     for torch_class in _SWAPS:
         if isinstance(module, torch_class):
             return f"a subclass of nn.{torch_class.__name__} may compute something else"

@@ -118,7 +118,20 @@ class _Backwards(nn.Sequential):
         return input
 
 
+class _OwnOrder(nn.Sequential):
+    def __iter__(self):
+        return reversed(list(super().__iter__()))
+
+
+def test_wrong_channels_are_named():
+    folded = fastgan.fold_norms(nn.Sequential(*LAYERS["kernel 4"]()))
+    with torch.no_grad(), pytest.raises(RuntimeError, match="channels"):
+        folded(torch.randn(2, 15, 12, 12))
+
+
 def test_what_is_left():
+    overridden = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU())
+    overridden[1].forward = lambda input: input + 1
     shared = nn.Conv2d(4, 4, 1)
     hooked = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
     hooked[1].register_forward_hook(lambda *_: None)
@@ -127,6 +140,8 @@ def test_what_is_left():
         nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)),
         nn.Sequential(shared, nn.BatchNorm2d(4), shared, nn.BatchNorm2d(4)),
         hooked,
+        overridden,
+        _OwnOrder(nn.Conv2d(4, 4, 1), nn.ReLU()),
         _Backwards(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)),
     ):
         assert not any(isinstance(m, nn.Identity) for m in fastgan.fold_norms(model).modules())

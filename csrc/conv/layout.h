@@ -67,6 +67,18 @@ FASTGAN_INLINE void with_storage(Dtype dtype, void* data, const Body& body) {
   }
 }
 
+// Rows of a matrix of W vectors become columns: load(i) is row i, store(i, v) takes column i.
+template <class Load, class Store>
+FASTGAN_INLINE void exchange(const Load& load_row, const Store& store_column) {
+  constexpr int W = lanes<float>;
+  Vec<float> square[W];
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) square[i] = load_row(i);
+  transpose<float>(square);
+#pragma GCC unroll 16
+  for (int i = 0; i < W; ++i) store_column(i, square[i]);
+}
+
 template <class Storage>
 void read_row(const Storage* from, int64_t channel_stride, int64_t column_stride, int64_t channels,
               int64_t columns, float* to, int64_t pixel_stride) {
@@ -78,12 +90,8 @@ void read_row(const Storage* from, int64_t channel_stride, int64_t column_stride
     const int64_t whole = columns / W * W;
     for (int64_t c = 0; c < kSlice; c += W)
       for (done = 0; done < whole; done += W) {
-        Vec<float> square[W];
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) square[i] = load<float>(from + (c + i) * channel_stride + done);
-        transpose<float>(square);
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) store(to + (done + i) * pixel_stride + c, square[i]);
+        exchange([&](int i) { return load<float>(from + (c + i) * channel_stride + done); },
+                 [&](int i, Vec<float> v) { store(to + (done + i) * pixel_stride + c, v); });
       }
   } else if (channel_stride == 1 && channels == kSlice) {
     for (; done < columns; ++done) {
@@ -131,12 +139,8 @@ void write_row(const float* from, int64_t pixel_stride, Storage* to, int64_t cha
     const int64_t whole = columns / W * W;
     for (int64_t c = 0; c < kSlice; c += W)
       for (done = 0; done < whole; done += W) {
-        Vec<float> square[W];
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) square[i] = load<float>(from + (done + i) * pixel_stride + c);
-        transpose<float>(square);
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) store(to + (c + i) * channel_stride + done, square[i]);
+        exchange([&](int i) { return load<float>(from + (done + i) * pixel_stride + c); },
+                 [&](int i, Vec<float> v) { store(to + (c + i) * channel_stride + done, v); });
       }
   } else if (channel_stride == 1 && channels == kSlice) {
     for (; done < columns; ++done) {
@@ -187,18 +191,6 @@ struct TapBlock {
   int64_t row, lane, columns;
   FASTGAN_INLINE float* at(int64_t r, int tap) const { return data + (r * kTaps + tap) * columns; }
 };
-
-// Rows of a matrix of W vectors become columns: load(i) is row i, store(i, v) takes column i.
-template <class Load, class Store>
-FASTGAN_INLINE void exchange(const Load& load_row, const Store& store_column) {
-  constexpr int W = lanes<float>;
-  Vec<float> square[W];
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) square[i] = load_row(i);
-  transpose<float>(square);
-#pragma GCC unroll 16
-  for (int i = 0; i < W; ++i) store_column(i, square[i]);
-}
 
 // Calls, for what there is of the block, the fastest of these, `p` pointing at the weights' first of them:
 //   straight(p, r, tap, l)   lanes l to l + W of row r and this tap, contiguous in the weights

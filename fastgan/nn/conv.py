@@ -28,6 +28,9 @@ class Conv2d(nn.Conv2d):
     It adds no state, so an existing module becomes one by ``Conv2d.from_torch(module)``.
     """
 
+    #: by which what is negative in the result is multiplied; ``fastgan.fold_norms`` makes copies with another
+    slope: float = 1.0
+
     @classmethod
     def from_torch(cls, module: nn.Conv2d) -> Conv2d:
         """Turns ``module``, a ``torch.nn.Conv2d``, into one of this class in place; its parameters and hooks stay.
@@ -44,7 +47,9 @@ class Conv2d(nn.Conv2d):
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
-        return functional.conv2d(input, weight, bias, self.stride, padding, self.dilation, self.groups)  # type: ignore[arg-type]
+        return functional._conv2d(
+            input, weight, bias, self.stride, padding, self.dilation, self.groups, self.slope  # type: ignore[arg-type]
+        )  # fmt: skip
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
@@ -52,6 +57,8 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
     It adds no state, so an existing module becomes one by ``ConvTranspose2d.from_torch(module)``.
     """
+
+    slope: float = 1.0  # as Conv2d's
 
     @classmethod
     def from_torch(cls, module: nn.ConvTranspose2d) -> ConvTranspose2d:
@@ -72,7 +79,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
             2,
             self.dilation,  # type: ignore[arg-type]
         )
-        return functional.conv_transpose2d(
+        return functional._conv_transpose2d(
             input,
             self.weight,
             self.bias,
@@ -81,4 +88,5 @@ class ConvTranspose2d(nn.ConvTranspose2d):
             output_padding,
             self.groups,
             self.dilation,  # type: ignore[arg-type]
+            self.slope,
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastgan.nn import functional
-from fastgan.ops.embedding import LARGE
 
 
 class Embedding(nn.Embedding):
@@ -29,14 +28,3 @@ class Embedding(nn.Embedding):
         return functional.embedding(
             input, self.weight, self.padding_idx, self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse
         )
-
-
-def why_not(module: nn.Embedding) -> str:
-    """Why torch's own serves a table as well; empty where ours pays."""
-    if module.sparse:
-        return "sparse=True: its gradient is not as large as the table"
-    if module.max_norm is not None or module.scale_grad_by_freq:
-        return "max_norm and scale_grad_by_freq are torch's own"
-    if module.weight.numel() * module.weight.element_size() < LARGE:
-        return "its table is smaller than 1 MB"
-    return ""

@@ -164,6 +164,20 @@ def conv2d(
         RuntimeError: ranks, sizes, dtypes or devices that do not fit, or no output left.
         TypeError: an argument of another type.
     """
+    return _conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+
+def _conv2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: _Pair,
+    padding: _Pair | str,
+    dilation: _Pair,
+    groups: int,
+    slope: float = 1.0,
+) -> Tensor:
+    """What is negative in the result is multiplied by ``slope``, for the modules that ``fold_norms`` makes."""
     check_tensors("bias", input=input, weight=weight, bias=bias)
     if _is_plain_convolution(input, weight, bias):
         _check_convolution_arguments(input, weight, bias, stride, dilation, groups)
@@ -181,7 +195,7 @@ def conv2d(
                 )
             padding = pads
         stride, dilation = strides, dilations
-    return _conv.convolution(input, weight, bias, stride, padding, dilation, groups)
+    return _conv.convolution(input, weight, bias, stride, padding, dilation, groups, slope)
 
 
 def conv_transpose2d(
@@ -208,6 +222,21 @@ def conv_transpose2d(
         RuntimeError: ranks, sizes, dtypes or devices that do not fit, an impossible output_padding, or no output left.
         TypeError: an argument of another type.
     """
+    return _conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+
+
+def _conv_transpose2d(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: _Pair,
+    padding: _Pair,
+    output_padding: _Pair,
+    groups: int,
+    dilation: _Pair,
+    slope: float = 1.0,
+) -> Tensor:
+    """``slope`` as ``_conv2d``'s."""
     check_tensors("bias", input=input, weight=weight, bias=bias)
     if _is_plain_convolution(input, weight, bias):
         _check_convolution_arguments(input, weight, bias, stride, dilation, groups, transposed=True)
@@ -227,7 +256,7 @@ def conv_transpose2d(
                 f"{tuple(weight.shape)}, stride={stride} give {size[0]} x {size[1]}"
             )
         stride, padding, output_padding, dilation = strides, pads, extra, dilations
-    return _conv.transposed_convolution(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return _conv.transposed_convolution(input, weight, bias, stride, padding, output_padding, groups, dilation, slope)
 
 
 def _is_plain_convolution(*tensors: Tensor | None) -> bool:
@@ -680,11 +709,8 @@ def embedding(
         and weight.device == input.device
         and input.dtype in (torch.int64, torch.int32)
         and weight.is_floating_point()
-        and weight.numel() * weight.element_size() >= _embedding.LARGE
         and (padding_idx is None or -rows <= padding_idx < rows)
-        and max_norm is None
-        and not scale_grad_by_freq
-        and not sparse
+        and not _embedding.why_torch(weight, max_norm, scale_grad_by_freq, sparse)
         and not _impl.reference_selected()
         and not is_plain((weight,))
     )

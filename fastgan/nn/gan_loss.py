@@ -7,6 +7,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
+from fastgan._hooks import has_hooks
 from fastgan.nn import _gan_loss_inputs, functional
 
 
@@ -91,7 +92,8 @@ def _is_plain_convolution(conv: nn.Module) -> TypeGuard[nn.Conv2d]:
         return False
     if type(conv).forward is not nn.Conv2d.forward and not ours:
         return False
-    hooked = conv._forward_hooks or conv._forward_pre_hooks or conv._backward_hooks or conv._backward_pre_hooks
     same = conv.padding == "same" and any(size % 2 == 0 for size in conv.kernel_size)
     simple = conv.groups == 1 and tuple(conv.dilation) == (1, 1) and conv.padding_mode == "zeros" and not same
-    return bool(simple) and not hooked and not isinstance(conv.weight, torch.nn.parameter.UninitializedParameter)
+    return (
+        bool(simple) and not has_hooks(conv) and not isinstance(conv.weight, torch.nn.parameter.UninitializedParameter)
+    )

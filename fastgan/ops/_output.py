@@ -12,7 +12,7 @@ from fastgan import _impl
 from fastgan.ops._autograd import LIBRARY
 
 LIBRARY.define("new_output(Tensor beside, int[] size, *, ScalarType? dtype=None, bool channels_last=False) -> Tensor")
-_LARGE = 2**20  # bytes, from which on the pool serves; below, torch is quicker
+LARGE = 2**20  # bytes, from which on the pool serves; below, torch is quicker
 
 
 def new_output(
@@ -21,7 +21,7 @@ def new_output(
     """Uninitialised, on the device and of the dtype of ``beside`` unless another is given; large ones on the CPU in the
     pool's memory."""
     dtype = beside.dtype if dtype is None else dtype
-    is_pooled = beside.device.type == "cpu" and math.prod(size) * dtype.itemsize >= _LARGE
+    is_pooled = beside.device.type == "cpu" and math.prod(size) * dtype.itemsize >= LARGE
     if not is_pooled or _impl.extension_error is not None:
         format = torch.channels_last if channels_last else torch.contiguous_format
         return torch.empty(size, dtype=dtype, device=beside.device, memory_format=format)

@@ -19,11 +19,19 @@ from torch import Tensor
 
 from fastgan import _impl
 from fastgan.ops._autograd import LIBRARY, define
-from fastgan.ops._output import new_output
+from fastgan.ops._output import LARGE, new_output
 
-#: bytes of a table, from which on the pool serves its gradient
-LARGE = 2**20
 NO_PADDING = -1
+
+
+def why_torch(weight: Tensor, max_norm: float | None, scale_grad_by_freq: bool, sparse: bool) -> str:
+    """Why torch's own serves a table as well; empty where ours pays."""
+    if sparse:
+        return "sparse=True: its gradient is not as large as the table"
+    if max_norm is not None or scale_grad_by_freq:
+        return "max_norm and scale_grad_by_freq are torch's own"
+    # from which on the pool serves its gradient
+    return "its table is smaller than 1 MB" if weight.numel() * weight.element_size() < LARGE else ""
 
 
 def embedding_reference(weight: Tensor, indices: Tensor, padding_idx: int) -> Tensor:

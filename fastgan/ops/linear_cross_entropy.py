@@ -422,7 +422,7 @@ def _backward_kernel(
 # ---- operators ----
 
 
-def _fake_gradients(input, weight, bias, gradients: Sequence[bool], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+def _fake_gradients(input, weight, gradients: Sequence[bool], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
     shapes = (input.shape, weight.shape, weight.shape[:1])
     return [
         input.new_empty(shape if wanted else (0,), dtype=dtype)
@@ -433,12 +433,12 @@ def _fake_gradients(input, weight, bias, gradients: Sequence[bool], dtypes: Sequ
 def _fake(input, weight, target, bias, ignore_index, label_smoothing, reduction, z_loss, adversarial_radius, gradients):
     dtype = accumulate_dtype(input.dtype)
     loss = input.new_empty(target.shape if reduction == NONE else (), dtype=dtype)
-    return loss, *_fake_gradients(input, weight, bias, gradients, [dtype] * 3)
+    return loss, *_fake_gradients(input, weight, gradients, [dtype] * 3)
 
 
 def _fake_backward(grad, input, weight, target, bias, *args):
     dtypes = [tensor.dtype for tensor in (input, weight, input if bias is None else bias)]
-    return tuple(_fake_gradients(input, weight, bias, args[-1], dtypes))
+    return tuple(_fake_gradients(input, weight, args[-1], dtypes))
 
 
 def _backward(args, saved, grads, needs):

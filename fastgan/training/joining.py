@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import fastgan.nn
+from fastgan._hooks import has_hooks
 
 _PER_SAMPLE = (
     nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear,
@@ -69,7 +70,7 @@ def why_two_passes(discriminator: nn.Module) -> str | None:
     """Why real and fake need two passes through this discriminator as it is now; None if one batch is right."""
     for name, module in discriminator.named_modules():
         where = f"{name or 'the discriminator'} ({type(module).__name__})"
-        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+        if has_hooks(module):
             return f"{where} has a hook, which spectral norm and weight norm use"
         if "parametrizations" in module._modules:
             return f"{where} has a parametrization"

@@ -24,6 +24,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from fastgan import _impl
+from fastgan._hooks import hooks_of
 
 #: signatures that may follow one another before nothing is recorded any more
 _CHANGES = 10
@@ -228,7 +229,7 @@ class GraphedStep:
         taken: list[Any] = [_impl.reference_selected(), _autocast_is_on(self._device), self._settings()]
         for part in self._modules:
             for module in part.modules():
-                taken += [module.training, *map(len, _hooks(module))]
+                taken += [module.training, *map(len, hooks_of(module))]
                 for p in module._parameters.values():
                     taken.append(p if p is None else (p.data_ptr(), p.requires_grad, _has_hook(p)))
                 taken += map(_address, module._buffers.values())
@@ -303,7 +304,7 @@ def why_not_recordable(
         for name, module in part.named_modules():
             if isinstance(module, nn.parallel.DistributedDataParallel):
                 return "DistributedDataParallel averages gradients between processes"
-            if not all(isinstance(hook, _RECORDABLE_HOOKS) for kind in _hooks(module) for hook in kind.values()):
+            if not all(isinstance(hook, _RECORDABLE_HOOKS) for kind in hooks_of(module) for hook in kind.values()):
                 return f"{name or type(module).__name__} has a hook, which a graph would call once and never again"
             for own, parameter in module._parameters.items():
                 if parameter is not None and _has_hook(parameter):
@@ -315,10 +316,6 @@ def why_not_recordable(
 
 def _autocast_is_on(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
-
-
-def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def _step_hooks(optimizer: torch.optim.Optimizer) -> tuple[dict[int, Any], ...]:
