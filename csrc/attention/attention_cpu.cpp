@@ -6,8 +6,8 @@
 // end O is divided by the row sums. Subtracting the running maximum keeps exp in range; the row's log-sum-exp
 // is all that the backward needs.
 //
-// A few query rows (one, against a cache of keys, where text is generated) would not pay for packing: keys
-// and values are then read where they lie, once, and the work is as fast as memory is.
+// One query row (against a cache of keys, where text is generated) would not pay for packing: keys and values
+// are then read where they lie, once, and the work is as fast as memory is.
 //
 // Backward. With D = rowsum(dO ∘ O):  P = exp(S − lse),  dV = Pᵀ dO,  dS = P ∘ (dO Vᵀ − D),  dQ = dS K,  dK =
 // dSᵀ Q, in tiles that are cut as attention_by_keys.h says.
@@ -101,69 +101,40 @@ void softmax_tile(const AttentionArgs& a, const Tile& t, T* scores, int64_t stri
   }
 }
 
-// ---- one row: keys and values in place ----
+// ---- one row: values in place ----
 
-// Scores of one row; key rows of `stride`, two vectors of them at a time (one chain of multiply-adds alone
-// would wait for its own results), turned in registers so that each score is the chain that it is in gemm.h,
-// and in the backward: at scores of 200 another order of the sum is an error of 1e-4 in exp(S − logsumexp).
-// Columns beyond t.columns get anything.
-template <class Storage, class T>
-void scores_in_place(const Storage* key, int64_t stride, int64_t width, int64_t columns, const T* query,
-                     T scale, T* scores) {
-  constexpr int W = lanes<T>, N = 2;
-  for (int64_t c = 0; c < columns; c += N * W, key += N * W * stride) {
-    const int64_t count = smaller(N * W, columns - c);
-    Vec<T> sums[N] = {};
-    int64_t e = 0;
-    for (; e + W <= width; e += W) {
-#pragma GCC unroll 2
-      for (int n = 0; n < N; ++n) {
-        Vec<T> square[W];
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) __builtin_prefetch(key + ((N + n) * W + i) * stride + e);
-        load_transposed<T, Storage>(
-            square, [&](int i) { return key + (n * W + i < count ? n * W + i : 0) * stride + e; });
-#pragma GCC unroll 16
-        for (int i = 0; i < W; ++i) sums[n] += broadcast<T>(query[e + i]) * square[i];
-      }
-    }
-    for (; e < width; ++e)
-      for (int n = 0; n < N; ++n) {
-        Vec<T> column{};
-        for (int64_t i = 0; i < W && n * W + i < count; ++i)
-          column[i] = load1<T>(key + (n * W + i) * stride + e);
-        sums[n] += broadcast<T>(query[e]) * column;
-      }
-    for (int n = 0; n < N; ++n) store(scores + c + n * W, sums[n] * scale);
+// sums ← sums · factor + weights V of U vectors of columns, for one row.
+template <int U, class Storage, class T>
+void add_columns_in_place(const Storage* value, int64_t stride, int64_t columns, const T* weights, T factor,
+                          T* output) {
+  constexpr int W = lanes<T>;
+  Vec<T> sums[U];
+#pragma GCC unroll 8
+  for (int u = 0; u < U; ++u) sums[u] = load<T>(output + u * W) * factor;
+  for (int64_t c = 0; c < columns; ++c, value += stride) {
+    const Vec<T> p = broadcast<T>(weights[c]);
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) sums[u] += p * load<T>(value + u * W);
   }
+#pragma GCC unroll 8
+  for (int u = 0; u < U; ++u) store(output + u * W, sums[u]);
 }
 
-// output ← output · factor + weights V, for one row.
+// output ← output · factor + weights V, for one row. Nothing is prefetched: rows lie one behind the other, and
+// the hints cost a third of the time (Zen 4, from the third-level cache).
 template <class Storage, class T>
 void add_values_in_place(const Storage* value, int64_t stride, int64_t width, int64_t columns,
                          const T* weights, T factor, T* output) {
-  constexpr int W = lanes<T>, U = 8;
+  constexpr int W = lanes<T>;
   int64_t v = 0;
-  for (; v + W <= width;) {
-    const int count = int(smaller(U, (width - v) / W));
-    Vec<T> sums[U];
-    for (int u = 0; u < U; ++u) sums[u] = u < count ? load<T>(output + v + u * W) * factor : Vec<T>{};
-    const Storage* row = value + v;
-    if (count == U)
-      for (int64_t c = 0; c < columns; ++c, row += stride) {
-        Vec<T> p = broadcast<T>(weights[c]);
-#pragma GCC unroll 8
-        for (int u = 0; u < U; ++u) {
-          sums[u] += p * load<T>(row + u * W);
-          __builtin_prefetch(row + 16 * stride + u * W);
-        }
-      }
-    else
-      for (int64_t c = 0; c < columns; ++c, row += stride)
-        for (int u = 0; u < count; ++u) sums[u] += load<T>(row + u * W) * weights[c];
-    for (int u = 0; u < count; ++u) store(output + v + u * W, sums[u]);
-    v += count * W;
-  }
+  const auto add = [&]<int U>() {
+    for (; v + U * W <= width; v += U * W)
+      add_columns_in_place<U>(value + v, stride, columns, weights, factor, output + v);
+  };
+  add.template operator()<8>();
+  add.template operator()<4>();
+  add.template operator()<2>();
+  add.template operator()<1>();
   for (; v < width; ++v) {
     T total = output[v] * factor;
     for (int64_t c = 0; c < columns; ++c) total += weights[c] * load1<T>(value + c * stride + v);
@@ -180,7 +151,7 @@ void forward_piece(const AttentionArgs& a, ForwardScratch<T>& s, int64_t batch, 
   for (int64_t r = 0; r < rows; ++r) s.maximum[r] = -infinity<T>(), s.total[r] = T(0);
   for (int64_t i = 0; i < rows * s.value_width; ++i) s.output[i] = T(0);
 
-  const bool in_place = rows == 1 && a.key.stride[3] <= 1 && a.value.stride[3] <= 1;
+  const bool in_place = one_row_in_place(a);
   int64_t end = a.is_causal ? smaller(a.columns, row0 + rows) : a.columns;
   for (int64_t key0 = 0; key0 < end; key0 += kForwardKeys) {
     const Range seen =
@@ -199,13 +170,7 @@ void forward_piece(const AttentionArgs& a, ForwardScratch<T>& s, int64_t batch, 
       if (t.columns > 0 && (a.mask.data || a.bias.data))
         t.columns = smaller(t.columns, visible<Storage>(a, t).end);
       if (t.columns <= 0) continue;
-      if (in_place) {
-        scores_in_place(at<Storage>(a.key, batch, kv_head, first), a.key.stride[2], a.width, t.columns,
-                        s.query, T(a.scale), s.scores);
-        finish_scores<Storage>(a, t, s.scores, s.keys);
-      } else {
-        scores_of<Storage>(a, t, s.query + block * a.width, s.key, s.scores, s.keys);
-      }
+      scores_of<Storage>(a, t, s.query + block * a.width, s.key, s.scores, s.keys);
       softmax_tile<T>(a, t, s.scores, s.keys, s.maximum + block, s.total + block, s.rescale, s.words);
       if (in_place)
         add_values_in_place(at<Storage>(a.value, batch, kv_head, first), a.value.stride[2], a.value_width,

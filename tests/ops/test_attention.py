@@ -86,6 +86,33 @@ def test_distance_to_float64(capability, dtype, lead, rows, columns, width, valu
     close_to_float64(call(F.scaled_dot_product_attention), call(SDPA), [query, key, value, mask], grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("masks", ["none", "bool", "bias"])
+def test_distance_to_float64_of_one_query(capability, dtype, masks):
+    query, key, value, grad = tensors((2, 2), 1, 299, 77, 150, dtype, heads_inside=True)
+    mask = {"bool": torch.rand(2, 1, 1, 299) > 0.3, "bias": torch.randn(2, 1, 1, 299).to(dtype)}.get(masks)
+    close_to_float64(F.scaled_dot_product_attention, SDPA, [query, key, value, mask], grad)
+
+
+def test_one_query_reads_keys_and_values_of_any_strides(capability):
+    """Where they are rows of numbers side by side they are read in place; expanded or turned ones are not."""
+    query = torch.randn(1, 2, 1, 24)
+    rows = torch.randn(1, 2, 40, 24)
+    for other in (rows, rows[..., :1].expand_as(rows), rows.mT.contiguous().mT, rows[:, :, :1].expand_as(rows)):
+        for key, value in ((other, rows), (rows, other), (other[:, :1], other[:, :1])):
+            output = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+            torch.testing.assert_close(output, SDPA(query, key, value, enable_gqa=True))
+
+
+def test_one_query_of_large_scores_weighs_as_in_its_gradient(capability):
+    """The log-sum-exp and the gradient's scores are one sum: the weights of a row, by its gradient, add up to 1."""
+    query, key = 12 * torch.randn(1, 1, 1, 64), 12 * torch.randn(1, 1, 700, 64)
+    value = torch.randn(1, 1, 700, 8, requires_grad=True)
+    output = F.scaled_dot_product_attention(query, key, value)
+    (weights,) = torch.autograd.grad(output, value, torch.ones_like(output))
+    torch.testing.assert_close(weights.sum(-2), torch.ones(1, 1, 8), atol=5e-7, rtol=0)
+
+
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_gradcheck(is_causal):
     query, key, value, _ = tensors((1, 2), 3, 4, 3, 2, requires_grad=True)

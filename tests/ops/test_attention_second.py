@@ -72,7 +72,11 @@ def check(args, slack=6.0):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("masks", ["none", "causal", "mask", "bias", "dropout", "all"])
-@pytest.mark.parametrize("shape", [(2, 4, 2, 50, 270, 24, 40), (1, 2, 1, 131, 70, 17, 5)], ids=["long", "short"])
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 4, 2, 50, 270, 24, 40), (1, 2, 1, 131, 70, 17, 5), (1, 2, 1, 1, 70, 17, 5)],
+    ids=["long", "short", "one query"],
+)
 def test_distance_to_float64(capability, dtype, masks, shape):
     check(call(shape, dtype, masks))
 
