@@ -120,8 +120,8 @@ void add_columns_in_place(const Storage* value, int64_t stride, int64_t columns,
   for (int u = 0; u < U; ++u) store(output + u * W, sums[u]);
 }
 
-// output ← output · factor + weights V, for one row. Nothing is prefetched: rows lie one behind the other, and
-// the hints cost a third of the time (Zen 4, from the third-level cache).
+// output ← output · factor + weights V, for one row. Nothing is prefetched: rows lie one behind the other,
+// and the hints cost a third of the time (Zen 4, from the third-level cache).
 template <class Storage, class T>
 void add_values_in_place(const Storage* value, int64_t stride, int64_t width, int64_t columns,
                          const T* weights, T factor, T* output) {

@@ -166,7 +166,8 @@ inline bool one_row_in_place(const AttentionArgs& a) {
          (a.value.stride[3] == 1 || a.value_width == 1);
 }
 
-// dot(query, row) · scale of key rows in place, four at a time: the chain of additions of one alone would wait.
+// dot(query, row) · scale of key rows in place, four at a time: the chain of additions of one alone would
+// wait.
 template <class Storage, class T>
 void scores_in_place(const T* query, const Storage* key, int64_t stride, int64_t width, int64_t rows, T scale,
                      T* scores) {
@@ -188,8 +189,8 @@ void scores_in_place(const T* query, const Storage* key, int64_t stride, int64_t
   for (; c < rows; ++c, key += stride) scores[c] = dot<T>(query, key, 1, width) * scale;
 }
 
-// The scores of a tile, of packed rows and transposed keys; of the only row, of keys in place. All passes take
-// them from here: at scores of 200 a sum in another order than the log-sum-exp's is an error of 1e-4 in
+// The scores of a tile, of packed rows and transposed keys; of the only row, of keys in place. All passes
+// take them from here: at scores of 200 a sum in another order than the log-sum-exp's is an error of 1e-4 in
 // exp(S − logsumexp).
 template <class Storage, class T>
 void scores_of(const AttentionArgs& a, const Tile& t, const T* query, const T* key, T* scores,

@@ -105,6 +105,14 @@ struct Side {
   }
   float* at(int64_t block, int64_t chunk) const { return data + (block * chunks + chunk) * chunk_size; }
   int64_t run_size(const Tiling& tiling) const { return tiling.blocks * chunks * chunk_size; }
+  // The same with memory for one chunk alone.
+  Side only(int64_t chunk) const {
+    Side out = *this;
+    out.data -= chunk * chunk_size, out.chunks = 1;
+    return out;
+  }
+  int64_t first_slice(int64_t chunk) const { return chunk * most_deep * slices / depth; }
+  int64_t slices_of(int64_t chunk) const { return depth_of(chunk) * slices / depth; }
 };
 
 // ---- step 1 ----
@@ -145,34 +153,43 @@ void transform_piece(const Image& image, const Side& side, const Tiling& tiling,
   }
 }
 
+// What is transformed: the images and how they are read.
+struct Source {
+  const ConvTensor& tensor;
+  Dtype dtype;
+  int64_t height, width, pad_height, pad_width;
+};
+
+// A unit is one piece of a row of tiles in one slice of channels.
+inline int64_t units_of(const Side& side, const Tiling& tiling, int64_t images) {
+  return images * tiling.high * divide_up(tiling.wide, kPiece) * side.slices;
+}
+
 template <class Algorithm, auto kMatrix, int kStride>
-void transform_side(const ConvTensor& tensor, Dtype dtype, int64_t height, int64_t width, int64_t pad_height,
-                    int64_t pad_width, const Side& side, const Tiling& tiling, int64_t first, int64_t images,
-                    Slots& slots, const Threads& threads) {
+void transform_unit(const Source& source, const Side& side, const Tiling& tiling, int64_t first, int64_t unit,
+                    float* scratch) {
   const int64_t pieces = divide_up(tiling.wide, kPiece);
-  over_slots(threads, slots, images * tiling.high * pieces * side.slices, [&](int64_t unit, float* scratch) {
-    const int64_t slice = unit % side.slices, piece = unit / side.slices % pieces;
-    const int64_t row = unit / side.slices / pieces % tiling.high,
-                  i = unit / side.slices / pieces / tiling.high;
-    transform_piece<Algorithm, kMatrix, kStride>(
-        image_of(tensor, dtype, first + i, side.channels, height, width), side, tiling, i, row,
-        piece * kPiece, least(kPiece, tiling.wide - piece * kPiece), slice, pad_height, pad_width, scratch);
-  });
+  const int64_t slice = unit % side.slices, piece = unit / side.slices % pieces;
+  const int64_t row = unit / side.slices / pieces % tiling.high,
+                i = unit / side.slices / pieces / tiling.high;
+  transform_piece<Algorithm, kMatrix, kStride>(
+      image_of(source.tensor, source.dtype, first + i, side.channels, source.height, source.width), side,
+      tiling, i, row, piece * kPiece, least(kPiece, tiling.wide - piece * kPiece), slice, source.pad_height,
+      source.pad_width, scratch);
 }
 
 template <class Algorithm>
-void transform_x(const ConvArgs& a, const Side& side, const Tiling& tiling, int64_t first, int64_t images,
-                 Slots& slots, const Threads& threads) {
-  transform_side<Algorithm, Algorithm::B, Algorithm::stride>(a.x, a.dtype, a.height, a.width, a.pad_height,
-                                                             a.pad_width, side, tiling, first, images, slots,
-                                                             threads);
+void transform_x(const ConvArgs& a, const Side& side, const Tiling& tiling, int64_t first, int64_t unit,
+                 float* scratch) {
+  const Source x{a.x, a.dtype, a.height, a.width, a.pad_height, a.pad_width};
+  transform_unit<Algorithm, Algorithm::B, Algorithm::stride>(x, side, tiling, first, unit, scratch);
 }
 
 template <class Algorithm>
-void transform_y(const ConvArgs& a, const Side& side, const Tiling& tiling, int64_t first, int64_t images,
-                 Slots& slots, const Threads& threads) {
-  transform_side<Algorithm, Algorithm::A, 1>(a.y, a.dtype, a.out_height, a.out_width, 0, 0, side, tiling,
-                                             first, images, slots, threads);
+void transform_y(const ConvArgs& a, const Side& side, const Tiling& tiling, int64_t first, int64_t unit,
+                 float* scratch) {
+  const Source y{a.y, a.dtype, a.out_height, a.out_width, 0, 0};
+  transform_unit<Algorithm, Algorithm::A, 1>(y, side, tiling, first, unit, scratch);
 }
 
 // ---- step 2, forward and input gradient ----
@@ -356,9 +373,13 @@ void convolve(const ConvArgs& a, const Threads& threads) {
   Tiling tiling(a, Algorithm::outputs, a.second_cache >= 1 << 20 ? 2 * kTiles : kTiles);
   Side side = kForward ? Side(a.channels, Algorithm::phases, Algorithm::products, tiling)
                        : Side(a.outputs, 1, Algorithm::products, tiling);
-  // So many runs at once that the transformed tiles take about 2 MB a thread, and 4 at least.
+  const int64_t run_size = side.run_size(tiling), all_runs = tiling.runs(a.batch);
+  // As many runs as every thread can have alone, from the pictures to the results: what one core has written
+  // and another reads may cost a third of the time. The rest are shared, so many at once that the transformed
+  // tiles take about 2 MB a thread, and 4 at least.
+  const int64_t alone = all_runs / a.threads * a.threads, shared = all_runs - alone;
   const int64_t budget = most(a.threads, 2) * (2 << 20) / int64_t(sizeof(float));
-  const int64_t runs = least(most(1, budget / side.run_size(tiling)), tiling.runs(a.batch));
+  const int64_t runs = least(most(1, budget / run_size), shared);
   tiling.images = runs * tiling.run;
   const int64_t sums = TaskScratch::sums_size<Algorithm>(tiling),
                 weights = TaskScratch::weights_size<Algorithm>(),
@@ -367,31 +388,47 @@ void convolve(const ConvArgs& a, const Threads& threads) {
   const int64_t rows =
       kForward ? Algorithm::outputs * tiling.wide * Algorithm::outputs * kColumns
                : (n + 1) * (tiling.wide * Algorithm::outputs + n - Algorithm::outputs + 1) * kColumns;
+  const int64_t scratch_size =
+      whole_slices(most(sums + weights + taps + rows, gather_size(n, S, Algorithm::outputs)));
   Cutter cutter{static_cast<char*>(a.workspace)};
-  Slots slots(cutter, most(sums + weights + taps + rows, gather_size(n, S, Algorithm::outputs)), a.threads);
-  side.data = reinterpret_cast<float*>(cutter.take(side.run_size(tiling) * runs * 4));
+  Slots slots(cutter, scratch_size + (alone > 0 ? run_size : 0), a.threads);
+  side.data = reinterpret_cast<float*>(cutter.take(run_size * runs * 4));
   if (!a.workspace) {
     *a.workspace_size = cutter.used;
     return;
   }
-  const int64_t groups = kForward ? divide_up(a.outputs, kColumns) : divide_up(a.channels, kColumns / S) * S;
-  for (int64_t first = 0; first < a.batch; first += tiling.images) {
-    const int64_t images = least(tiling.images, a.batch - first);
+  const auto transform = [&](const Side& to, int64_t first, int64_t unit, float* data) {
     if constexpr (kForward)
-      transform_x<Algorithm>(a, side, tiling, first, images, slots, threads);
+      transform_x<Algorithm>(a, to, tiling, first, unit, data);
     else
-      transform_y<Algorithm>(a, side, tiling, first, images, slots, threads);
+      transform_y<Algorithm>(a, to, tiling, first, unit, data);
+  };
+  const int64_t groups = kForward ? divide_up(a.outputs, kColumns) : divide_up(a.channels, kColumns / S) * S;
+  const auto multiply = [&](const Side& from, int64_t run, int64_t first, int64_t images, int64_t group,
+                            float* data) {
+    const TaskScratch scratch{data, data + sums, data + sums + weights + taps, data + sums + weights};
+    Check check;
+    if constexpr (kForward)
+      forward_task<Algorithm>(a, from, tiling, run, first, images, group * kColumns, scratch, check);
+    else
+      input_gradient_task<Algorithm>(a, from, tiling, run, first, images, group / S * (kColumns / S),
+                                     int(group % S), scratch, check);
+    check.tell(a.nonfinite);
+  };
+  over_slots(threads, slots, alone, [&](int64_t run, float* data) {
+    Side own = side;
+    own.data = data + scratch_size;
+    const int64_t first = run * tiling.run, images = least(tiling.run, a.batch - first);
+    for (int64_t unit = 0; unit < units_of(own, tiling, images); ++unit) transform(own, first, unit, data);
+    for (int64_t group = 0; group < groups; ++group) multiply(own, 0, first, images, group, data);
+  });
+  for (int64_t first = alone * tiling.run; first < a.batch; first += tiling.images) {
+    const int64_t images = least(tiling.images, a.batch - first);
+    over_slots(threads, slots, units_of(side, tiling, images),
+               [&](int64_t unit, float* data) { transform(side, first, unit, data); });
     over_slots(threads, slots, tiling.runs(images) * groups, [&](int64_t task, float* data) {
-      const int64_t run = task / groups, group = task % groups;
-      const TaskScratch scratch{data, data + sums, data + sums + weights + taps, data + sums + weights};
-      const int64_t begin = run * tiling.run, count = least(tiling.run, images - begin);
-      Check check;
-      if constexpr (kForward)
-        forward_task<Algorithm>(a, side, tiling, run, first + begin, count, group * kColumns, scratch, check);
-      else
-        input_gradient_task<Algorithm>(a, side, tiling, run, first + begin, count, group / S * (kColumns / S),
-                                       int(group % S), scratch, check);
-      check.tell(a.nonfinite);
+      const int64_t run = task / groups, begin = run * tiling.run;
+      multiply(side, run, first + begin, least(tiling.run, images - begin), task % groups, data);
     });
   }
 }
@@ -421,67 +458,175 @@ void finish_weight_gradient(const ConvArgs& a, int64_t chunk, int64_t depth, int
   }
 }
 
+// sums (points, depth, columns) of one task = the products over the tiles of `images` images, added to those
+// before.
+template <class Algorithm>
+void multiply_tiles(const Side& x, const Side& y, const Tiling& tiling, int64_t images, int64_t chunk,
+                    int64_t y_chunk, int64_t columns, float* sums, bool add) {
+  const int64_t depth = x.depth_of(chunk), y_depth = y.depth_of(y_chunk);
+  const int64_t step = x.point_stride(chunk, tiling), y_step = y.point_stride(y_chunk, tiling);
+  for (int64_t run = 0; run < tiling.runs(images); ++run)
+    for (int64_t block = 0; block < tiling.blocks; ++block) {
+      const int64_t tiles = tiling.tiles_of(block, least(tiling.run, images - run * tiling.run));
+      if (tiles == 0) continue;
+      const float* rows = x.at(run * tiling.blocks + block, chunk);
+      const float* right = y.at(run * tiling.blocks + block, y_chunk);
+      for (int64_t p = 0; p < Algorithm::products; ++p) {
+        Ahead ahead;
+        if (p + 1 < Algorithm::products)
+          ahead = {rows + (p + 1) * step, right + (p + 1) * y_step, tiles * depth, tiles * y_depth};
+        multiply_point<true>(depth, columns, tiles, rows + p * step, depth, right + p * y_step, y_depth,
+                             sums + p * (kDepth * kColumns + kGap), kColumns, add, ahead);
+      }
+      add = true;
+    }
+}
+
+// How the weight gradient is cut. Tasks are (64 numbers of depth, 32 outputs), each with sums of its own.
+//   parts   where all sums are few: the images are parted, each part has its own sums, for a thread alone
+//   from
+//           the pictures to the sums, which are added at the end. Cut by shape: the order of additions
+//           depends on it.
+//   chunks  otherwise each thread has every so many-th chunk of depth alone, and shares what comes of y;
+//   shared  where there are too few of them for the threads, all is shared.
+template <class Algorithm>
+struct WeightCut {
+  static constexpr int64_t kSums = Algorithm::products * (kDepth * kColumns + kGap);
+  static constexpr int64_t kTaps = TapBlock<Algorithm::kernel>::size(kColumns);
+  Tiling tiling;
+  Side x, y;  // y in chunks of a task's columns: in rows of twice those, its lines would all fall into half
+              // of a cache's sets
+  int64_t groups, tasks, parts, part_images, runs, workers, x_size, y_size, scratch;
+  bool by_parts, by_chunks, once;
+
+  explicit WeightCut(const ConvArgs& a)
+      : tiling(a, Algorithm::outputs, kTiles),  // always: how far a chain of additions goes depends on it
+        x(a.channels, Algorithm::phases, Algorithm::products, tiling),
+        y(a.outputs, 1, Algorithm::products, tiling, kColumns) {
+    constexpr int64_t kMegabyte = (1 << 20) / int64_t(sizeof(float));
+    groups = divide_up(a.outputs, kColumns), tasks = x.chunks * groups;
+    const int64_t all_runs = tiling.runs(a.batch), all_sums = tasks * kSums;
+    parts = least(all_sums <= kMegabyte ? 4 : all_sums <= 4 * kMegabyte ? 2 : 1, all_runs);
+    part_images = divide_up(all_runs, parts) * tiling.run;
+    parts = divide_up(a.batch, part_images);
+    by_parts = parts > 1 && parts % a.threads == 0;
+    by_chunks = !by_parts && (x.chunks % a.threads == 0 || x.chunks >= 4 * a.threads);
+    workers = by_parts || by_chunks ? a.threads : 1;
+    x_size = by_chunks ? tiling.blocks * x.chunk_size : x.run_size(tiling), y_size = y.run_size(tiling);
+    // Where the tiles do not all fit, the sums wait in memory for the next ones: at least half as many
+    // numbers of tiles at once as there are sums.
+    const int64_t a_run = by_chunks ? workers * x_size + y_size : x_size + y_size;
+    const int64_t all_fit = by_chunks ? 12 * kMegabyte : 0;
+    const int64_t budget = most((by_parts ? 1 : most(a.threads, 2)) * 2 * kMegabyte, all_sums / 2);
+    const int64_t part_runs = part_images / tiling.run;
+    runs = part_runs * a_run <= all_fit ? part_runs : least(most(1, budget / a_run), part_runs);
+    tiling.images = runs * tiling.run;
+    once = parts == 1 && runs == part_runs;
+    scratch = whole_slices(most(kTaps + (once ? kSums : 0),
+                                gather_size(Algorithm::points, Algorithm::stride, Algorithm::outputs)));
+  }
+  int64_t chunk_of(int64_t task) const { return task / groups; }
+  int64_t output_of(int64_t task) const { return task % groups * kColumns; }
+  int64_t columns_of(const ConvArgs& a, int64_t task) const {
+    return least(kColumns, whole_slices(a.outputs - output_of(task)));
+  }
+};
+
 template <class Algorithm>
 void weight_gradient(const ConvArgs& a, const Threads& threads) {
-  constexpr int64_t n = Algorithm::points, m = Algorithm::outputs, kProducts = Algorithm::products;
-  constexpr int64_t kSums = kProducts * (kDepth * kColumns + kGap);
-  Tiling tiling(a, m, kTiles);  // always: how far a chain of additions goes depends on it
-  // y in chunks of a task's columns: in rows of twice those, its lines would all fall into half of a cache's
-  // sets.
-  Side x(a.channels, Algorithm::phases, kProducts, tiling), y(a.outputs, 1, kProducts, tiling, kColumns);
-  const int64_t groups = divide_up(a.outputs, kColumns), tasks = x.chunks * groups;
-  // Where the tiles do not all fit, the sums wait in memory for the next ones: at least half as many numbers
-  // of tiles at once as there are sums. (More at once was slower: 128-256 at 16 took 12.7 ms with all of
-  // them, which are 20 MB, and 10.8 with a quarter.)
-  const int64_t budget = most(most(a.threads, 2) * (2 << 20) / int64_t(sizeof(float)), tasks * kSums / 2);
-  const int64_t run_size = x.run_size(tiling) + y.run_size(tiling);
-  const int64_t runs = least(most(1, budget / run_size), tiling.runs(a.batch));
-  tiling.images = runs * tiling.run;
-  const bool once = tiling.images >= a.batch;
+  using Cut = WeightCut<Algorithm>;
+  constexpr int64_t kSums = Cut::kSums;
+  Cut cut(a);
+  const Tiling& tiling = cut.tiling;
   Cutter cutter{static_cast<char*>(a.workspace)};
-  constexpr int64_t kTaps = TapBlock<Algorithm::kernel>::size(kColumns);
-  Slots slots(cutter, most(kTaps + (once ? kSums : 0), gather_size(n, Algorithm::stride, m)), a.threads);
-  x.data = reinterpret_cast<float*>(cutter.take(x.run_size(tiling) * runs * 4));
-  y.data = reinterpret_cast<float*>(cutter.take(y.run_size(tiling) * runs * 4));
-  float* waiting = once ? nullptr : reinterpret_cast<float*>(cutter.take(tasks * kSums * 4));
+  Slots slots(cutter, cut.scratch, a.threads);
+  const auto take = [&](int64_t floats) { return reinterpret_cast<float*>(cutter.take(floats * 4)); };
+  const int64_t x_size = cut.runs * cut.x_size, y_size = cut.runs * cut.y_size;  // of a worker
+  float* x_data = take(cut.workers * x_size);
+  float* y_data = take((cut.by_parts ? cut.workers : 1) * y_size);
+  float* waiting = cut.once ? nullptr : take(cut.parts * cut.tasks * kSums);
   if (!a.workspace) {
     *a.workspace_size = cutter.used;
     return;
   }
-  for (int64_t first = 0; first < a.batch; first += tiling.images) {
-    const int64_t images = least(tiling.images, a.batch - first);
-    transform_x<Algorithm>(a, x, tiling, first, images, slots, threads);
-    transform_y<Algorithm>(a, y, tiling, first, images, slots, threads);
-    over_slots(threads, slots, tasks, [&](int64_t task, float* data) {
-      const int64_t chunk = task / groups, output = task % groups * kColumns;
-      const int64_t columns = least(kColumns, whole_slices(a.outputs - output)), depth = x.depth_of(chunk);
-      const int64_t y_chunk = output / kColumns;
-      float* sums = once ? data + kTaps : waiting + task * kSums;
-      bool add = first > 0;
-      for (int64_t run = 0; run < tiling.runs(images); ++run)
-        for (int64_t block = 0; block < tiling.blocks; ++block) {
-          const int64_t tiles = tiling.tiles_of(block, least(tiling.run, images - run * tiling.run));
-          if (tiles == 0) continue;
-          const float* rows = x.at(run * tiling.blocks + block, chunk);
-          const float* right = y.at(run * tiling.blocks + block, y_chunk);
-          const int64_t step = x.point_stride(chunk, tiling), y_step = y.point_stride(y_chunk, tiling);
-          for (int64_t p = 0; p < kProducts; ++p) {
-            Ahead ahead;
-            if (p + 1 < kProducts)
-              ahead = {rows + (p + 1) * step, right + (p + 1) * y_step, tiles * depth,
-                       tiles * y.depth_of(y_chunk)};
-            multiply_point<true>(depth, columns, tiles, rows + p * step, depth, right + p * y_step,
-                                 y.depth_of(y_chunk), sums + p * (kDepth * kColumns + kGap), kColumns, add,
-                                 ahead);
-          }
-          add = true;
+  cut.x.data = x_data, cut.y.data = y_data;
+  const auto sums_of = [&](int64_t part, int64_t task) {
+    return waiting + (part * cut.tasks + task) * kSums;
+  };
+  const auto multiply = [&](const Side& x, const Side& y, int64_t images, int64_t task, float* sums,
+                            bool add) {
+    multiply_tiles<Algorithm>(x, y, tiling, images, cut.chunk_of(task), task % cut.groups,
+                              cut.columns_of(a, task), sums, add);
+  };
+  const auto finish = [&](int64_t task, const float* sums, float* taps) {
+    Check check;
+    finish_weight_gradient<Algorithm>(a, cut.chunk_of(task), cut.x.depth_of(cut.chunk_of(task)),
+                                      cut.output_of(task), cut.columns_of(a, task), sums, taps, check);
+    check.tell(a.nonfinite);
+  };
+  const auto multiply_or_finish = [&](const Side& x, int64_t part, int64_t images, int64_t task, float* data,
+                                      bool add) {
+    float* sums = cut.once ? data + Cut::kTaps : sums_of(part, task);
+    multiply(x, cut.y, images, task, sums, add);
+    if (cut.once) finish(task, sums, data);
+  };
+  if (cut.by_parts)
+    over_workers(threads, slots, cut.workers, [&](int64_t worker, float* data) {
+      Side x = cut.x, y = cut.y;
+      x.data += worker * x_size, y.data += worker * y_size;
+      for (int64_t part = worker; part < cut.parts; part += cut.workers) {
+        const int64_t begin = part * cut.part_images, end = least(a.batch, begin + cut.part_images);
+        for (int64_t first = begin; first < end; first += tiling.images) {
+          const int64_t images = least(tiling.images, end - first);
+          for (int64_t unit = 0; unit < units_of(x, tiling, images); ++unit)
+            transform_x<Algorithm>(a, x, tiling, first, unit, data);
+          for (int64_t unit = 0; unit < units_of(y, tiling, images); ++unit)
+            transform_y<Algorithm>(a, y, tiling, first, unit, data);
+          for (int64_t task = 0; task < cut.tasks; ++task)
+            multiply(x, y, images, task, sums_of(part, task), first > begin);
         }
-      if (first + images < a.batch) return;
-      Check check;
-      finish_weight_gradient<Algorithm>(a, chunk, depth, output, columns, sums, data, check);
-      check.tell(a.nonfinite);
+      }
     });
+  for (int64_t part = 0; !cut.by_parts && part < cut.parts; ++part) {
+    const int64_t begin = part * cut.part_images, end = least(a.batch, begin + cut.part_images);
+    for (int64_t first = begin; first < end; first += tiling.images) {
+      const int64_t images = least(tiling.images, end - first);
+      over_slots(threads, slots, units_of(cut.y, tiling, images), [&](int64_t unit, float* data) {
+        transform_y<Algorithm>(a, cut.y, tiling, first, unit, data);
+      });
+      if (cut.by_chunks) {
+        over_workers(threads, slots, cut.workers, [&](int64_t worker, float* data) {
+          for (int64_t chunk = worker; chunk < cut.x.chunks; chunk += cut.workers) {
+            Side x = cut.x.only(chunk);
+            x.data += worker * x_size;
+            const int64_t here = x.slices_of(chunk), units = units_of(x, tiling, images) / x.slices * here;
+            for (int64_t unit = 0; unit < units; ++unit)
+              transform_x<Algorithm>(a, x, tiling, first,
+                                     unit / here * x.slices + x.first_slice(chunk) + unit % here, data);
+            for (int64_t task = chunk * cut.groups; task < (chunk + 1) * cut.groups; ++task)
+              multiply_or_finish(x, part, images, task, data, first > begin);
+          }
+        });
+        continue;
+      }
+      over_slots(threads, slots, units_of(cut.x, tiling, images), [&](int64_t unit, float* data) {
+        transform_x<Algorithm>(a, cut.x, tiling, first, unit, data);
+      });
+      over_slots(threads, slots, cut.tasks, [&](int64_t task, float* data) {
+        multiply_or_finish(cut.x, part, images, task, data, first > begin);
+      });
+    }
   }
+  if (cut.once) return;
+  over_slots(threads, slots, cut.tasks, [&](int64_t task, float* data) {
+    constexpr int W = lanes<float>;
+    float* sums = sums_of(0, task);
+    for (int64_t part = 1; part < cut.parts; ++part) {
+      const float* more = sums_of(part, task);
+      for (int64_t i = 0; i < kSums; i += W) store(sums + i, load<float>(sums + i) + load<float>(more + i));
+    }
+    finish(task, sums, data);
+  });
 }
 
 using Strided = Algorithm<2, 2, 4>;  // kernel 4, stride 2: F(4,2) on the phases

@@ -32,6 +32,7 @@ struct Slots {
       : size(divide_up(floats * 4, 64) * 64), count(threads) {
     data = cutter.take(size * count);
   }
+  float* of(int64_t i) const { return reinterpret_cast<float*>(data + i * size); }
 };
 
 struct Slot {
@@ -58,6 +59,15 @@ void over_slots(const Threads& threads, Slots& slots, int64_t count, const Body&
     if (!slot.data) return;
     for (int64_t i; (i = __atomic_fetch_add(&slots.next, 1, __ATOMIC_RELAXED)) < count;) body(i, slot.data);
     slot.release();
+  });
+}
+
+// Worker i of `count` is the same thread in every call, where the pool that is handed in keeps its threads in
+// order: what it wrote before is in its own caches.
+template <class Body>
+void over_workers(const Threads& threads, Slots& slots, int64_t count, const Body& body) {
+  parallel_for(threads, count, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) body(worker, slots.of(worker));
   });
 }
 
