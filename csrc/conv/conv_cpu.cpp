@@ -415,12 +415,15 @@ void convolve(const ConvArgs& a, const Threads& threads) {
                                      int(group % S), scratch, check);
     check.tell(a.nonfinite);
   };
-  over_slots(threads, slots, alone, [&](int64_t run, float* data) {
+  const int64_t each = alone / a.threads;
+  over_workers(threads, slots, each > 0 ? a.threads : 0, [&](int64_t worker, float* data) {
     Side own = side;
     own.data = data + scratch_size;
-    const int64_t first = run * tiling.run, images = least(tiling.run, a.batch - first);
-    for (int64_t unit = 0; unit < units_of(own, tiling, images); ++unit) transform(own, first, unit, data);
-    for (int64_t group = 0; group < groups; ++group) multiply(own, 0, first, images, group, data);
+    for (int64_t run = worker * each; run < (worker + 1) * each; ++run) {
+      const int64_t first = run * tiling.run, images = least(tiling.run, a.batch - first);
+      for (int64_t unit = 0; unit < units_of(own, tiling, images); ++unit) transform(own, first, unit, data);
+      for (int64_t group = 0; group < groups; ++group) multiply(own, 0, first, images, group, data);
+    }
   });
   for (int64_t first = alone * tiling.run; first < a.batch; first += tiling.images) {
     const int64_t images = least(tiling.images, a.batch - first);
