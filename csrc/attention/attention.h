@@ -100,6 +100,7 @@ FASTGAN_DECLARE_KERNEL(attention_jvp, fastgan::AttentionArgs)
 FASTGAN_DECLARE_KERNEL(attention_double_backward, fastgan::AttentionArgs)
 FASTGAN_DECLARE_CUDA_KERNEL(attention_forward, fastgan::AttentionArgs)
 FASTGAN_DECLARE_CUDA_KERNEL(attention_backward, fastgan::AttentionArgs)
+FASTGAN_DECLARE_CUDA_KERNEL(attention_weights, fastgan::AttentionArgs)
 FASTGAN_DECLARE_CUDA_KERNEL(attention_jvp, fastgan::AttentionArgs)
 FASTGAN_DECLARE_CUDA_KERNEL(attention_double_backward, fastgan::AttentionArgs)
 extern "C" int64_t fastgan_attention_workspace_cuda(const fastgan::AttentionArgs&, bool backward);

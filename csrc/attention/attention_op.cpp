@@ -1,6 +1,5 @@
 // torch.ops.fastgan.attention, attention_backward, attention_weights, attention_jvp and
-// attention_double_backward: tensors to the contract of attention.h and back. CUDA has no kernel for the
-// weights; the reference runs there.
+// attention_double_backward: tensors to the contract of attention.h and back.
 #include "attention/attention.h"
 #include "common/tensor.h"
 
@@ -165,11 +164,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {grad_query, grad_key, grad_value, grad_bias};
 }
 
-#if !defined(FASTGAN_CUDA)
-
 // (B, H, L, S), or their mean over the heads, (B, L, S).
 Tensor attention_weights(Tensor query, Tensor key, std::optional<Tensor> mask, std::optional<Tensor> bias,
                          Tensor logsumexp, bool is_causal, double scale, bool average) {
+  DeviceScope scope(query);
   AttentionArgs args = arguments(query, key, key, mask, bias, std::nullopt, 0, is_causal, scale);
   check_sizes("logsumexp", logsumexp, query, {args.batch, args.heads, args.rows});
   FASTGAN_CHECK(logsumexp.scalar_type() == ScalarType::Double,
@@ -178,20 +176,23 @@ Tensor attention_weights(Tensor query, Tensor key, std::optional<Tensor> mask, s
   args.logsumexp = static_cast<double*>(logsumexp.data_ptr());
   args.average_weights = average;
   const int64_t each = args.rows * args.columns;
-  Tensor weights = average ? empty({args.batch, args.rows, args.columns}, query.scalar_type())
-                           : empty({args.batch, args.heads, args.rows, args.columns}, query.scalar_type());
+  Tensor weights = average
+                       ? empty({args.batch, args.rows, args.columns}, query.scalar_type(), query)
+                       : empty({args.batch, args.heads, args.rows, args.columns}, query.scalar_type(), query);
   args.weights.data = weights.data_ptr();
   args.weights.stride[0] = average ? each : each * args.heads;
   args.weights.stride[1] = average ? 0 : each;
   args.weights.stride[2] = args.columns, args.weights.stride[3] = 1;
+#if defined(FASTGAN_CUDA)
+  Tensor workspace = workspace_of(args, query, false);
+  args.workspace = workspace.data_ptr();
+#endif
   bool out_of_memory = false;
   args.out_of_memory = &out_of_memory;
-  FASTGAN_SELECT(attention_weights)(args, torch_threads());
+  FASTGAN_RUN(attention_weights, args, query);
   FASTGAN_CHECK(!out_of_memory, "attention_weights: no memory left for scratch");
   return weights;
 }
-
-#endif
 
 // What the two operators of second order have in common: the forward's results, and the direction.
 void add_direction(AttentionArgs& args, const char* name, const Tensor& query, const Tensor& key,
@@ -286,7 +287,5 @@ FASTGAN_LIBRARY_IMPL(m) {
   m.impl("attention_backward", TORCH_BOX(&fastgan::attention_backward));
   m.impl("attention_jvp", TORCH_BOX(&fastgan::attention_jvp));
   m.impl("attention_double_backward", TORCH_BOX(&fastgan::attention_double_backward));
-#if !defined(FASTGAN_CUDA)
   m.impl("attention_weights", TORCH_BOX(&fastgan::attention_weights));
-#endif
 }

@@ -33,7 +33,13 @@ STEMS = {
     "norm_act": ["norm_act", "norm_act_backward", "norm_act_eval", "norm_act_eval_backward", "norm_act_move"],
     "gan_loss": ["conv_gan_loss", "conv_gan_loss_backward"],
     "linear_cross_entropy": ["linear_cross_entropy_rows"],
-    "attention": ["attention", "attention_backward", "attention_jvp", "attention_double_backward"],
+    "attention": [
+        "attention",
+        "attention_backward",
+        "attention_weights",
+        "attention_jvp",
+        "attention_double_backward",
+    ],
 }
 
 needs_compiler = pytest.mark.skipif(shutil.which(CXX) is None, reason=f"no C++ compiler ({CXX}) on this machine")
