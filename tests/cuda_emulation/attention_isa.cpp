@@ -23,3 +23,14 @@ void fastgan_attention_forward_emulated(const fastgan::AttentionArgs& args, cons
 void fastgan_attention_backward_emulated(const fastgan::AttentionArgs& args, const fastgan::Threads&) {
   run(fastgan_attention_backward_cuda, args, true);
 }
+void fastgan_attention_weights_emulated(const fastgan::AttentionArgs& args, const fastgan::Threads&) {
+  run(fastgan_attention_weights_cuda, args, false);
+}
+#if !defined(HARNESS_FIRST_ORDER)
+void fastgan_attention_jvp_emulated(const fastgan::AttentionArgs& args, const fastgan::Threads&) {
+  run(fastgan_attention_jvp_cuda, args, false);
+}
+void fastgan_attention_double_backward_emulated(const fastgan::AttentionArgs& args, const fastgan::Threads&) {
+  run(fastgan_attention_double_backward_cuda, args, true);
+}
+#endif

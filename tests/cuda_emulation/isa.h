@@ -10,6 +10,9 @@ void fastgan_norm_act_forward_emulated(const fastgan::NormActArgs&, const fastga
 void fastgan_norm_act_backward_emulated(const fastgan::NormActArgs&, const fastgan::Threads&);
 void fastgan_attention_forward_emulated(const fastgan::AttentionArgs&, const fastgan::Threads&);
 void fastgan_attention_backward_emulated(const fastgan::AttentionArgs&, const fastgan::Threads&);
+void fastgan_attention_weights_emulated(const fastgan::AttentionArgs&, const fastgan::Threads&);
+void fastgan_attention_jvp_emulated(const fastgan::AttentionArgs&, const fastgan::Threads&);
+void fastgan_attention_double_backward_emulated(const fastgan::AttentionArgs&, const fastgan::Threads&);
 void fastgan_gan_loss_forward_emulated(const fastgan::GanLossArgs&, const fastgan::Threads&);
 void fastgan_gan_loss_backward_emulated(const fastgan::GanLossArgs&, const fastgan::Threads&);
 }
