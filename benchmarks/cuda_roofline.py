@@ -154,14 +154,15 @@ class Recorder:
 
     def __init__(self, library: Path) -> None:
         self._library = ctypes.CDLL(str(library))
-        symbols = {}
+        names = {}  # by address: a kernel in several files has its name several times
         for line in subprocess.run(["nm", library], capture_output=True, text=True, check=True).stdout.splitlines():
             *address, _, symbol = line.split()
             if address:
-                symbols[symbol] = int(address[0], 16)
+                names[int(address[0], 16)] = symbol
         begin = ctypes.cast(self._library.fastgan_emulator_record, ctypes.c_void_p).value
         assert begin is not None
-        self._names = {begin - symbols["fastgan_emulator_record"] + at: name for name, at in symbols.items()}
+        base = begin - next(at for at, name in names.items() if name == "fastgan_emulator_record")
+        self._names = {base + at: name for at, name in names.items()}
         self._library.fastgan_emulator_recorded.restype = ctypes.c_int64
         self._library.fastgan_emulator_recorded.argtypes = [ctypes.POINTER(_Record), ctypes.c_int64]
 

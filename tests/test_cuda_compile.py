@@ -110,7 +110,15 @@ def instructions(cubin: Path) -> dict[str, set[str]]:
 
 
 # of 16-bit elements these multiply matrices
-PRODUCTS = ("forward_kernel", "queries_kernel", "keys_kernel", "delta_kernel", "bias_kernel", "weights_kernel")
+PRODUCTS = (
+    "forward_kernel",
+    "parts_kernel",
+    "queries_kernel",
+    "keys_kernel",
+    "delta_kernel",
+    "bias_kernel",
+    "weights_kernel",
+)
 
 
 @_for_all

@@ -15,14 +15,19 @@
 // is exactly 0. A NaN score is no maximum, but goes through exp2 into the row's sum, and so to the whole row.
 // Dropout: P is kept or dropped by Philox's word for its place, row sums are over what is not dropped yet.
 // Work and the order of sums depend on shapes alone: the same bits in every run.
+//
+// Few rows and many keys are cut by the keys (attention_cuda_parts.h): a block of parts_kernel has one part
+// and leaves its output undivided, its rows' maxima and sums; join_kernel scales them to the greatest maximum
+// and adds them up, part after part. A part of which a row sees nothing has maximum minus infinity and adds
+// 0.
 #include "attention/attention_cuda_blocks.h"
+#include "attention/attention_cuda_parts.h"
 
 namespace fastgan {
 namespace {
 
-template <class S, int D>
+template <class S, int D, class Tiling>
 constexpr size_t forward_shared_bytes() {
-  using Tiling = ForwardTiling<S, D>;
   using T = Accumulate<S>;
   return SharedMemory::bytes<S>(Tiling::rows * D) +
          SharedMemory::bytes<S>(2 * Tiling::stages * Tiling::N * D) +
@@ -63,38 +68,36 @@ FASTGAN_DEVICE void soften(T (&scores)[R][N8][4], T (&maximum)[R][2], T (&total)
     }
 }
 
-template <class S, int D>
-__global__ void __launch_bounds__(ForwardTiling<S, D>::threads, 2)
-    forward_kernel(AttentionArgs args, Plan plan) {
-  using Tiling = ForwardTiling<S, D>;
-  using T = Accumulate<S>;
+// Σ P values of a block's rows and keys `begin` to `end` of its tiles; the rows' maxima and, over all of
+// their columns, sums.
+template <bool Few, class S, int D, class Tiling, class T = Accumulate<S>>
+FASTGAN_DEVICE void attend(const AttentionArgs& args, const Plan& plan, const RowsOfBlock<Tiling>& of,
+                           const TilesOfKeys<Tiling>& tiles, T (&output)[Tiling::R][D / 8][4],
+                           T (&maximum)[Tiling::R][2], T (&total)[Tiling::R][2]) {
   constexpr int N = Tiling::N, R = Tiling::R, stages = Tiling::stages, threads = Tiling::threads;
   SharedMemory shared;
   S* queries = shared.take<S>(Tiling::rows * D);
-  S* tiles = shared.take<S>(2 * stages * N * D);
+  S* pairs = shared.take<S>(2 * stages * N * D);
   constexpr int per_warp = kWeightsSize<S, N, R>;
   const int warp = int(threadIdx.x) / kWarp;
   T* memory = per_warp ? shared.take<T>(Tiling::warps * per_warp) + warp * per_warp : nullptr;
 
-  const RowsOfBlock<Tiling> of(args, plan, args.is_causal);
   const int batch = of.batch, head = of.head, warp_row = of.warp_row;
   const S *key = head_of<S>(args.key, batch, of.kv_head), *value = head_of<S>(args.value, batch, of.kv_head);
   auto load = [&](int tile, int stage) {
-    S* to = tiles + stage * 2 * N * D;
+    S* to = pairs + stage * 2 * N * D;
     load_tile<S, D, N, threads>(to, args.key, key, tile, args.columns, args.width, plan.vectors);
     load_tile<S, D, N, threads>(to + N * D, args.value, value, tile, args.columns, args.value_width,
                                 plan.vectors);
   };
-
-  T output[R][D / 8][4] = {}, maximum[R][2], total[R][2] = {};
 #pragma unroll
   for (int t = 0; t < R; ++t) maximum[t][0] = maximum[t][1] = -T(INFINITY);
   load_tile<S, D, Tiling::rows, threads>(queries, args.query, head_of<S>(args.query, batch, head), of.row0,
                                          args.rows, args.width, plan.vectors);
-  go_through<stages>(TilesOfKeys<Tiling>(args, plan, of), load, [&](int tile, int stage, bool look) {
-    const S* keys = tiles + stage * 2 * N * D;
-    // A warp whose rows end before the diagonal has nothing to do here.
-    if (!args.is_causal || tile < warp_row + 16 * R) {
+  go_through<stages>(tiles, load, [&](int tile, int stage, bool look) {
+    const S* keys = pairs + stage * 2 * N * D;
+    // A warp whose rows end before the diagonal has nothing to do here, nor one of few rows that has none.
+    if (Few ? warp_row < args.rows : !args.is_causal || tile < warp_row + 16 * R) {
       T scores[R][N / 8][4];
       products_of_rows<S, D, N, R>(scores, queries + warp * 16 * R * D, keys);
       finish_scores<false, S>(args, batch, head, warp_row, tile, look, scores);
@@ -106,41 +109,167 @@ __global__ void __launch_bounds__(ForwardTiling<S, D>::threads, 2)
       add_weighted_rows<S, D, N, R>(output, scores, keys + N * D, memory);
     }
   });
+}
 
-  double* logsumexp = args.logsumexp + (int64_t(batch) * args.heads + head) * args.rows;
-  const T kept_scale = args.has_dropout ? T(args.kept_scale) : T(1);
-  T factor[R][2];
+// A row's sum over its four lanes.
+template <class T>
+FASTGAN_DEVICE T sum_of_row(T sum) {
+  sum += shuffle_xor(sum, 1);
+  return sum + shuffle_xor(sum, 2);
+}
+
+// Of a row: what its output has to be multiplied by. Dead: nothing takes part in it.
+template <class T>
+FASTGAN_DEVICE T finish_row(const AttentionArgs& args, double* logsumexp, bool writes, T maximum, T sum) {
+  const bool dead = sum == T(0);
+  if (writes) *logsumexp = dead ? -double(INFINITY) : double(maximum) * kLn2 + log(double(sum));
+  return dead ? T(0) : (args.has_dropout ? T(args.kept_scale) : T(1)) / sum;
+}
+
+template <class S, int D>
+__global__ void __launch_bounds__(ForwardTiling<S, D>::threads, 2)
+    forward_kernel(AttentionArgs args, Plan plan) {
+  using Tiling = ForwardTiling<S, D>;
+  using T = Accumulate<S>;
+  constexpr int R = Tiling::R;
+  const RowsOfBlock<Tiling> of(args, plan, args.is_causal);
+  T output[R][D / 8][4] = {}, maximum[R][2], total[R][2] = {}, factor[R][2];
+  attend<false, S, D, Tiling>(args, plan, of, TilesOfKeys<Tiling>(args, plan, of), output, maximum, total);
+  double* logsumexp = args.logsumexp + (int64_t(of.batch) * args.heads + of.head) * args.rows;
 #pragma unroll
   for (int t = 0; t < R; ++t)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      T sum = total[t][h];
-      sum += shuffle_xor(sum, 1);
-      sum += shuffle_xor(sum, 2);
-      const bool dead = sum == T(0);
-      factor[t][h] = dead ? T(0) : kept_scale / sum;
-      const int row = warp_row + 16 * t + 8 * h + lane_row();
-      if (lane_column() == 0 && row < args.rows)
-        logsumexp[row] = dead ? -double(INFINITY) : double(maximum[t][h]) * kLn2 + log(double(sum));
+      const int row = of.warp_row + 16 * t + 8 * h + lane_row();
+      factor[t][h] = finish_row(args, logsumexp + row, lane_column() == 0 && row < args.rows, maximum[t][h],
+                                sum_of_row(total[t][h]));
     }
-  store_tile<S, D, R>(args.output, batch, head, warp_row, args.rows, args.value_width, output, factor);
+  store_tile<S, D, R>(args.output, of.batch, of.head, of.warp_row, args.rows, args.value_width, output,
+                      factor);
+}
+
+// ---- in parts ----
+
+// In the workspace: outputs (parts, batch · heads · rows, value_width), then maxima and sums, (parts, batch ·
+// heads · rows) each.
+template <class T>
+struct PartsOfRows {
+  T *outputs, *maxima, *sums;
+  int64_t rows;  // of a part
+  FASTGAN_DEVICE PartsOfRows(const AttentionArgs& args, const Plan& plan)
+      : rows(args.batch * args.heads * args.rows) {
+    outputs = static_cast<T*>(args.workspace);
+    maxima = outputs + plan.parts * rows * args.value_width;
+    sums = maxima + plan.parts * rows;
+  }
+};
+
+// A block's place: ((batch · heads + head) · row blocks + row block) · parts + part.
+template <class S, int D>
+__global__ void __launch_bounds__(PartTiling<S, D>::threads, 2) parts_kernel(AttentionArgs args, Plan plan) {
+  using Tiling = PartTiling<S, D>;
+  using T = Accumulate<S>;
+  int part;
+  const int number = divide(int(blockIdx.x), plan.parts, part);
+  const RowsOfBlock<Tiling> of(args, plan, false, number);
+  TilesOfKeys<Tiling> tiles(args, plan, of);
+  tiles.begin = part * plan.part_keys;
+  if (tiles.begin + plan.part_keys < tiles.end) tiles.end = tiles.begin + plan.part_keys;
+  T output[1][D / 8][4] = {}, maximum[1][2], total[1][2] = {};
+  attend<true, S, D, Tiling>(args, plan, of, tiles, output, maximum, total);
+
+  const PartsOfRows<T> to(args, plan);
+  const int64_t first = part * to.rows + (int64_t(of.batch) * args.heads + of.head) * args.rows;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int row = of.warp_row + 8 * h + lane_row();
+    const T sum = sum_of_row(total[0][h]);
+    if (lane_column() != 0 || row >= args.rows) continue;
+    to.maxima[first + row] = maximum[0][h];
+    to.sums[first + row] = sum;
+  }
+  AttentionOutput x;
+  x.data = to.outputs + first * args.value_width;
+  x.stride[2] = args.value_width;
+  const T one[1][2] = {{T(1), T(1)}};
+  store_tile<S, D, 1, T>(x, 0, 0, of.warp_row, args.rows, args.value_width, output, one);
+}
+
+constexpr int kJoinThreads = 128;
+
+// A block for each row: every warp finds the greatest maximum and the sum, a thread a part's share of it, and
+// then a column of the output.
+template <class S>
+__global__ void __launch_bounds__(kJoinThreads) join_kernel(AttentionArgs args, Plan plan) {
+  using T = Accumulate<S>;
+  SharedMemory shared;
+  T* shares = shared.take<T>(int(kMostParts));
+  const PartsOfRows<T> from(args, plan);
+  const int64_t row = blockIdx.x;
+  const int thread = int(threadIdx.x), lane = thread % kWarp;
+  T top = -T(INFINITY);
+  for (int part = lane; part < plan.parts; part += kWarp)
+    top = fmax(top, from.maxima[part * from.rows + row]);
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) top = fmax(top, shuffle_xor(top, step));
+  const T subtracted = top == -T(INFINITY) ? T(0) : top;
+  T sum = 0;
+  for (int part = lane; part < plan.parts; part += kWarp) {
+    const int64_t at = part * from.rows + row;
+    sum = fma(quick_exp2(from.maxima[at] - subtracted), from.sums[at], sum);
+  }
+#pragma unroll
+  for (int step = kWarp / 2; step > 0; step /= 2) sum += shuffle_xor(sum, step);
+  const T factor = finish_row(args, args.logsumexp + row, thread == 0, top, sum);
+  for (int part = thread; part < plan.parts; part += kJoinThreads)
+    shares[part] = quick_exp2(from.maxima[part * from.rows + row] - subtracted) * factor;
+  block_sync();
+
+  int in_head, head;
+  const int batch = divide(divide(int(row), int(args.rows), in_head), int(args.heads), head);
+  const AttentionOutput& x = args.output;
+  S* to = static_cast<S*>(x.data) + batch * x.stride[0] + head * x.stride[1] + in_head * x.stride[2];
+  for (int column = thread; column < args.value_width; column += kJoinThreads) {
+    const T* output = from.outputs + row * args.value_width + column;
+    T out = 0;
+#pragma unroll 8
+    for (int part = 0; part < plan.parts; ++part)
+      out = fma(shares[part], output[part * from.rows * args.value_width], out);
+    narrow(to[column], out);
+  }
 }
 
 template <class S, int D>
 Error forward(const AttentionArgs& args, void* stream) {
   using Tiling = ForwardTiling<S, D>;
-  static_assert(forward_shared_bytes<S, D>() <= kMostShared);
+  using OfParts = PartTiling<S, D>;
+  constexpr size_t shared = forward_shared_bytes<S, D, Tiling>(),
+                   shared_of_parts = forward_shared_bytes<S, D, OfParts>();
+  static_assert(shared <= kMostShared && shared_of_parts <= kMostShared);
+  static_assert(kFewRows % Tiling::N == 0);  // no tile crosses from one part to the next
+  const Parts parts = parts_of(args, multiprocessors());
   Plan plan{};
-  plan.row_blocks = int(ceil_div(args.rows, Tiling::rows));
   plan.vectors = may_use_vectors<S>(args.query, args.width) && may_use_vectors<S>(args.key, args.width) &&
                  may_use_vectors<S>(args.value, args.value_width);
-  if (Error error = make_map<S>(args, static_cast<uint8_t*>(args.workspace), plan.map, stream)) return error;
-  return launch(forward_kernel<S, D>, args.batch * args.heads * plan.row_blocks, Tiling::threads,
-                forward_shared_bytes<S, D>(), stream, args, plan);
+  auto* map = static_cast<uint8_t*>(args.workspace) + parts_size(args, parts);
+  if (Error error = make_map<S>(args, map, plan.map, stream)) return error;
+  if (parts.count == 1) {
+    plan.row_blocks = int(ceil_div(args.rows, Tiling::rows));
+    return launch(forward_kernel<S, D>, args.batch * args.heads * plan.row_blocks, Tiling::threads, shared,
+                  stream, args, plan);
+  }
+  plan.row_blocks = int(ceil_div(args.rows, OfParts::rows));
+  plan.parts = int(parts.count), plan.part_keys = int(parts.keys);
+  if (Error error = launch(parts_kernel<S, D>, args.batch * args.heads * plan.row_blocks * parts.count,
+                           OfParts::threads, shared_of_parts, stream, args, plan))
+    return error;
+  return launch(join_kernel<S>, args.batch * args.heads * args.rows, kJoinThreads,
+                SharedMemory::bytes<Accumulate<S>>(int(kMostParts)), stream, args, plan);
 }
 
-Error run_forward(const AttentionArgs& args, void* stream) {
-  if (Error error = refuse(args)) return error;
+Error run_forward(const AttentionArgs& given, void* stream) {
+  if (Error error = refuse(given)) return error;
+  const AttentionArgs args = fold_group(given);
   return FASTGAN_ATTENTION_BY_DTYPE(forward);
 }
 
@@ -152,5 +281,9 @@ extern "C" const char* fastgan_attention_forward_cuda(const fastgan::AttentionAr
 }
 
 extern "C" int64_t fastgan_attention_workspace_cuda(const fastgan::AttentionArgs& args, bool backward) {
-  return fastgan::map_size(args) + (backward ? fastgan::row_numbers_size(args) : 0);
+  using namespace fastgan;
+  if (backward) return map_size(args) + row_numbers_size(args);
+  if (!args.output.data) return map_size(args);  // not the forward
+  const AttentionArgs folded = fold_group(args);
+  return map_size(folded) + parts_size(folded, parts_of(folded, multiprocessors()));
 }

@@ -48,7 +48,7 @@ struct AttentionArgs {
   void* grad_bias = nullptr;  // contiguous; null: not asked for
   int64_t bias_size[4] = {};  // each 1 or the scores' own
   // attention_workspace() numbers of the accumulation type; on CUDA, of the forward as well,
-  // fastgan_attention_workspace_cuda() bytes
+  // fastgan_attention_workspace_cuda() bytes, asked for once all else is here
   void* workspace = nullptr;
 
   // Second order: the derivative of output (attention_jvp), and of the four gradients for a constant

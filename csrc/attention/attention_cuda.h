@@ -30,6 +30,7 @@ struct Plan {
   int row_blocks, key_blocks;
   bool vectors;  // all inputs may be read 16 bytes at a time
   TileMap map;
+  int parts, part_keys;  // of the keys (attention_cuda_parts.h)
 };
 
 // A pair of tiles is in one of two stages of shared memory while the next pair comes into the other, where
@@ -97,19 +98,19 @@ FASTGAN_DEVICE void load_tile(S* to, const AttentionInput& x, const S* head, int
   }
 }
 
-// A warp's sums, rows `first` on, times a factor for each row.
-template <class S, int D, int R>
+// A warp's sums, rows `first` on, times a factor for each row, to elements Out.
+template <class S, int D, int R, class Out = S>
 FASTGAN_DEVICE void store_tile(const AttentionOutput& x, int64_t batch, int64_t head, int first,
                                int64_t count, int64_t width, const Accumulate<S> (&sums)[R][D / 8][4],
                                const Accumulate<S> (&factor)[R][2]) {
-  S* base = static_cast<S*>(x.data) + batch * x.stride[0] + head * x.stride[1];
+  Out* base = static_cast<Out*>(x.data) + batch * x.stride[0] + head * x.stride[1];
 #pragma unroll
   for (int t = 0; t < R; ++t)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = first + 16 * t + 8 * h + lane_row();
       if (row >= count) continue;
-      S* to = base + int64_t(row) * x.stride[2];
+      Out* to = base + int64_t(row) * x.stride[2];
 #pragma unroll
       for (int j = 0; j < D / 8; ++j)
 #pragma unroll

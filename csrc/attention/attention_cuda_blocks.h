@@ -14,9 +14,11 @@ template <class Tiling>
 struct RowsOfBlock {
   int batch, head, kv_head, row0, warp_row;
   // `reversed`: the last rows first, which under is_causal have the most work.
-  FASTGAN_DEVICE RowsOfBlock(const AttentionArgs& args, const Plan& plan, bool reversed = false) {
+  FASTGAN_DEVICE RowsOfBlock(const AttentionArgs& args, const Plan& plan, bool reversed = false)
+      : RowsOfBlock(args, plan, reversed, int(blockIdx.x)) {}
+  FASTGAN_DEVICE RowsOfBlock(const AttentionArgs& args, const Plan& plan, bool reversed, int number) {
     int block;
-    batch = divide(divide(int(blockIdx.x), plan.row_blocks, block), int(args.heads), head);
+    batch = divide(divide(number, plan.row_blocks, block), int(args.heads), head);
     if (reversed) block = plan.row_blocks - 1 - block;
     row0 = block * Tiling::rows;
     warp_row = row0 + int(threadIdx.x) / kWarp * (Tiling::rows / Tiling::warps);
@@ -39,19 +41,20 @@ struct KeysOfBlock {
 
 // ---- the tiles that go by ----
 
-// Of N keys, past a block of query rows. `find` is the first tile from `at` on in which something is visible.
+// Of N keys from `begin` to `end`, past a block of query rows. `find` is the first tile from `at` on in which
+// something is visible.
 template <class Tiling>
 struct TilesOfKeys {
   using At = int;
   const AttentionArgs& args;
   const TileMap& map;
   const RowsOfBlock<Tiling>& of;
-  int end;
+  int begin = 0, end;
   FASTGAN_DEVICE TilesOfKeys(const AttentionArgs& args, const Plan& plan, const RowsOfBlock<Tiling>& of)
       : args(args), map(plan.map), of(of), end(int(args.columns)) {
     if (args.is_causal && of.row0 + Tiling::rows < end) end = of.row0 + Tiling::rows;
   }
-  FASTGAN_DEVICE At first() const { return 0; }
+  FASTGAN_DEVICE At first() const { return begin; }
   FASTGAN_DEVICE At after(At at) const { return at + Tiling::N; }
   FASTGAN_DEVICE bool has(At at) const { return at < end; }
   FASTGAN_DEVICE At find(At at, int& seen) const {

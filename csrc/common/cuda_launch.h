@@ -14,6 +14,15 @@ namespace fastgan {
 // Null, or what CUDA says went wrong: kernels come back with a message, and only *_op.cpp throws.
 using Error = const char*;
 
+// Of the current device; 1 where that cannot be asked.
+inline int multiprocessors() {
+  int device = 0, count = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device) != cudaSuccess)
+    return 1;
+  return count;
+}
+
 // kernel<<<grid, threads, shared_bytes, stream>>>(args...); threads is a multiple of 32.
 template <class... Parameters, class... Args>
 inline Error launch(void (*kernel)(Parameters...), int64_t grid, int threads, size_t shared_bytes,

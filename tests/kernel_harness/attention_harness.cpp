@@ -292,6 +292,7 @@ int main() {
       {1, 2, 2, 0, 5, 4, 4, true, false, true, false, true},
       {2, 2, 2, 3, 5, 0, 2, false, true, false, false, false},
       {2, 2, 2, 3, 5, 2, 0, false, false, true, true, false},
+      {1, 4, 2, 1, 1100, 16, 8, false, true, false, false, false},  // CUDA's parts of the keys
   };
   for (const Case& each : cases)
     for (int threads : {1, 3}) {
