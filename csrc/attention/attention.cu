@@ -16,10 +16,10 @@
 // Dropout: P is kept or dropped by Philox's word for its place, row sums are over what is not dropped yet.
 // Work and the order of sums depend on shapes alone: the same bits in every run.
 //
-// Few rows and many keys are cut by the keys (attention_cuda_parts.h): a block of parts_kernel has one part
-// and leaves its output undivided, its rows' maxima and sums; join_kernel scales them to the greatest maximum
-// and adds them up, part after part. A part of which a row sees nothing has maximum minus infinity and adds
-// 0.
+// Few rows and many keys are cut by the keys, into a number of parts that the number of multiprocessors has a
+// say in (attention_cuda_parts.h): a block of parts_kernel has one part and leaves its output undivided, its
+// rows' maxima and sums; join_kernel scales them to the greatest maximum and adds them up, part after part. A
+// part of which a row sees nothing has maximum minus infinity and adds 0.
 #include "attention/attention_cuda_blocks.h"
 #include "attention/attention_cuda_parts.h"
 
@@ -68,8 +68,8 @@ FASTGAN_DEVICE void soften(T (&scores)[R][N8][4], T (&maximum)[R][2], T (&total)
     }
 }
 
-// Σ P values of a block's rows and keys `begin` to `end` of its tiles; the rows' maxima and, over all of
-// their columns, sums.
+// Σ P values of a block's rows and of the keys of its tiles; the rows' maxima and, of a lane's columns, their
+// sums. `Few`: rows of which a warp may have none, and not causal.
 template <bool Few, class S, int D, class Tiling, class T = Accumulate<S>>
 FASTGAN_DEVICE void attend(const AttentionArgs& args, const Plan& plan, const RowsOfBlock<Tiling>& of,
                            const TilesOfKeys<Tiling>& tiles, T (&output)[Tiling::R][D / 8][4],
