@@ -108,15 +108,16 @@ def replace_modules(model: M) -> M:
       gradients computes at padded positions what training does, instead of zeros.
     - transformers models that run ``"sdpa"`` attention are set to ``"fastgan"`` once ``fastgan.hf`` has registered it,
       and language models' heads and losses are fused: a call with labels in training mode returns no logits, unless
-      ``return_logits=True`` is given.
+      ``return_logits=True`` is given. In those that generate text, ``nn.Linear`` and ``Conv1D`` become subclasses of
+      theirs that are faster on few rows.
 
     The same objects stay: parameters, buffers, their names and dtypes, hooks, parametrizations (spectral and weight
     norm of both kinds, pruning), training mode and requires_grad. State dicts are interchangeable with the unreplaced
     model's, optimizers made before are valid. Subclasses, lazy, scripted and quantized modules, and modules whose
     forward was overridden on the instance, are left as they are. Calling it again changes nothing.
 
-    Convert to ``nn.SyncBatchNorm``, or fold norms into convolutions, before calling it and not after: such tools
-    rebuild a norm from its parameters and would lose the activation that it took over.
+    Convert to ``nn.SyncBatchNorm``, fold norms into convolutions, or quantize, before calling it and not after: such
+    tools rebuild a norm from its parameters and would lose the activation that it took over, or look for exact classes.
 
     Args:
         model: any module, itself one of those above or holding some.
@@ -186,6 +187,9 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
     slots = Counter(id(child) for _, module in named for child in module._modules.values() if child is not None)
     after = {id(norm): act for _, module in named for norm, act in _norms_with_activation(module)}
     fused: set[int] = set()
+    # Both are None until fastgan.hf is imported.
+    heads, generation = (sys.modules.get(f"fastgan.{name}") for name in ("_lm_heads", "_generation"))
+    products = generation.products(model) if generation else {}
     for name, module in named:
         kind = torch_type(module)
         if id(module) in fused:
@@ -222,7 +226,12 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
             elif isinstance(module, (Conv2d, ConvTranspose2d)):
                 reason = algorithm_of(module)
             yield _Decision(module, Row(name, type(module).__name__, "swapped", kind.__name__, reason))
-        elif (heads := sys.modules.get("fastgan._lm_heads")) is not None and heads.is_language_model(module):
+        elif id(module) in products and not obstacle_of(module):
+            target = products[id(module)]
+            state: State = "swapped" if kind is target else "will be swapped"
+            row = Row(name, type(module).__name__, state, target.__name__, "up to 32 rows, as generation has them")
+            yield _Decision(module, row, None if kind is target else target)
+        elif heads is not None and heads.is_language_model(module):
             becomes, why = "fused head and loss", "labels in training mode: no logits, unless return_logits=True"
             if heads.is_fused(module):
                 yield _Decision(module, Row(name, type(module).__name__, "swapped", becomes, why))
@@ -236,7 +245,7 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
             if why:
                 yield _Decision(module, Row(name, type(module).__name__, "left", reason=why))
             else:
-                state: State = "swapped" if used == "fastgan" else "will be swapped"
+                state = "swapped" if used == "fastgan" else "will be swapped"
                 yield _Decision(module, Row(name, type(module).__name__, state, 'attn_implementation="fastgan"'))
         elif id(module) not in inner and _is_worth_a_row(name, module):
             yield _Decision(module, Row(name, type(module).__name__, "left", reason=_why_left(module, kind)))

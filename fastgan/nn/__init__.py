@@ -5,6 +5,7 @@ from fastgan.nn.attention import MultiheadAttention
 from fastgan.nn.conv import Conv2d, ConvTranspose2d
 from fastgan.nn.embedding import Embedding
 from fastgan.nn.gan_loss import DiscriminatorHeadLoss
+from fastgan.nn.linear import Linear
 from fastgan.nn.linear_cross_entropy import LinearCrossEntropyLoss
 from fastgan.nn.norm_act import BatchNormAct2d
 
@@ -14,6 +15,7 @@ __all__ = [
     "ConvTranspose2d",
     "DiscriminatorHeadLoss",
     "Embedding",
+    "Linear",
     "LinearCrossEntropyLoss",
     "MultiheadAttention",
     "functional",
