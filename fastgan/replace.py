@@ -109,7 +109,7 @@ def replace_modules(model: M) -> M:
     - transformers models that run ``"sdpa"`` attention are set to ``"fastgan"`` once ``fastgan.hf`` has registered it,
       and language models' heads and losses are fused: a call with labels in training mode returns no logits, unless
       ``return_logits=True`` is given. In those that generate text, ``nn.Linear`` and ``Conv1D`` become subclasses of
-      theirs that are faster on few rows.
+      theirs that are faster on few rows; GPT-2's GELU becomes one operation.
 
     The same objects stay: parameters, buffers, their names and dtypes, hooks, parametrizations (spectral and weight
     norm of both kinds, pruning), training mode and requires_grad. State dicts are interchangeable with the unreplaced
@@ -188,8 +188,8 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
     after = {id(norm): act for _, module in named for norm, act in _norms_with_activation(module)}
     fused: set[int] = set()
     # Both are None until fastgan.hf is imported.
-    heads, generation = (sys.modules.get(f"fastgan.{name}") for name in ("_lm_heads", "_generation"))
-    products = generation.products(model) if generation else {}
+    heads, layers = (sys.modules.get(f"fastgan.{name}") for name in ("_lm_heads", "_hf_layers"))
+    of_transformers = layers.swaps(model) if layers else {}
     for name, module in named:
         kind = torch_type(module)
         if id(module) in fused:
@@ -226,10 +226,10 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
             elif isinstance(module, (Conv2d, ConvTranspose2d)):
                 reason = algorithm_of(module)
             yield _Decision(module, Row(name, type(module).__name__, "swapped", kind.__name__, reason))
-        elif id(module) in products and not obstacle_of(module):
-            target = products[id(module)]
+        elif id(module) in of_transformers and not obstacle_of(module):
+            target, reason = of_transformers[id(module)]
             state: State = "swapped" if kind is target else "will be swapped"
-            row = Row(name, type(module).__name__, state, target.__name__, "up to 32 rows, as generation has them")
+            row = Row(name, type(module).__name__, state, target.__name__, reason)
             yield _Decision(module, row, None if kind is target else target)
         elif heads is not None and heads.is_language_model(module):
             becomes, why = "fused head and loss", "labels in training mode: no logits, unless return_logits=True"

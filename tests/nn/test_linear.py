@@ -91,7 +91,7 @@ def test_generation_equals_the_unreplaced_models(make, settings):
 
 def test_explain_and_what_is_left(tmp_path):
     import fastgan.hf
-    from fastgan._generation import Conv1D
+    from fastgan._hf_layers import Conv1D
 
     transformers = pytest.importorskip("transformers")
     kind, config = gpt2()
