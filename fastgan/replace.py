@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 from fastgan.nn.activation import FusedLeakyReLU, FusedReLU
 from fastgan.nn.attention import MultiheadAttention
 from fastgan.nn.conv import Conv2d, ConvTranspose2d, algorithm_of
+from fastgan.nn.dropout import Dropout
 from fastgan.nn.embedding import Embedding
 from fastgan.nn.norm_act import BatchNormAct2d
 from fastgan.ops.embedding import why_torch
@@ -31,6 +32,7 @@ _SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: Conv2d,
     nn.ConvTranspose2d: ConvTranspose2d,
     nn.BatchNorm2d: BatchNormAct2d,
+    nn.Dropout: Dropout,
     nn.Embedding: Embedding,
     nn.MultiheadAttention: MultiheadAttention,
 }
@@ -99,6 +101,7 @@ def replace_modules(model: M) -> M:
     - ``nn.Conv2d``, ``nn.ConvTranspose2d``, ``nn.MultiheadAttention`` and ``nn.BatchNorm2d`` become fastgan.nn's
       ``Conv2d``, ``ConvTranspose2d``, ``MultiheadAttention`` and ``BatchNormAct2d``, which are subclasses of theirs.
     - ``nn.Embedding`` of 1 MB and more becomes fastgan.nn's, whose gradient lies in memory kept from step to step.
+    - ``nn.Dropout`` becomes fastgan.nn's, which draws other numbers from the same generator.
     - Where an ``nn.ReLU`` or ``nn.LeakyReLU`` follows the norm in an ``nn.Sequential``, the norm takes it over; in its
       place a module of the same name and kind passes its input on. Not where that could be seen: hooks on the norm's
       output, pre-hooks or backward hooks on the activation, either module in use elsewhere in the model. A forward hook
@@ -303,6 +306,8 @@ def obstacle_of(module: nn.Module) -> str:
     overridden = [name for name in ("forward", "_conv_forward") if name in vars(module)]
     if overridden:
         return f"its {overridden[0]} was overridden on the instance"
+    if isinstance(module, nn.Dropout) and module.inplace:
+        return "inplace=True is torch's own"
     if isinstance(module, nn.Embedding):
         return why_torch(module.weight, module.max_norm, module.scale_grad_by_freq, module.sparse)
     return ""

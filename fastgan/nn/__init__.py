@@ -3,6 +3,7 @@
 from fastgan.nn import functional
 from fastgan.nn.attention import MultiheadAttention
 from fastgan.nn.conv import Conv2d, ConvTranspose2d
+from fastgan.nn.dropout import Dropout
 from fastgan.nn.embedding import Embedding
 from fastgan.nn.gan_loss import DiscriminatorHeadLoss
 from fastgan.nn.linear import Linear
@@ -14,6 +15,7 @@ __all__ = [
     "Conv2d",
     "ConvTranspose2d",
     "DiscriminatorHeadLoss",
+    "Dropout",
     "Embedding",
     "Linear",
     "LinearCrossEntropyLoss",
