@@ -32,6 +32,7 @@ from transformers.utils.generic import can_return_tuple
 
 from fastgan._hooks import has_hooks
 from fastgan.nn.functional import linear_cross_entropy
+from fastgan.nn.linear import Linear
 
 Call = dict[str, Any]
 
@@ -188,7 +189,7 @@ def why_not(model: nn.Module) -> str:
 def _obstacle(model: Any, head: _Head) -> str:
     """Why this call computes the logits nevertheless: looked at in each call, since hooks and heads come and go."""
     linear = head.linear(model)
-    if parametrize.type_before_parametrizations(linear) is not nn.Linear:
+    if parametrize.type_before_parametrizations(linear) not in (nn.Linear, Linear):
         # PEFT's wrapper of a Linear is called Linear, too.
         package = type(linear).__module__.partition(".")[0]
         own = f"{package}." if type(linear).__name__ == "Linear" else ""

@@ -8,7 +8,8 @@ was imported before fastgan, ``import fastgan`` registers by itself. Needs trans
 
 ``fastgan.replace_modules(model)`` also fuses the head and the loss of the language models listed in
 ``fastgan._lm_heads``: called with labels in training mode they return ``loss`` and ``logits=None``, and logits too with
-``return_logits=True``; ``label_smoothing=0.1`` is an argument of the same call.
+``return_logits=True``; ``label_smoothing=0.1`` is an argument of the same call. Linear layers of models that generate
+text, and GPT-2's GELU, become those of ``fastgan._hf_layers``.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.masking_utils import eager_mask, sdpa_mask  # noqa: E402
 from transformers.utils import output_capturing  # noqa: E402
 
-from fastgan import _lm_heads  # noqa: E402, F401  replace_modules finds it
+from fastgan import _hf_layers, _lm_heads  # noqa: E402, F401  replace_modules finds them
 
 
 def attention_forward(

@@ -23,6 +23,7 @@ from torch.nn.utils import parametrize
 from fastgan.nn.activation import FusedLeakyReLU, FusedReLU
 from fastgan.nn.attention import MultiheadAttention
 from fastgan.nn.conv import Conv2d, ConvTranspose2d, algorithm_of
+from fastgan.nn.dropout import Dropout
 from fastgan.nn.embedding import Embedding
 from fastgan.nn.norm_act import BatchNormAct2d
 from fastgan.ops.embedding import why_torch
@@ -31,6 +32,7 @@ _SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Conv2d: Conv2d,
     nn.ConvTranspose2d: ConvTranspose2d,
     nn.BatchNorm2d: BatchNormAct2d,
+    nn.Dropout: Dropout,
     nn.Embedding: Embedding,
     nn.MultiheadAttention: MultiheadAttention,
 }
@@ -99,6 +101,7 @@ def replace_modules(model: M) -> M:
     - ``nn.Conv2d``, ``nn.ConvTranspose2d``, ``nn.MultiheadAttention`` and ``nn.BatchNorm2d`` become fastgan.nn's
       ``Conv2d``, ``ConvTranspose2d``, ``MultiheadAttention`` and ``BatchNormAct2d``, which are subclasses of theirs.
     - ``nn.Embedding`` of 1 MB and more becomes fastgan.nn's, whose gradient lies in memory kept from step to step.
+    - ``nn.Dropout`` becomes fastgan.nn's, which draws other numbers from the same generator.
     - Where an ``nn.ReLU`` or ``nn.LeakyReLU`` follows the norm in an ``nn.Sequential``, the norm takes it over; in its
       place a module of the same name and kind passes its input on. Not where that could be seen: hooks on the norm's
       output, pre-hooks or backward hooks on the activation, either module in use elsewhere in the model. A forward hook
@@ -108,15 +111,16 @@ def replace_modules(model: M) -> M:
       gradients computes at padded positions what training does, instead of zeros.
     - transformers models that run ``"sdpa"`` attention are set to ``"fastgan"`` once ``fastgan.hf`` has registered it,
       and language models' heads and losses are fused: a call with labels in training mode returns no logits, unless
-      ``return_logits=True`` is given.
+      ``return_logits=True`` is given. In those that generate text, ``nn.Linear`` and ``Conv1D`` become subclasses of
+      theirs that are faster on few rows; GPT-2's GELU becomes one operation.
 
     The same objects stay: parameters, buffers, their names and dtypes, hooks, parametrizations (spectral and weight
     norm of both kinds, pruning), training mode and requires_grad. State dicts are interchangeable with the unreplaced
     model's, optimizers made before are valid. Subclasses, lazy, scripted and quantized modules, and modules whose
     forward was overridden on the instance, are left as they are. Calling it again changes nothing.
 
-    Convert to ``nn.SyncBatchNorm``, or fold norms into convolutions, before calling it and not after: such tools
-    rebuild a norm from its parameters and would lose the activation that it took over.
+    Convert to ``nn.SyncBatchNorm``, fold norms into convolutions, or quantize, before calling it and not after: such
+    tools rebuild a norm from its parameters and would lose the activation that it took over, or look for exact classes.
 
     Args:
         model: any module, itself one of those above or holding some.
@@ -186,6 +190,9 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
     slots = Counter(id(child) for _, module in named for child in module._modules.values() if child is not None)
     after = {id(norm): act for _, module in named for norm, act in _norms_with_activation(module)}
     fused: set[int] = set()
+    # Both are None until fastgan.hf is imported.
+    heads, layers = (sys.modules.get(f"fastgan.{name}") for name in ("_lm_heads", "_hf_layers"))
+    of_transformers = layers.swaps(model) if layers else {}
     for name, module in named:
         kind = torch_type(module)
         if id(module) in fused:
@@ -222,7 +229,12 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
             elif isinstance(module, (Conv2d, ConvTranspose2d)):
                 reason = algorithm_of(module)
             yield _Decision(module, Row(name, type(module).__name__, "swapped", kind.__name__, reason))
-        elif (heads := sys.modules.get("fastgan._lm_heads")) is not None and heads.is_language_model(module):
+        elif id(module) in of_transformers and not obstacle_of(module):
+            target, reason = of_transformers[id(module)]
+            state: State = "swapped" if kind is target else "will be swapped"
+            row = Row(name, type(module).__name__, state, target.__name__, reason)
+            yield _Decision(module, row, None if kind is target else target)
+        elif heads is not None and heads.is_language_model(module):
             becomes, why = "fused head and loss", "labels in training mode: no logits, unless return_logits=True"
             if heads.is_fused(module):
                 yield _Decision(module, Row(name, type(module).__name__, "swapped", becomes, why))
@@ -236,7 +248,7 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
             if why:
                 yield _Decision(module, Row(name, type(module).__name__, "left", reason=why))
             else:
-                state: State = "swapped" if used == "fastgan" else "will be swapped"
+                state = "swapped" if used == "fastgan" else "will be swapped"
                 yield _Decision(module, Row(name, type(module).__name__, state, 'attn_implementation="fastgan"'))
         elif id(module) not in inner and _is_worth_a_row(name, module):
             yield _Decision(module, Row(name, type(module).__name__, "left", reason=_why_left(module, kind)))
@@ -294,6 +306,8 @@ def obstacle_of(module: nn.Module) -> str:
     overridden = [name for name in ("forward", "_conv_forward") if name in vars(module)]
     if overridden:
         return f"its {overridden[0]} was overridden on the instance"
+    if isinstance(module, nn.Dropout) and module.inplace:
+        return "inplace=True is torch's own"
     if isinstance(module, nn.Embedding):
         return why_torch(module.weight, module.max_norm, module.scale_grad_by_freq, module.sparse)
     return ""

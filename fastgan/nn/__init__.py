@@ -3,8 +3,10 @@
 from fastgan.nn import functional
 from fastgan.nn.attention import MultiheadAttention
 from fastgan.nn.conv import Conv2d, ConvTranspose2d
+from fastgan.nn.dropout import Dropout
 from fastgan.nn.embedding import Embedding
 from fastgan.nn.gan_loss import DiscriminatorHeadLoss
+from fastgan.nn.linear import Linear
 from fastgan.nn.linear_cross_entropy import LinearCrossEntropyLoss
 from fastgan.nn.norm_act import BatchNormAct2d
 
@@ -13,7 +15,9 @@ __all__ = [
     "Conv2d",
     "ConvTranspose2d",
     "DiscriminatorHeadLoss",
+    "Dropout",
     "Embedding",
+    "Linear",
     "LinearCrossEntropyLoss",
     "MultiheadAttention",
     "functional",

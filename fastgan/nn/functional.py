@@ -17,11 +17,13 @@ from fastgan.nn._inputs import Pair as _Pair
 from fastgan.nn._inputs import check_tensors, number
 from fastgan.nn._inputs import pair as _pair
 from fastgan.ops import conv as _conv
+from fastgan.ops import dropout as _dropout
 from fastgan.ops import embedding as _embedding
 from fastgan.ops import gan_loss as _gan_loss
+from fastgan.ops import linear as _linear
 from fastgan.ops import linear_cross_entropy as _linear_cross_entropy
 from fastgan.ops import norm_act as _norm_act
-from fastgan.ops._autograd import is_plain
+from fastgan.ops._autograd import in_functorch, is_plain
 from fastgan.ops.attention import attention_reference, attention_weights_reference
 
 # ---- attention ----
@@ -718,3 +720,77 @@ def embedding(
         return _F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
     padding = _embedding.NO_PADDING if padding_idx is None else padding_idx % rows
     return _embedding.embedding(weight, input, padding)
+
+
+# ---- linear ----
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As ``torch.nn.functional.linear``; up to 32 rows without a gradient are as fast as the weight can be read.
+
+    That is a language model's step of generation on the CPU, a row for each sequence, where torch's product takes up to
+    four times as long. In float32; for weights of 256 KB or more whose rows are contiguous; everything else, training
+    and ``torch.compile`` included, is torch's own.
+
+    Args:
+        input: (..., K).
+        weight: (N, K) or (K,).
+        bias: (N,) or None.
+
+    Returns:
+        (..., N). A row's result is the same bits whatever the other rows are.
+
+    Raises:
+        torch's own errors, for shapes, dtypes and devices that do not fit.
+    """
+    output = _linear.few_rows(input, weight, bias, by_depth=False) if isinstance(input, Tensor) else None
+    return _F.linear(input, weight, bias) if output is None else output
+
+
+# ---- dropout ----
+
+
+def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """As ``torch.nn.functional.dropout``; on the CPU numbers are drawn in parallel, and no mask is kept.
+
+    torch draws one number after the other, which takes longer than most of what stands around it in a Transformer.
+    Twice differentiable. Where it pays: contiguous inputs of 8,192 elements and more on the CPU, eager, outside
+    ``torch.func``; everything else, ``inplace=True`` included, is torch's own.
+
+    Args:
+        input: float32, float64, bfloat16 or float16, any shape.
+        p: the share that is dropped, in [0, 1].
+        training: False: the input as it is.
+        inplace: torch's own.
+
+    Returns:
+        input's shape and dtype: 0 where dropped (also where the input is not finite), else divided by 1 − p. The
+        random numbers come from torch's generator, through one draw of two of them.
+
+    Raises:
+        torch's own errors; ValueError for p outside [0, 1].
+    """
+    ours = (
+        training
+        and not inplace
+        and isinstance(input, Tensor)
+        and isinstance(p, float)
+        and 0.0 < p < 1.0
+        and type(input) in (Tensor, torch.nn.Parameter)
+        and input.device.type == "cpu"
+        and input.dtype in _DROPPED
+        and input.layout == torch.strided
+        and input.is_contiguous()
+        and input.numel() >= _dropout.SMALLEST
+        and not torch.compiler.is_compiling()
+        and not in_functorch()
+        and not _impl.reference_selected()
+        and _impl.extension_error is None
+    )
+    if not ours:
+        return _F.dropout(input, p, training, inplace)
+    philox = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64)
+    return _dropout.dropout(input, philox, p)
+
+
+_DROPPED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
