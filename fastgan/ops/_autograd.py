@@ -46,6 +46,9 @@ Autocast = Callable[[str, Sequence[Any]], Sequence[Any]]
 Jvp = Callable[[Sequence[Any], Sequence[torch.Tensor], Sequence[torch.Tensor | None]], Sequence[torch.Tensor | None]]
 
 
+#: stands for an argument that is not kept (``unsaved``) where a formula gets the arguments
+UNSAVED = object()
+
 # The two below are written without context managers of Python's: a small call's time is spent here.
 
 
@@ -95,7 +98,7 @@ def _gradients_asked_for(ctx: Any, args: Sequence[Any]) -> list[bool]:
         return needs
     edges = iter(ctx.next_functions)
     for i, arg in enumerate(args):
-        if not isinstance(arg, torch.Tensor):
+        if not isinstance(arg, torch.Tensor) and arg is not UNSAVED:
             continue
         node = next(edges, (None, 0))[0]
         if needs[i] and node is not None:
@@ -142,6 +145,7 @@ def define(
     backward: Backward | None = None,
     jvp: Jvp | None = None,
     save_outputs: Sequence[int] = (),
+    unsaved: Sequence[int] = (),
     nondifferentiable_outputs: Sequence[int] = (),
     vmap: Callable[..., Any] | None = None,
     autocast: str | Autocast | None = None,
@@ -160,6 +164,8 @@ def define(
         save_outputs: indices of the outputs that ``backward`` and ``jvp`` get as ``saved_outputs``. Whatever of them
             enters a gradient must be recomputed, or be taken with its own derivative, by the backward operator's
             reference.
+        unsaved: indices of tensor arguments that neither ``backward`` nor ``jvp``, both given, looks at: not kept for
+            them, which get ``UNSAVED`` in their place.
         nondifferentiable_outputs: indices of outputs without a gradient.
         vmap: a rule as for ``torch.library.register_vmap``, where one is better than the decomposed reference.
         autocast: ``"lower"``, ``"float32"``, a function ``(device, args) -> args``, or None (autocast leaves the
@@ -180,10 +186,11 @@ def define(
         def setup_context(ctx, inputs, output):
             outputs = output if isinstance(output, tuple) else (output,)
             ctx.is_single = not isinstance(output, tuple)
-            ctx.where = [i for i in tensors if inputs[i] is not None]
+            given = [i for i in tensors if inputs[i] is not None]
+            ctx.where = [i for i in given if i not in unsaved]
             ctx.constants = list(inputs)
-            for i in ctx.where:
-                ctx.constants[i] = None
+            for i in given:
+                ctx.constants[i] = UNSAVED if i in unsaved else None
             kept = [inputs[i] for i in ctx.where] + [outputs[i] for i in save_outputs]
             ctx.save_for_backward(*kept)
             ctx.save_for_forward(*kept)
@@ -206,7 +213,9 @@ def define(
             args, outputs = _restore(ctx)
             with _set_fwd_grad_enabled(True):
                 duals = [unpack_dual(a, level=0).primal if _is_differentiable(a) else a for a in args]
-                tangents = tuple(t if _is_differentiable(a) else None for a, t in zip(duals, tangents, strict=True))
+                tangents = tuple(
+                    t if a is UNSAVED or _is_differentiable(a) else None for a, t in zip(duals, tangents, strict=True)
+                )
                 if formula is not None:
                     outputs = [unpack_dual(o, level=0).primal for o in outputs]
                     results = formula(duals, outputs, tangents)

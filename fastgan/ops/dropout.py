@@ -51,4 +51,5 @@ dropout = define(
     fake=_fake,
     backward=_backward,
     jvp=_jvp,
+    unsaved=(0,),
 )

@@ -1,5 +1,7 @@
 """Dropout against its reference, bit for bit, in its statistics and in every derivative."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -62,6 +64,17 @@ def test_derivatives():
     assert torch.autograd.gradcheck(lambda t: dropout(t, PHILOX, 0.4), leaf, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(lambda t: dropout(t, PHILOX, 0.4), leaf)
     check_derivatives(lambda z: dropout(z.sin(), PHILOX, 0.4), lambda z: dropout_reference(z.sin(), PHILOX, 0.4), x)
+
+
+def test_the_backward_keeps_no_input():
+    x = torch.randn(64, requires_grad=True)
+    product = x * 2
+    gone = weakref.ref(product)
+    y = dropout(product, PHILOX, 0.4)
+    del product
+    assert gone() is None
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, 2 * dropout(torch.ones(64), PHILOX, 0.4))
 
 
 def test_refused():
