@@ -205,14 +205,6 @@ void scores_of(const AttentionArgs& a, const Tile& t, const T* query, const T* k
   finish_scores<Storage>(a, t, scores, stride);
 }
 
-template <class T>
-FASTGAN_INLINE Mask<T> kept(const uint32_t* words, uint32_t threshold) {
-  typedef uint32_t Words __attribute__((vector_size(lanes<T> * 4)));
-  Words w;
-  std::memcpy(&w, words, sizeof w);
-  return __builtin_convertvector(w >= threshold, Mask<T>);
-}
-
 void draw(const AttentionArgs& a, const Tile& t, int64_t r, uint32_t* words) {
   philox_row(words, t.columns, a.seed, a.offset, uint32_t(t.batch * a.heads + t.head), uint32_t(t.row + r),
              uint32_t(t.column / 4));

@@ -23,13 +23,6 @@ FASTGAN_INLINE int64_t whole_panels(int64_t n) {
   return (n + kPanel<T> - 1) / kPanel<T> * kPanel<T>;
 }
 
-// x in every lane. Subtracting zero changes nothing, -0 included, so that this is one broadcast; adding would
-// be two.
-template <class T>
-FASTGAN_INLINE Vec<T> broadcast(T x) {
-  return x - Vec<T>{};
-}
-
 enum class Update {
   set,      // C = A B
   scale,    // C = factor A B

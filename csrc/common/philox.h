@@ -78,5 +78,14 @@ inline void philox_row(uint32_t* words, int64_t count, uint64_t seed, uint32_t c
   }
 }
 
+// Dropout: which of the next numbers stay.
+template <class T>
+FASTGAN_INLINE Mask<T> kept(const uint32_t* words, uint32_t threshold) {
+  typedef uint32_t Words __attribute__((vector_size(lanes<T> * 4)));
+  Words w;
+  std::memcpy(&w, words, sizeof w);
+  return __builtin_convertvector(w >= threshold, Mask<T>);
+}
+
 }  // namespace
 }  // namespace fastgan

@@ -55,6 +55,13 @@ using Mask = typename VecOf<T>::mask;
 
 #define FASTGAN_INLINE __attribute__((always_inline)) inline
 
+// x in every lane. Subtracting zero changes nothing, -0 included, so that this is one broadcast; adding would
+// be two.
+template <class T>
+FASTGAN_INLINE Vec<T> broadcast(T x) {
+  return x - Vec<T>{};
+}
+
 // ---- scalars ----
 
 FASTGAN_INLINE float to_float(bfloat16 x) {

@@ -11,7 +11,8 @@
 //   input gradient    x = Bᵀ [ (A y Aᵀ) · (G w Gᵀ) ] B     sum over outputs; 5 × 5 tiles that overlap by one
 //   are added weight gradient   w = Gᵀ [ (B x Bᵀ) · (A y Aᵀ) ] G     sum over tiles
 //
-// Work goes in two steps, for so many images at a time that the transformed tiles stay in the last cache:
+// Work goes in two steps, for a run of 64 or 128 tiles, or so many images at a time that the transformed
+// tiles stay in the last cache:
 //   1. transform the tiles of x and/or y; vectors run over 16 channels of one tile. Stored by blocks of at
 //   most
 //      kTiles tiles (or twice that) and of kDepth channels: (block, channels, point, tile, channel).
@@ -36,161 +37,22 @@
 // the next point's factors prefetched in the weight gradient; blocks of 128 tiles. Tried, and of no use:
 // fetching the lines of results before they are written.
 //
+// What one core has written and another reads costs 50 ns a line where they share a cache, and 150 to 400
+// where they do not; a virtual machine moves its cores from the one to the other, and the forward 64-128 at
+// 32 took 11 or 16 ms by luck while all threads transformed for all. So a thread has its own runs of tiles
+// from the pictures to the results, the same in every pass; see convolve, and WeightCut in weight_gradient.h.
+//
 // Numerics: every sum has one order that depends on no cut of the work, so the bits are the same for any
 // number of threads and any size of workspace. An infinity or NaN would spread over its tile: it is seen
 // where results are written, and the caller is told to compute directly.
 #include "conv/conv.h"
 
-#include "conv/layout.h"
 #include "conv/products.h"
-#include "conv/scratch.h"
-#include "conv/transforms.h"
+#include "conv/tiles.h"
+#include "conv/weight_gradient.h"
 
 namespace fastgan {
 namespace {
-
-constexpr int64_t kDepth = 64;    // channels (times phases) of a chunk
-constexpr int64_t kColumns = 32;  // of a task
-constexpr int64_t kTiles = 64;    // of a block, at most; twice as many where the second cache is large
-constexpr int64_t kGap = 16;   // numbers between points, so that they fall into different sets of the caches
-constexpr int64_t kPiece = 4;  // tiles that are read at once in step 1
-
-template <int kStride, int kTaps, int kOutputs>
-struct Algorithm : Toom<kOutputs, kTaps> {
-  using Base = Toom<kOutputs, kTaps>;
-  static constexpr int stride = kStride, taps = kTaps, outputs = kOutputs;
-  static constexpr int kernel = kStride * kTaps, phases = kStride * kStride;
-  static constexpr int products = Base::points * Base::points;
-  static constexpr auto A = Base::a();
-  static constexpr auto B = Base::b();
-  static constexpr auto G = Base::g();
-};
-
-// How tiles are counted: `images` at a time, in runs of `run` images that make `blocks` blocks of `tiles`
-// tiles.
-struct Tiling {
-  int64_t high, wide, an_image, run, blocks, tiles, images;
-
-  Tiling(const ConvArgs& args, int64_t outputs, int64_t most_tiles) {
-    high = divide_up(args.out_height, outputs), wide = divide_up(args.out_width, outputs);
-    an_image = high * wide;
-    run = an_image < most_tiles ? least(most_tiles / an_image, args.batch) : 1;
-    blocks = divide_up(run * an_image, most_tiles);
-    tiles = divide_up(run * an_image, blocks);
-    images = 0;
-  }
-  int64_t runs(int64_t count) const { return divide_up(count, run); }
-  // tiles of block b of a run of `count` images
-  int64_t tiles_of(int64_t b, int64_t count) const {
-    return most(0, least(tiles, count * an_image - b * tiles));
-  }
-};
-
-// The transformed tiles of one operand.
-struct Side {
-  float* data = nullptr;
-  int64_t channels, slices, most_deep, chunks, depth, chunk_size;
-
-  Side(int64_t count, int64_t phases, int64_t products, const Tiling& tiling, int64_t most_deep = kDepth)
-      : most_deep(most_deep) {
-    channels = count;
-    slices = divide_up(count, kSlice);
-    depth = slices * kSlice * phases;
-    chunks = divide_up(depth, most_deep);
-    chunk_size = products * (tiling.tiles * most_deep + kGap);
-  }
-  int64_t depth_of(int64_t chunk) const { return least(most_deep, depth - chunk * most_deep); }
-  int64_t point_stride(int64_t chunk, const Tiling& tiling) const {
-    return tiling.tiles * depth_of(chunk) + kGap;
-  }
-  float* at(int64_t block, int64_t chunk) const { return data + (block * chunks + chunk) * chunk_size; }
-  int64_t run_size(const Tiling& tiling) const { return tiling.blocks * chunks * chunk_size; }
-  // The same with memory for one chunk alone.
-  Side only(int64_t chunk) const {
-    Side out = *this;
-    out.data -= chunk * chunk_size, out.chunks = 1;
-    return out;
-  }
-  int64_t first_slice(int64_t chunk) const { return chunk * most_deep * slices / depth; }
-  int64_t slices_of(int64_t chunk) const { return depth_of(chunk) * slices / depth; }
-};
-
-// ---- step 1 ----
-
-constexpr int64_t gather_size(int64_t size, int64_t stride, int64_t outputs) {
-  return size * stride * ((kPiece - 1) * outputs + size) * stride * kSlice;
-}
-
-// Tiles [tile, tile + count) of a row of tiles, one slice of channels: read, transform, store.
-template <class Algorithm, auto kMatrix, int kStride>
-void transform_piece(const Image& image, const Side& side, const Tiling& tiling, int64_t image_in_block,
-                     int64_t tile_row, int64_t tile, int64_t count, int64_t slice, int64_t pad_height,
-                     int64_t pad_width, float* scratch) {
-  constexpr int W = lanes<float>, m = Algorithm::outputs;
-  constexpr int size = sizeof(kMatrix.at[0]) / sizeof(float), n = Algorithm::points;
-  Window window{};
-  window.row0 = kStride * m * tile_row - pad_height, window.row_step = 1, window.rows = size * kStride;
-  window.column0 = kStride * m * tile - pad_width, window.columns = ((count - 1) * m + size) * kStride;
-  window.pixel_stride = kSlice;
-  read_window(image, slice * kSlice, window, scratch);
-  const int64_t chunk = slice * kSlice * kStride * kStride / side.most_deep;
-  const int64_t offset = slice * kSlice * kStride * kStride % side.most_deep;
-  const int64_t depth = side.depth_of(chunk), point_stride = side.point_stride(chunk, tiling);
-  const int64_t run = image_in_block / tiling.run;
-  for (int64_t t = 0; t < count; ++t) {
-    const int64_t in_run = image_in_block % tiling.run * tiling.an_image + tile_row * tiling.wide + tile + t;
-    float* to =
-        side.at(run * tiling.blocks + in_run / tiling.tiles, chunk) + in_run % tiling.tiles * depth + offset;
-    for (int a = 0; a < kStride; ++a)
-      for (int b = 0; b < kStride; ++b)
-        for (int c = 0; c < kSlice; c += W) {
-          const float* from = scratch + (a * window.columns + t * m * kStride + b) * kSlice + c;
-          float* out = to + (a * kStride + b) * kSlice + c;
-          transform_tile<Algorithm, kMatrix>(
-              [&](int i, int j) { return load<float>(from + (i * window.columns + j) * (kStride * kSlice)); },
-              [&](int i, int j, Vec<float> v) { store(out + (i * n + j) * point_stride, v); });
-        }
-  }
-}
-
-// What is transformed: the images and how they are read.
-struct Source {
-  const ConvTensor& tensor;
-  Dtype dtype;
-  int64_t height, width, pad_height, pad_width;
-};
-
-// A unit is one piece of a row of tiles in one slice of channels.
-inline int64_t units_of(const Side& side, const Tiling& tiling, int64_t images) {
-  return images * tiling.high * divide_up(tiling.wide, kPiece) * side.slices;
-}
-
-template <class Algorithm, auto kMatrix, int kStride>
-void transform_unit(const Source& source, const Side& side, const Tiling& tiling, int64_t first, int64_t unit,
-                    float* scratch) {
-  const int64_t pieces = divide_up(tiling.wide, kPiece);
-  const int64_t slice = unit % side.slices, piece = unit / side.slices % pieces;
-  const int64_t row = unit / side.slices / pieces % tiling.high,
-                i = unit / side.slices / pieces / tiling.high;
-  transform_piece<Algorithm, kMatrix, kStride>(
-      image_of(source.tensor, source.dtype, first + i, side.channels, source.height, source.width), side,
-      tiling, i, row, piece * kPiece, least(kPiece, tiling.wide - piece * kPiece), slice, source.pad_height,
-      source.pad_width, scratch);
-}
-
-template <class Algorithm>
-void transform_x(const ConvArgs& a, const Side& side, const Tiling& tiling, int64_t first, int64_t unit,
-                 float* scratch) {
-  const Source x{a.x, a.dtype, a.height, a.width, a.pad_height, a.pad_width};
-  transform_unit<Algorithm, Algorithm::B, Algorithm::stride>(x, side, tiling, first, unit, scratch);
-}
-
-template <class Algorithm>
-void transform_y(const ConvArgs& a, const Side& side, const Tiling& tiling, int64_t first, int64_t unit,
-                 float* scratch) {
-  const Source y{a.y, a.dtype, a.out_height, a.out_width, 0, 0};
-  transform_unit<Algorithm, Algorithm::A, 1>(y, side, tiling, first, unit, scratch);
-}
 
 // ---- step 2, forward and input gradient ----
 
@@ -434,202 +296,6 @@ void convolve(const ConvArgs& a, const Threads& threads) {
       multiply(side, run, first + begin, least(tiling.run, images - begin), task % groups, data);
     });
   }
-}
-
-// ---- step 2, weight gradient ----
-
-template <class Algorithm>
-void finish_weight_gradient(const ConvArgs& a, int64_t chunk, int64_t depth, int64_t output, int64_t columns,
-                            const float* sums, float* taps, Check& check) {
-  constexpr int W = lanes<float>, S = Algorithm::stride, n = Algorithm::points, kernel = Algorithm::kernel;
-  const Weights w{a.dtype,        a.w.data,   a.w.strides[0], a.outputs,
-                  a.w.strides[1], a.channels, a.w.strides[2], a.w.strides[3]};
-  for (int64_t first = 0; first < depth / Algorithm::phases; first += kSlice) {
-    const TapBlock<kernel> block{taps, chunk * kDepth / Algorithm::phases + first, output, columns};
-    for (int64_t c = 0; c < kSlice; ++c)
-      for (int p = 0; p < S * S; ++p)
-        for (int64_t k = 0; k < columns; k += W) {
-          const float* from = sums + (first * S * S + p * kSlice + c) * kColumns + k;
-          transform_tile_back<Algorithm, Algorithm::G>(
-              [&](int i, int j) { return load<float>(from + (i * n + j) * (kDepth * kColumns + kGap)); },
-              [&](int u, int v, Vec<float> value) {
-                check.see(v, value);
-                store(block.at(c, (S * u + p / S) * kernel + S * v + p % S) + k, value);
-              });
-        }
-    write_taps(w, block);
-  }
-}
-
-// sums (points, depth, columns) of one task = the products over the tiles of `images` images, added to those
-// before.
-template <class Algorithm>
-void multiply_tiles(const Side& x, const Side& y, const Tiling& tiling, int64_t images, int64_t chunk,
-                    int64_t y_chunk, int64_t columns, float* sums, bool add) {
-  const int64_t depth = x.depth_of(chunk), y_depth = y.depth_of(y_chunk);
-  const int64_t step = x.point_stride(chunk, tiling), y_step = y.point_stride(y_chunk, tiling);
-  for (int64_t run = 0; run < tiling.runs(images); ++run)
-    for (int64_t block = 0; block < tiling.blocks; ++block) {
-      const int64_t tiles = tiling.tiles_of(block, least(tiling.run, images - run * tiling.run));
-      if (tiles == 0) continue;
-      const float* rows = x.at(run * tiling.blocks + block, chunk);
-      const float* right = y.at(run * tiling.blocks + block, y_chunk);
-      for (int64_t p = 0; p < Algorithm::products; ++p) {
-        Ahead ahead;
-        if (p + 1 < Algorithm::products)
-          ahead = {rows + (p + 1) * step, right + (p + 1) * y_step, tiles * depth, tiles * y_depth};
-        multiply_point<true>(depth, columns, tiles, rows + p * step, depth, right + p * y_step, y_depth,
-                             sums + p * (kDepth * kColumns + kGap), kColumns, add, ahead);
-      }
-      add = true;
-    }
-}
-
-// How the weight gradient is cut. Tasks are (64 numbers of depth, 32 outputs), each with sums of its own.
-//   parts   where all sums are few: the images are parted, each part has its own sums, for a thread alone
-//   from
-//           the pictures to the sums, which are added at the end. Cut by shape: the order of additions
-//           depends on it.
-//   chunks  otherwise each thread has every so many-th chunk of depth alone, and shares what comes of y;
-//   shared  where there are too few of them for the threads, all is shared.
-template <class Algorithm>
-struct WeightCut {
-  static constexpr int64_t kSums = Algorithm::products * (kDepth * kColumns + kGap);
-  static constexpr int64_t kTaps = TapBlock<Algorithm::kernel>::size(kColumns);
-  Tiling tiling;
-  Side x, y;  // y in chunks of a task's columns: in rows of twice those, its lines would all fall into half
-              // of a cache's sets
-  int64_t groups, tasks, parts, part_images, runs, workers, x_size, y_size, scratch;
-  bool by_parts, by_chunks, once;
-
-  explicit WeightCut(const ConvArgs& a)
-      : tiling(a, Algorithm::outputs, kTiles),  // always: how far a chain of additions goes depends on it
-        x(a.channels, Algorithm::phases, Algorithm::products, tiling),
-        y(a.outputs, 1, Algorithm::products, tiling, kColumns) {
-    constexpr int64_t kMegabyte = (1 << 20) / int64_t(sizeof(float));
-    groups = divide_up(a.outputs, kColumns), tasks = x.chunks * groups;
-    const int64_t all_runs = tiling.runs(a.batch), all_sums = tasks * kSums;
-    parts = least(all_sums <= kMegabyte ? 4 : all_sums <= 4 * kMegabyte ? 2 : 1, all_runs);
-    part_images = divide_up(all_runs, parts) * tiling.run;
-    parts = divide_up(a.batch, part_images);
-    by_parts = parts > 1 && parts % a.threads == 0;
-    by_chunks = !by_parts && (x.chunks % a.threads == 0 || x.chunks >= 4 * a.threads);
-    workers = by_parts || by_chunks ? a.threads : 1;
-    x_size = by_chunks ? tiling.blocks * x.chunk_size : x.run_size(tiling), y_size = y.run_size(tiling);
-    // Where the tiles do not all fit, the sums wait in memory for the next ones: at least half as many
-    // numbers of tiles at once as there are sums.
-    const int64_t a_run = by_chunks ? workers * x_size + y_size : x_size + y_size;
-    const int64_t all_fit = by_chunks ? 12 * kMegabyte : 0;
-    const int64_t budget = most((by_parts ? 1 : most(a.threads, 2)) * 2 * kMegabyte, all_sums / 2);
-    const int64_t part_runs = part_images / tiling.run;
-    runs = part_runs * a_run <= all_fit ? part_runs : least(most(1, budget / a_run), part_runs);
-    tiling.images = runs * tiling.run;
-    once = parts == 1 && runs == part_runs;
-    scratch = whole_slices(most(kTaps + (once ? kSums : 0),
-                                gather_size(Algorithm::points, Algorithm::stride, Algorithm::outputs)));
-  }
-  int64_t chunk_of(int64_t task) const { return task / groups; }
-  int64_t output_of(int64_t task) const { return task % groups * kColumns; }
-  int64_t columns_of(const ConvArgs& a, int64_t task) const {
-    return least(kColumns, whole_slices(a.outputs - output_of(task)));
-  }
-};
-
-template <class Algorithm>
-void weight_gradient(const ConvArgs& a, const Threads& threads) {
-  using Cut = WeightCut<Algorithm>;
-  constexpr int64_t kSums = Cut::kSums;
-  Cut cut(a);
-  const Tiling& tiling = cut.tiling;
-  Cutter cutter{static_cast<char*>(a.workspace)};
-  Slots slots(cutter, cut.scratch, a.threads);
-  const auto take = [&](int64_t floats) { return reinterpret_cast<float*>(cutter.take(floats * 4)); };
-  const int64_t x_size = cut.runs * cut.x_size, y_size = cut.runs * cut.y_size;  // of a worker
-  float* x_data = take(cut.workers * x_size);
-  float* y_data = take((cut.by_parts ? cut.workers : 1) * y_size);
-  float* waiting = cut.once ? nullptr : take(cut.parts * cut.tasks * kSums);
-  if (!a.workspace) {
-    *a.workspace_size = cutter.used;
-    return;
-  }
-  cut.x.data = x_data, cut.y.data = y_data;
-  const auto sums_of = [&](int64_t part, int64_t task) {
-    return waiting + (part * cut.tasks + task) * kSums;
-  };
-  const auto multiply = [&](const Side& x, const Side& y, int64_t images, int64_t task, float* sums,
-                            bool add) {
-    multiply_tiles<Algorithm>(x, y, tiling, images, cut.chunk_of(task), task % cut.groups,
-                              cut.columns_of(a, task), sums, add);
-  };
-  const auto finish = [&](int64_t task, const float* sums, float* taps) {
-    Check check;
-    finish_weight_gradient<Algorithm>(a, cut.chunk_of(task), cut.x.depth_of(cut.chunk_of(task)),
-                                      cut.output_of(task), cut.columns_of(a, task), sums, taps, check);
-    check.tell(a.nonfinite);
-  };
-  const auto multiply_or_finish = [&](const Side& x, int64_t part, int64_t images, int64_t task, float* data,
-                                      bool add) {
-    float* sums = cut.once ? data + Cut::kTaps : sums_of(part, task);
-    multiply(x, cut.y, images, task, sums, add);
-    if (cut.once) finish(task, sums, data);
-  };
-  if (cut.by_parts)
-    over_workers(threads, slots, cut.workers, [&](int64_t worker, float* data) {
-      Side x = cut.x, y = cut.y;
-      x.data += worker * x_size, y.data += worker * y_size;
-      for (int64_t part = worker; part < cut.parts; part += cut.workers) {
-        const int64_t begin = part * cut.part_images, end = least(a.batch, begin + cut.part_images);
-        for (int64_t first = begin; first < end; first += tiling.images) {
-          const int64_t images = least(tiling.images, end - first);
-          for (int64_t unit = 0; unit < units_of(x, tiling, images); ++unit)
-            transform_x<Algorithm>(a, x, tiling, first, unit, data);
-          for (int64_t unit = 0; unit < units_of(y, tiling, images); ++unit)
-            transform_y<Algorithm>(a, y, tiling, first, unit, data);
-          for (int64_t task = 0; task < cut.tasks; ++task)
-            multiply(x, y, images, task, sums_of(part, task), first > begin);
-        }
-      }
-    });
-  for (int64_t part = 0; !cut.by_parts && part < cut.parts; ++part) {
-    const int64_t begin = part * cut.part_images, end = least(a.batch, begin + cut.part_images);
-    for (int64_t first = begin; first < end; first += tiling.images) {
-      const int64_t images = least(tiling.images, end - first);
-      over_slots(threads, slots, units_of(cut.y, tiling, images), [&](int64_t unit, float* data) {
-        transform_y<Algorithm>(a, cut.y, tiling, first, unit, data);
-      });
-      if (cut.by_chunks) {
-        over_workers(threads, slots, cut.workers, [&](int64_t worker, float* data) {
-          for (int64_t chunk = worker; chunk < cut.x.chunks; chunk += cut.workers) {
-            Side x = cut.x.only(chunk);
-            x.data += worker * x_size;
-            const int64_t here = x.slices_of(chunk), units = units_of(x, tiling, images) / x.slices * here;
-            for (int64_t unit = 0; unit < units; ++unit)
-              transform_x<Algorithm>(a, x, tiling, first,
-                                     unit / here * x.slices + x.first_slice(chunk) + unit % here, data);
-            for (int64_t task = chunk * cut.groups; task < (chunk + 1) * cut.groups; ++task)
-              multiply_or_finish(x, part, images, task, data, first > begin);
-          }
-        });
-        continue;
-      }
-      over_slots(threads, slots, units_of(cut.x, tiling, images), [&](int64_t unit, float* data) {
-        transform_x<Algorithm>(a, cut.x, tiling, first, unit, data);
-      });
-      over_slots(threads, slots, cut.tasks, [&](int64_t task, float* data) {
-        multiply_or_finish(cut.x, part, images, task, data, first > begin);
-      });
-    }
-  }
-  if (cut.once) return;
-  over_slots(threads, slots, cut.tasks, [&](int64_t task, float* data) {
-    constexpr int W = lanes<float>;
-    float* sums = sums_of(0, task);
-    for (int64_t part = 1; part < cut.parts; ++part) {
-      const float* more = sums_of(part, task);
-      for (int64_t i = 0; i < kSums; i += W) store(sums + i, load<float>(sums + i) + load<float>(more + i));
-    }
-    finish(task, sums, data);
-  });
 }
 
 using Strided = Algorithm<2, 2, 4>;  // kernel 4, stride 2: F(4,2) on the phases

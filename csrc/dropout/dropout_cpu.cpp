@@ -14,14 +14,6 @@ namespace {
 
 constexpr int64_t kBlock = 1024;
 
-template <class T>
-FASTGAN_INLINE Mask<T> kept(const uint32_t* words, uint32_t threshold) {
-  typedef uint32_t Words __attribute__((vector_size(lanes<T> * 4)));
-  Words w;
-  std::memcpy(&w, words, sizeof w);
-  return __builtin_convertvector(w >= threshold, Mask<T>);
-}
-
 template <class S>
 void run(const DropoutArgs& args, const Threads& threads) {
   using T = Accumulate<S>;

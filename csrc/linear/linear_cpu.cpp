@@ -31,11 +31,6 @@ constexpr int64_t kAhead = 4096;  // numbers: into L2, well before they are need
 
 constexpr int at_once(int rows) { return kSums / rows < 8 ? kSums / rows : 8; }
 
-template <class T>
-FASTGAN_INLINE Vec<T> broadcast(T x) {
-  return x - Vec<T>{};
-}
-
 // sums[j * kMostRows + r] += the products along `depth` of output j and row r.
 template <class T, int R, int J>
 FASTGAN_INLINE void dots(const T* x, int64_t x_stride, const T* w, int64_t w_stride, int64_t depth, T* sums) {
