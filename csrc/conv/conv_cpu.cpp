@@ -1,24 +1,21 @@
 // Strided and plain convolutions by Winograd's algorithm: all three passes, one set of transforms.
 //
 // A convolution of kernel 4 and stride 2 is one of kernel 2 and stride 1 on the four images of every second
-// pixel
-// ("phases"), with four times the channels; of kernel 3 and stride 1 it is what it is. On 4 × 4 tiles of
-// outputs the tile algorithm of transforms.h then needs 25 products where 64 (36 where 144) would be
+// pixel ("phases"), with four times the channels; of kernel 3 and stride 1 it is what it is. On 4 × 4 tiles
+// of outputs the tile algorithm of transforms.h then needs 25 products where 64 (36 where 144) would be
 // multiplied directly, and every product becomes a matrix product over channels (or, for the weights, over
 // tiles), one for each of the points:
 //
 //   forward           y = Aᵀ [ (B x Bᵀ) · (G w Gᵀ) ] A     sum over channels and phases
-//   input gradient    x = Bᵀ [ (A y Aᵀ) · (G w Gᵀ) ] B     sum over outputs; 5 × 5 tiles that overlap by one
-//   are added weight gradient   w = Gᵀ [ (B x Bᵀ) · (A y Aᵀ) ] G     sum over tiles
+//   input gradient    x = Bᵀ [ (A y Aᵀ) · (G w Gᵀ) ] B     sum over outputs; 5 × 5 tiles overlap by one
+//   weight gradient   w = Gᵀ [ (B x Bᵀ) · (A y Aᵀ) ] G     sum over tiles
 //
 // Work goes in two steps, for a run of 64 or 128 tiles, or so many images at a time that the transformed
 // tiles stay in the last cache:
-//   1. transform the tiles of x and/or y; vectors run over 16 channels of one tile. Stored by blocks of at
-//   most
-//      kTiles tiles (or twice that) and of kDepth channels: (block, channels, point, tile, channel).
+//   1. transform the tiles of x and/or y; vectors run over 16 channels of one tile. Stored by blocks of
+//      kTiles tiles at most (or twice that) and of kDepth channels: (block, channels, point, tile, channel).
 //   2. each task takes 32 columns (outputs, or channels and phases). It keeps their products of a block for
-//   all
-//      points in the second cache, walks through the depth in chunks of kDepth, for each of which it
+//      all points in the second cache, walks through the depth in chunks of kDepth, for each of which it
 //      transforms the weights it needs (again for every block: to store them would write six times the
 //      weights to memory and read them back), transforms the result back into rows of scratch, and writes
 //      them.
