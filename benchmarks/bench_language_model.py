@@ -1,4 +1,4 @@
-"""Issue-sized work on language models beside transformers with SDPA, one row each: steps, generation, preparing text.
+"""Work on language models beside transformers with SDPA, one row each: steps, generation, preparing text.
 
 Time is taken interleaved in one process; peak memory of three GPT-2 steps in a process for each, whole: weights,
 optimizer and libraries included. Two rows need data: ``FASTGAN_MINILM`` names the folder of a MiniLM and its

@@ -30,6 +30,11 @@ def reference_selected() -> bool:
     return _selected == "reference"
 
 
+def kernels_run() -> bool:
+    """True if the kernels are there and selected."""
+    return extension_error is None and _selected == "kernels"
+
+
 @contextmanager
 def use(implementation: Implementation) -> Iterator[None]:
     """Run the enclosed code with ``"kernels"`` or with the ``"reference"`` in pure PyTorch.

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fastgan import _impl
 from fastgan.nn import _attention_inputs, functional
+from fastgan.ops.attention import draw_philox
 
 MINIMUM = (5, 24)
 _HOW = "pip install 'transformers>=5.24' (or fastgan[text])"
@@ -104,9 +105,7 @@ def _attention(query, key, value, mask, bias, dropout, is_causal, scaling) -> Te
         )
     # T5: a boolean mask (B, 1, L, S) and a learned bias (1, H, L, S). The operator takes both; joined they would be one
     # (B, H, L, S) tensor, kept for the backward.
-    philox = None
-    if dropout > 0.0:
-        philox = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=query.device)
+    philox = draw_philox(query.device) if dropout > 0.0 else None
     return torch.ops.fastgan.attention(query, key, value, mask, bias, philox, dropout, is_causal, scaling)[0]
 
 

@@ -241,7 +241,7 @@ template <class Storage, class T>
 void pack_backward_keys(const AttentionArgs& a, BackwardScratch<T>& s, int64_t batch, int64_t kv_head,
                         int64_t key0, int64_t keys) {
   const Storage* key = at<Storage>(a.key, batch, kv_head, key0);
-  pack_transposed<T>(key, a.key.stride[2], a.key.stride[3], keys, a.width, s.key);
+  if (!one_row_in_place(a)) pack_transposed<T>(key, a.key.stride[2], a.key.stride[3], keys, a.width, s.key);
   pack_panels<T>(key, a.key.stride[2], a.key.stride[3], keys, a.width, s.key_panels);
   pack_transposed<T>(at<Storage>(a.value, batch, kv_head, key0), a.value.stride[2], a.value.stride[3], keys,
                      a.value_width, s.value);

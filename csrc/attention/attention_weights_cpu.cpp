@@ -44,8 +44,9 @@ void add_weights(const AttentionArgs& a, WeightScratch<T>& s, Tile t, int64_t ke
   if (t.columns <= 0) return;
   pack_rows<T>(at<Storage>(a.query, t.batch, t.head, t.row), a.query.stride[2], a.query.stride[3], t.rows,
                a.width, s.query);
-  pack_transposed<T>(at<Storage>(a.key, t.batch, kv_head, t.column), a.key.stride[2], a.key.stride[3],
-                     t.columns, a.width, s.key);
+  if (!one_row_in_place(a))
+    pack_transposed<T>(at<Storage>(a.key, t.batch, kv_head, t.column), a.key.stride[2], a.key.stride[3],
+                       t.columns, a.width, s.key);
   const int64_t padded = whole_panels<T>(t.columns);
   scores_of<Storage>(a, t, s.query, s.key, s.scores, s.keys);
   for (int64_t r = 0; r < t.rows; ++r) {

@@ -236,7 +236,7 @@ void convolve(const ConvArgs& a, const Threads& threads) {
   // As many runs as every thread can have alone, from the pictures to the results: what one core has written
   // and another reads may cost a third of the time. The rest are shared, so many at once that the transformed
   // tiles take about 2 MB a thread, and 4 at least.
-  const int64_t alone = all_runs / a.threads * a.threads, shared = all_runs - alone;
+  const int64_t each = all_runs / a.threads, alone = each * a.threads, shared = all_runs - alone;
   const int64_t budget = most(a.threads, 2) * (2 << 20) / int64_t(sizeof(float));
   const int64_t runs = least(most(1, budget / run_size), shared);
   tiling.images = runs * tiling.run;
@@ -274,7 +274,6 @@ void convolve(const ConvArgs& a, const Threads& threads) {
                                      int(group % S), scratch, check);
     check.tell(a.nonfinite);
   };
-  const int64_t each = alone / a.threads;
   over_workers(threads, slots, each > 0 ? a.threads : 0, [&](int64_t worker, float* data) {
     Side own = side;
     own.data = data + scratch_size;

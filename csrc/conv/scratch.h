@@ -41,8 +41,7 @@ struct Slot {
   explicit Slot(Slots& slots) {
     const int64_t i = __atomic_fetch_add(&slots.taken, 1, __ATOMIC_RELAXED);
     own = i >= slots.count;
-    data = static_cast<float*>(static_cast<void*>(
-        own ? static_cast<char*>(std::aligned_alloc(64, size_t(slots.size))) : slots.data + i * slots.size));
+    data = own ? static_cast<float*>(std::aligned_alloc(64, size_t(slots.size))) : slots.of(i);
   }
   void release() {
     if (own) std::free(data);

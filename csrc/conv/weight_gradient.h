@@ -54,9 +54,8 @@ void multiply_tiles(const Side& x, const Side& y, const Tiling& tiling, int64_t 
 }
 
 // How the weight gradient is cut. Tasks are (64 numbers of depth, 32 outputs), each with sums of its own.
-//   parts   where all sums are few: the images are parted, each part has its own sums, for a thread alone
-//   from
-//           the pictures to the sums, which are added at the end. Cut by shape: the order of additions
+//   parts   where all sums are few: the images are parted, and each part has sums of its own, for a thread
+//           alone from the pictures on; they are added at the end. Cut by shape: the order of additions
 //           depends on it.
 //   chunks  otherwise each thread has every so many-th chunk of depth alone, and shares what comes of y;
 //   shared  where there are too few of them for the threads, all is shared.
@@ -113,14 +112,13 @@ void weight_gradient(const ConvArgs& a, const Threads& threads) {
   Slots slots(cutter, cut.scratch, a.threads);
   const auto take = [&](int64_t floats) { return reinterpret_cast<float*>(cutter.take(floats * 4)); };
   const int64_t x_size = cut.runs * cut.x_size, y_size = cut.runs * cut.y_size;  // of a worker
-  float* x_data = take(cut.workers * x_size);
-  float* y_data = take((cut.by_parts ? cut.workers : 1) * y_size);
+  cut.x.data = take(cut.workers * x_size);
+  cut.y.data = take((cut.by_parts ? cut.workers : 1) * y_size);
   float* waiting = cut.once ? nullptr : take(cut.parts * cut.tasks * kSums);
   if (!a.workspace) {
     *a.workspace_size = cutter.used;
     return;
   }
-  cut.x.data = x_data, cut.y.data = y_data;
   const auto sums_of = [&](int64_t part, int64_t task) {
     return waiting + (part * cut.tasks + task) * kSums;
   };

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgan.nn import functional
+from fastgan.nn._convert import convert
 from fastgan.ops import conv as _conv
 
 
@@ -37,10 +38,7 @@ class Conv2d(nn.Conv2d):
 
         Raises TypeError for anything else: a subclass may compute something else.
         """
-        if type(module) not in (nn.Conv2d, cls):
-            raise TypeError(f"module must be a torch.nn.Conv2d, got {type(module).__name__}")
-        module.__class__ = cls
-        return module  # type: ignore[return-value]
+        return convert(module, nn.Conv2d, cls)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         padding = self.padding
@@ -63,10 +61,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
     @classmethod
     def from_torch(cls, module: nn.ConvTranspose2d) -> ConvTranspose2d:
         """Turns ``module``, a ``torch.nn.ConvTranspose2d``, into one of this class, as ``Conv2d.from_torch``."""
-        if type(module) not in (nn.ConvTranspose2d, cls):
-            raise TypeError(f"module must be a torch.nn.ConvTranspose2d, got {type(module).__name__}")
-        module.__class__ = cls
-        return module  # type: ignore[return-value]
+        return convert(module, nn.ConvTranspose2d, cls)
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """``output_size`` (H, W) chooses among the sizes that stride makes ambiguous, as in torch."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from fastgan.nn import functional
+from fastgan.nn._convert import convert
 
 
 class Dropout(nn.Dropout):
@@ -19,10 +20,7 @@ class Dropout(nn.Dropout):
 
         Raises TypeError for anything else: a subclass may compute something else.
         """
-        if type(module) not in (nn.Dropout, cls):
-            raise TypeError(f"module must be a torch.nn.Dropout, got {type(module).__name__}")
-        module.__class__ = cls
-        return module  # type: ignore[return-value]
+        return convert(module, nn.Dropout, cls)
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.dropout(input, self.p, self.training, self.inplace)

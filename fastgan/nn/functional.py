@@ -24,7 +24,7 @@ from fastgan.ops import linear as _linear
 from fastgan.ops import linear_cross_entropy as _linear_cross_entropy
 from fastgan.ops import norm_act as _norm_act
 from fastgan.ops._autograd import in_functorch, is_plain
-from fastgan.ops.attention import attention_reference, attention_weights_reference
+from fastgan.ops.attention import attention_reference, attention_weights_reference, draw_philox
 
 # ---- attention ----
 
@@ -90,9 +90,7 @@ def _attention_arguments(query, key, value, attn_mask, dropout_p, is_causal, sca
         width = query.shape[-1]
         scale = 1.0 / math.sqrt(width) if width > 0 else 1.0
     scale = number(scale, "scaled_dot_product_attention: scale")
-    philox = None
-    if dropout_p > 0.0:
-        philox = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=query.device)
+    philox = draw_philox(query.device) if dropout_p > 0.0 else None
     mask, bias = (mask4, None) if mask4 is None or mask4.dtype == torch.bool else (None, mask4)
     if bias is not None and query.dtype == torch.float64:
         bias = bias.double()
@@ -773,7 +771,6 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
     ours = (
         training
         and not inplace
-        and isinstance(input, Tensor)
         and isinstance(p, float)
         and 0.0 < p < 1.0
         and type(input) in (Tensor, torch.nn.Parameter)
@@ -784,13 +781,11 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool 
         and input.numel() >= _dropout.SMALLEST
         and not torch.compiler.is_compiling()
         and not in_functorch()
-        and not _impl.reference_selected()
-        and _impl.extension_error is None
+        and _impl.kernels_run()
     )
     if not ours:
         return _F.dropout(input, p, training, inplace)
-    philox = torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64)
-    return _dropout.dropout(input, philox, p)
+    return _dropout.dropout(input, draw_philox(input.device), p)
 
 
 _DROPPED = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan.nn import functional
+from fastgan.nn._convert import convert
 from fastgan.ops.norm_act import ACTIVATIONS
 
 
@@ -64,16 +65,14 @@ class BatchNormAct2d(nn.BatchNorm2d):
         Parameters, buffers, hooks, training flag, eps, momentum, affine and track_running_stats stay as they are.
         Raises TypeError for anything else (a subclass may compute something else), ValueError for an unknown act.
         """
-        if type(module) not in (nn.BatchNorm2d, cls):
-            raise TypeError(f"module must be a torch.nn.BatchNorm2d, got {type(module).__name__}")
         before = module.__class__
-        module.__class__ = cls
+        converted = convert(module, nn.BatchNorm2d, cls)
         try:
-            module._set(act, negative_slope, groups)  # type: ignore[operator]
+            converted._set(act, negative_slope, groups)
         except ValueError:
             module.__class__ = before
             raise
-        return module  # type: ignore[return-value]
+        return converted
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)

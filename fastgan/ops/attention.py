@@ -42,6 +42,11 @@ from fastgan.ops._autograd import define
 _WORD = 0xFFFFFFFF
 
 
+def draw_philox(device: torch.device) -> Tensor:
+    """(seed, offset) of one call, from torch's generator of the device."""
+    return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
+
+
 def philox4x32(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four 32-bit words in int64 tensors for each counter; the same bits as csrc/common/philox.h."""
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD

@@ -415,7 +415,7 @@ if _impl.extension_error is None:
 
 
 def _takes(*tensors: Tensor | None) -> bool:
-    if _algorithm == "exact" or _impl.reference_selected() or _impl.extension_error is not None:
+    if _algorithm == "exact" or not _impl.kernels_run():
         return False
     first = tensors[0]
     assert first is not None

@@ -5,19 +5,10 @@ import weakref
 import pytest
 import torch
 
-from fastgan import _C
 from fastgan.ops.dropout import dropout, dropout_reference
 from tests.derivatives import check_derivatives
 
 PHILOX = torch.tensor([1234567890123456789, -77])
-
-
-@pytest.fixture(params=_C.available_capabilities())
-def capability(request):
-    before = _C.capability()
-    _C.set_capability(request.param)
-    yield request.param
-    _C.set_capability(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])

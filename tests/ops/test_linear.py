@@ -5,19 +5,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastgan import _C
 from fastgan.ops.linear import MOST_ROWS, few_rows, linear, linear_reference
 from tests.derivatives import check_derivatives
 
 SIZES = [(1, 768, 96), (2, 5, 7), (3, 1, 1), (5, 801, 67), (8, 64, 300), (9, 17, 130), (17, 1600, 129), (32, 63, 515)]
-
-
-@pytest.fixture(params=_C.available_capabilities())
-def capability(request):
-    before = _C.capability()
-    _C.set_capability(request.param)
-    yield request.param
-    _C.set_capability(before)
 
 
 def tensors(rows, depth, outputs, by_depth, dtype=torch.float32, bias=True):
@@ -118,6 +109,7 @@ def test_refused():
         linear(x, weight, bias[:-1], False)
 
 
+@pytest.mark.kernel
 def test_few_rows_is_for_large_weights_without_gradients():
     x, weight = torch.randn(4, 512), torch.randn(256, 512)
     assert few_rows(x, weight, None, False) is not None
