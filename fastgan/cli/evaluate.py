@@ -110,6 +110,7 @@ def summarize(
     data: Path = typer.Option(..., "--data", help="JSONL, a document and its summary or summaries a line."),
     beams: int = typer.Option(5, "--beams", min=1, help="1 is greedy."),
     max_tokens: int = typer.Option(64, "--max-tokens", min=1, help="Of a summary."),
+    stemmer: bool = typer.Option(True, help="Porter's, for English, as published figures mostly have it."),
     out: Path = typer.Option(None, "--out", help="Write the summaries here, a line each."),
     samples: int = SAMPLES,
     as_json: bool = JSON,
@@ -123,7 +124,9 @@ def summarize(
         logging.getLogger("absl").setLevel(logging.WARNING)
         from fastgan.training.summarize import evaluate_summarize
 
-        evaluation, lines = evaluate_summarize(model, data, beams=beams, max_tokens=max_tokens, samples=samples)
+        evaluation, lines = evaluate_summarize(
+            model, data, beams=beams, max_tokens=max_tokens, samples=samples, stemmer=stemmer
+        )
         _write(out, "".join(" ".join(line.split()) + "\n" for line in lines))
         _print(evaluation, as_json)
 

@@ -200,6 +200,7 @@ def summarize(
     dropout: float | None = OWN_DROPOUT,
     length: int = typer.Option(512, help="Tokens of a document; longer ones are cut, and counted."),
     target_length: int = typer.Option(64, help="Tokens of a summary."),
+    sentences: int = typer.Option(1, help="Of a document, that an encoder alone takes."),
     precision: str = PRECISION,
     seed: int = SEED,
     gradient_accumulation: int = ACCUMULATION,
@@ -207,11 +208,12 @@ def summarize(
     early_stopping: int = EARLY_STOPPING,
     average: int = AVERAGE,
 ) -> None:
-    """Fine-tune an encoder and decoder to summarise documents, or go on with a run.
+    """Fine-tune a model to summarise documents, or go on with a run.
 
-    The weights whose greedy summaries of the validation file have the best ROUGE-1 are kept; that of the documents'
-    first sentences stands beside. Ctrl-C saves; a run killed in any way goes on by --resume, and ends with the same
-    weights, bit for bit.
+    An encoder with a decoder (BART, T5) writes summaries; an encoder alone (BERT, MiniLM) takes the document's best
+    --sentences. The weights whose (greedy) summaries of the validation file have the best ROUGE-1 are kept; that of the
+    documents' first sentences stands beside. Ctrl-C saves; a run killed in any way goes on by --resume, and ends with
+    the same weights, bit for bit.
 
     For example: fastgan finetune summarize --model facebook/bart-base --train train.jsonl --validation dev.jsonl --out
     runs/mine
@@ -222,8 +224,9 @@ def summarize(
     figures = result.figures
     searched = next((f", {value:.2f} with {name.rpartition('_')[2]} beams" for name, value in figures.items()
                      if name.startswith("rouge1_beam")), "")  # fmt: skip
+    greedily = " greedily" if searched else ""
     typer.echo(
-        f"  ROUGE-1 on validation {figures['rouge1']:.2f} greedily at step {result.best_step}{searched} (the first "
+        f"  ROUGE-1 on validation {figures['rouge1']:.2f}{greedily} at step {result.best_step}{searched} (the first "
         f"sentence: {figures['first_sentence_rouge1']:.2f})"
     )
 

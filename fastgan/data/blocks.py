@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastgan.data.batches import BatchOrder
+from fastgan.data.batches import BatchOrder, _raw
 from fastgan.data.corpus import Corpus
 
-_MASKS = 2  # a stream apart from those of fastgan.data.batches
+_MASKS, _CUT = 2, 6  # streams apart from those of fastgan.data.batches and grouped
 
 
 class Blocks(torch.utils.data.Dataset):
@@ -87,6 +88,35 @@ class Blocks(torch.utils.data.Dataset):
         others = self.words[draws.integers(0, len(self.words), len(tokens))]
         inputs = np.where(wanted & (kind >= 0.9), others, inputs)
         return inputs, np.where(wanted, tokens, -100)
+
+
+class MovedBlocks(Sequence[dict[str, Any]]):
+    """A text's tokens in blocks, which begin at other places each epoch: with few tokens a model learns later to know
+    the blocks by heart, and every token is predicted with much of the text before it in some of the epochs.
+
+    As a sequence it is the blocks of epoch 0; ``of_epoch(epoch, number)`` is one of any other, a pure function of the
+    seed. Each block is ``{"input_ids", "labels"}``, int64 (length,), and the same array.
+    """
+
+    def __init__(self, ids: np.ndarray, length: int, seed: int) -> None:
+        self.ids, self.length, self.seed = ids, length, seed
+        full = len(ids) // length
+        # The last block is given up where it leaves no room to move.
+        self.blocks = full - 1 if full > 1 and len(ids) % length < length - 1 else full
+
+    def __len__(self) -> int:
+        return self.blocks
+
+    def of_epoch(self, epoch: int, number: int) -> dict[str, Any]:
+        if not 0 <= number < self.blocks:
+            raise IndexError(number)
+        places = min(self.length, len(self.ids) - self.blocks * self.length + 1)
+        start = int(_raw(1, _CUT, self.seed, epoch)[0] % np.uint64(places)) + number * self.length
+        block = self.ids[start : start + self.length]
+        return {"input_ids": block, "labels": block}
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.of_epoch(0, number)
 
 
 def make_blocks(corpus: Corpus, split: str, **options: Any) -> Blocks:

@@ -23,7 +23,8 @@ class GroupedByLength(torch.utils.data.Dataset):
     rounded up to a multiple of ``step_size``.
 
     Args:
-        rows: the examples, as the collator takes them.
+        rows: the examples, as the collator takes them; where they are others each epoch, with a method
+            ``of_epoch(epoch, number)``.
         lengths: of each, in tokens.
         step_size: examples of a step: batch size times accumulation times processes.
         seed: of the order.
@@ -66,7 +67,8 @@ class GroupedByLength(torch.utils.data.Dataset):
         if not 0 <= index < self.count:
             raise IndexError(index)
         epoch, place = divmod(index, self.epoch_size)
-        return self.rows[int(self.order(epoch)[place])]
+        number = int(self.order(epoch)[place])
+        return self.rows.of_epoch(epoch, number) if hasattr(self.rows, "of_epoch") else self.rows[number]
 
 
 def steps_per_epoch(examples: int, step_size: int) -> int:

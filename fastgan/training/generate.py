@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from fastgan import metrics
+from fastgan.data.blocks import MovedBlocks
 from fastgan.data.corpus import _pieces, train_bpe
 from fastgan.data.labelled import read_text
 from fastgan.metrics.results import SAMPLES, SEED, Evaluation, Result, interval
@@ -78,9 +79,9 @@ def _prepare(config: GenerateConfig, say: Callable[[str], None]) -> Prepared:
     ids, held_ids = _ids(tokenizer, train), _ids(tokenizer, validation)
     if tokenizer.eos_token_id is not None:
         ids = np.array([tokenizer.eos_token_id, *ids, tokenizer.eos_token_id])  # begins and ends a text
-    blocks, held = _blocks(ids, length), _blocks(held_ids, length)
+    blocks, held = MovedBlocks(ids, length, config.seed), _blocks(held_ids, length)
     for path, found, tokens in ((config.train, blocks, ids), (config.validation, held, held_ids)):
-        if not found:
+        if not len(found):
             raise ValueError(f"{path}: its {len(tokens):,} tokens do not fill one block of length {length}")
     per_character = len(held_ids) / len(validation)
     return Prepared(

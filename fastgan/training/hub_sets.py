@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastgan._cache import cache_folder
+from fastgan.data.documents import DOCUMENT_NAMES, SUMMARY_NAMES
 from fastgan.data.labelled import LABEL_NAMES, TEXT_NAMES
 from fastgan.data.units import TextError
 from fastgan.training.hub import _PATIENCE, _first
-from fastgan.training.summarize import DOCUMENT_NAMES, SUMMARY_NAMES
 
 if TYPE_CHECKING:
     from fastgan.training.finetune import FinetuneConfig

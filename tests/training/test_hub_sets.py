@@ -18,6 +18,7 @@ pytest.importorskip("accelerate")
 
 import datasets
 
+from fastgan.data.documents import read_documents
 from fastgan.data.labelled import read_labelled, read_pairs, read_text
 from fastgan.data.squad import read_questions
 from fastgan.data.units import TextError
@@ -27,7 +28,7 @@ from fastgan.training.generate import GenerateConfig
 from fastgan.training.hub_sets import is_name, localise
 from fastgan.training.qa import QAConfig
 from fastgan.training.sentiment import SENTIMENT, SentimentConfig
-from fastgan.training.summarize import SummarizeConfig, read_documents
+from fastgan.training.summarize import SummarizeConfig
 from fastgan.training.translate import TranslateConfig
 from tests.training.test_pretrain import StopsAt
 
