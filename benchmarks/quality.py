@@ -119,7 +119,8 @@ def summaries(settings: Settings) -> list[Row]:
     from fastgan.training.summarize import _figures, evaluate_summarize, read_documents
 
     train, dev = (settings.data / "scitldr" / f"{name}.jsonl" for name in ("train", "dev"))
-    run = settings.run("summaries", "summarize", "--model", settings.model, "--train", train, "--validation", dev)
+    run = settings.run("summaries", "summarize", "--model", settings.model, "--train", train, "--validation", dev,
+                       "--lr", "1e-4")  # fmt: skip
     evaluation, _ = evaluate_summarize(run, dev)
     documents, own = read_documents(dev)
     with settings.encoder() as encoder:

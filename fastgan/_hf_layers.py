@@ -4,17 +4,27 @@ Products in models that generate text run ``fastgan.nn.functional.linear``'s ker
 sequence, and reads every weight for it. Only these models' are swapped: a layer that sees more rows, or wants
 gradients, runs torch's product either way.
 
+What ends the layers of BERT and its kin, dropout, residual and norm, becomes one operation
+(``fastgan.nn.functional.dropout_add_layer_norm``): ``BertSelfOutput``, ``BertOutput`` and those of the same text.
+
 ``NewGELUActivation``, GPT-2's, is written as eight operations, each with a tensor of its own that is kept for the
 backward; torch has the same formula as one.
 """
 
 from __future__ import annotations
 
+import importlib
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel, activations, pytorch_utils
 
+from fastgan._hooks import has_hooks
+from fastgan.nn import functional
+from fastgan.nn.dropout import Dropout
 from fastgan.nn.linear import Linear
 from fastgan.ops.linear import few_rows
 
@@ -34,6 +44,67 @@ class NewGELUActivation(activations.NewGELUActivation):
         return F.gelu(input, approximate="tanh")
 
 
+def _is_plain(norm: nn.Module, drop: nn.Module) -> bool:
+    """Whether nobody could see that the two are not called."""
+    if type(norm) is not nn.LayerNorm or type(drop) not in (nn.Dropout, Dropout):
+        return False
+    return not any(has_hooks(each) or "forward" in vars(each) for each in (norm, drop))
+
+
+class _LayerEnd(nn.Module):
+    """Of the forward that BertSelfOutput and BertOutput have: a product, then dropout, residual and norm."""
+
+    dense: nn.Linear
+    dropout: nn.Dropout
+    LayerNorm: nn.LayerNorm
+
+    def forward(self, hidden_states: Tensor, input_tensor: Tensor) -> Tensor:
+        hidden_states, norm, drop = self.dense(hidden_states), self.LayerNorm, self.dropout
+        if torch.compiler.is_compiling() or not _is_plain(norm, drop):
+            return norm(drop(hidden_states) + input_tensor)
+        output = functional.dropout_add_layer_norm(
+            hidden_states, input_tensor, norm.weight, norm.bias, drop.p, norm.eps, training=drop.training
+        )
+        assert isinstance(output, Tensor)
+        return output
+
+
+#: models whose ends of layers have that text, and the folders of their modules
+_LIKE_BERT = {
+    "Bert": "bert", "Roberta": "roberta", "XLMRoberta": "xlm_roberta", "Camembert": "camembert", "Electra": "electra",
+    "Ernie": "ernie", "LayoutLM": "layoutlm", "BertGeneration": "bert_generation",
+}  # fmt: skip
+
+
+def _module_of(name: str) -> str | None:
+    """transformers' module that has the end of a layer of that name."""
+    for end in ("SelfOutput", "Output"):
+        folder = _LIKE_BERT.get(name.removesuffix(end)) if name.endswith(end) else None
+        if folder is not None:
+            return f"transformers.models.{folder}.modeling_{folder}"
+    return None
+
+
+def __getattr__(name: str) -> Any:
+    """The class for transformers' class of that name. Made when it is asked for, also by pickle: only then is the
+    model's module loaded."""
+    module = _module_of(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    theirs = getattr(importlib.import_module(module), name)
+    made = type(name, (_LayerEnd, theirs), {"__module__": __name__, "__doc__": f"transformers' ``{name}``, fused."})
+    globals()[name] = made
+    return made
+
+
+def _layer_end(kind: type[nn.Module]) -> type[nn.Module] | None:
+    if issubclass(kind, _LayerEnd):
+        return kind
+    if _module_of(kind.__name__) != kind.__module__:
+        return None
+    return globals().get(kind.__name__) or __getattr__(kind.__name__)  # a class is made once
+
+
 _PRODUCTS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Linear, pytorch_utils.Conv1D: Conv1D}
 _ANYWHERE: dict[type[nn.Module], type[nn.Module]] = {activations.NewGELUActivation: NewGELUActivation}
 _WHY = {Linear: "up to 32 rows, as generation has them", Conv1D: "up to 32 rows, as generation has them",
@@ -48,6 +119,10 @@ def swaps(model: nn.Module) -> dict[int, tuple[type[nn.Module], str]]:
             table = _ANYWHERE | (_PRODUCTS if inner.can_generate() else {})
             for layer in inner.modules():
                 kind = parametrize.type_before_parametrizations(layer)
+                end = _layer_end(kind)
+                if end is not None:
+                    found[id(layer)] = end, "dropout, residual and norm as one operation"
+                    continue
                 kind = table.get(kind, kind)
                 if kind in table.values():
                     found[id(layer)] = kind, _WHY[kind]

@@ -6,6 +6,7 @@ from fastgan.nn.conv import Conv2d, ConvTranspose2d
 from fastgan.nn.dropout import Dropout
 from fastgan.nn.embedding import Embedding
 from fastgan.nn.gan_loss import DiscriminatorHeadLoss
+from fastgan.nn.layer_norm import DropoutAddLayerNorm
 from fastgan.nn.linear import Linear
 from fastgan.nn.linear_cross_entropy import LinearCrossEntropyLoss
 from fastgan.nn.norm_act import BatchNormAct2d
@@ -16,6 +17,7 @@ __all__ = [
     "ConvTranspose2d",
     "DiscriminatorHeadLoss",
     "Dropout",
+    "DropoutAddLayerNorm",
     "Embedding",
     "Linear",
     "LinearCrossEntropyLoss",

@@ -1,0 +1,258 @@
+// Dropout, residual and layer norm on the CPU. What a layer of a Transformer does between its products is
+// bound by memory: apart, dropout, sum and norm read and write a row seven times forward. Here a row, a few
+// KB, is read once with its residual and written twice; its second and third pass find it in L1.
+//
+// Backward a row is read three times from L1: once for the two averages, with the sums for weight and bias,
+// once for its gradient. Those sums are kept by blocks of rows, which the shape alone cuts, in double over
+// blocks.
+#include "layer_norm/layer_norm.h"
+
+#include <cmath>
+#include <type_traits>
+
+#include "common/philox.h"
+#include "common/vector.h"
+
+namespace fastgan {
+namespace {
+
+#define FASTGAN_INLINE_LAMBDA __attribute__((always_inline))
+
+constexpr int64_t kStrip = 1024;   // columns whose random numbers are drawn at a time
+constexpr int64_t kGrain = 16384;  // elements that are worth a thread
+constexpr int kChains = 4;  // sums that run beside each other, so that none waits for its last addition
+
+// body(column, columns, whether that is a whole vector) over [begin, end).
+template <class T, class Body>
+FASTGAN_INLINE void for_columns(int64_t begin, int64_t end, const Body& body) {
+  constexpr int L = lanes<T>;
+  int64_t i = begin;
+  for (; i + L <= end; i += L) body(i, L, std::true_type{});
+  if (i < end) body(i, int(end - i), std::false_type{});
+}
+
+template <class T, class S, bool kWhole>
+FASTGAN_INLINE Vec<T> load_at(const S* p, int count, std::bool_constant<kWhole>) {
+  if constexpr (kWhole)
+    return load<T>(p);
+  else
+    return load_partial<T>(p, count);
+}
+template <class T, class S, bool kWhole>
+FASTGAN_INLINE void store_at(S* p, Vec<T> v, int count, std::bool_constant<kWhole>) {
+  if constexpr (kWhole)
+    store(p, v);
+  else
+    store_partial<T>(p, v, count);
+}
+
+// Zero beyond `count`, where what was loaded there is zero but what was made of it is not.
+template <class T>
+FASTGAN_INLINE Vec<T> only(Vec<T> v, int count) {
+  for (int i = 0; i < lanes<T>; ++i) v[i] = i < count ? v[i] : T(0);
+  return v;
+}
+
+template <class S, bool kDrops>
+struct LayerNorm {
+  using T = Accumulate<S>;
+  using V = Vec<T>;
+  static constexpr int L = lanes<T>;
+  const LayerNormArgs& args;
+  const int64_t width = args.width;
+  const T scale = T(args.scale);
+  const T* const weight = static_cast<const T*>(args.weight);
+  const T* const bias = static_cast<const T*>(args.bias);
+
+  // The numbers of columns [begin, end) of a row, the first at what is returned.
+  FASTGAN_INLINE const uint32_t* draw(uint32_t* words, int64_t row, int64_t begin, int64_t end) const {
+    const uint64_t at = uint64_t(row) * uint64_t(width) + uint64_t(begin), first = at / 4;
+    const int64_t before = int64_t(at % 4);
+    philox_row(words, before + end - begin, args.seed, args.offset, 0, uint32_t(first >> 32),
+               uint32_t(first));
+    return words + before;
+  }
+
+  // Calls body(begin, end, numbers) on strips of a row, or on the whole row where nothing is drawn.
+  template <class Body>
+  FASTGAN_INLINE void for_strips(int64_t row, const Body& body) const {
+    if constexpr (kDrops) {
+      uint32_t words[kStrip + 4 + kPhiloxStep];
+      for (int64_t begin = 0; begin < width; begin += kStrip) {
+        const int64_t end = begin + kStrip < width ? begin + kStrip : width;
+        body(begin, end, draw(words, row, begin, end) - begin);
+      }
+    } else {
+      body(int64_t(0), width, static_cast<const uint32_t*>(nullptr));
+    }
+  }
+
+  template <bool kWhole>
+  FASTGAN_INLINE V dropped(V v, const uint32_t* words, int count, std::bool_constant<kWhole>) const {
+    if constexpr (kDrops) {
+      // A buffer, since numbers behind the last one need not be there.
+      uint32_t last[L] = {};
+      if constexpr (!kWhole) std::memcpy(last, words, size_t(count) * 4);
+      return select(kept<T>(kWhole ? words : last, args.threshold), v * scale, V{});
+    }
+    return v;
+  }
+
+  void forward(int64_t row) const {
+    const S* x = static_cast<const S*>(args.input) + row * width;
+    const S* r = static_cast<const S*>(args.residual) + row * width;
+    S* h = static_cast<S*>(args.sum) + row * width;
+    S* y = static_cast<S*>(args.output) + row * width;
+    V chains[kChains] = {};
+    for_strips(row, [&](int64_t begin, int64_t end, const uint32_t* words) FASTGAN_INLINE_LAMBDA {
+      for_columns<T>(begin, end, [&](int64_t i, int count, auto whole) FASTGAN_INLINE_LAMBDA {
+        V v = dropped(load_at<T>(x + i, count, whole), words + i, count, whole);
+        v += load_at<T>(r + i, count, whole);
+        store_at<T>(h + i, v, count, whole);
+        // Statistics are those of what is stored: the backward sees no more.
+        if constexpr (sizeof(S) < sizeof(T)) v = load_at<T>(h + i, count, whole);
+        chains[(i / L) % kChains] += v;
+      });
+    });
+    const T n = T(width);
+    const T middle = total(chains) / n;
+    V squares[kChains] = {}, firsts[kChains] = {};
+    for_columns<T>(0, width, [&](int64_t i, int count, auto whole) FASTGAN_INLINE_LAMBDA {
+      V d = load_at<T>(h + i, count, whole) - middle;
+      if constexpr (!decltype(whole)::value) d = only<T>(d, count);
+      firsts[(i / L) % kChains] += d;
+      squares[(i / L) % kChains] += d * d;
+    });
+    const double rest = double(total(firsts)) / double(n);
+    double variance = double(total(squares)) / double(n) - rest * rest;
+    if (variance < 0) variance = 0;
+    const double rstd = 1.0 / std::sqrt(variance + args.eps);
+    args.mean[row] = double(middle) + rest;
+    args.rstd[row] = rstd;
+    const T factor = T(rstd), shift = T(-rest * rstd);
+    for_columns<T>(0, width, [&](int64_t i, int count, auto whole) FASTGAN_INLINE_LAMBDA {
+      V z = (load_at<T>(h + i, count, whole) - middle) * factor + shift;
+      store_at<T>(y + i, z * load_at<T>(weight + i, count, whole) + load_at<T>(bias + i, count, whole), count,
+                  whole);
+    });
+  }
+
+  // `sums`: (2, width), of the gradients of weight and bias, or null.
+  void backward(int64_t row, T* sums) const {
+    const S* h = static_cast<const S*>(args.sum) + row * width;
+    const S* g = static_cast<const S*>(args.grad_output) + row * width;
+    const S* more = args.grad_sum ? static_cast<const S*>(args.grad_sum) + row * width : nullptr;
+    S* to_residual = static_cast<S*>(args.grad_residual) + row * width;
+    S* to_input = kDrops ? static_cast<S*>(args.grad_input) + row * width : nullptr;
+    const double rstd = args.rstd[row];
+    const T middle = T(args.mean[row]), factor = T(rstd);
+    const T shift = T(-(args.mean[row] - double(middle)) * rstd);
+    V ones[kChains] = {}, products[kChains] = {};
+    const auto averages = [&](auto wants_sums) FASTGAN_INLINE_LAMBDA {
+      for_columns<T>(0, width, [&](int64_t i, int count, auto whole) FASTGAN_INLINE_LAMBDA {
+        V z = (load_at<T>(h + i, count, whole) - middle) * factor + shift;
+        V dy = load_at<T>(g + i, count, whole);  // zero beyond the row, and so are the products
+        V along = dy * z;
+        if constexpr (decltype(wants_sums)::value) {
+          T* w = sums + i;
+          T* b = sums + width + i;
+          store_at<T>(w, load_at<T>(w, count, whole) + along, count, whole);
+          store_at<T>(b, load_at<T>(b, count, whole) + dy, count, whole);
+        }
+        V factors = load_at<T>(weight + i, count, whole);
+        ones[(i / L) % kChains] += dy * factors;
+        products[(i / L) % kChains] += along * factors;
+      });
+    };
+    if (sums)
+      averages(std::true_type{});
+    else
+      averages(std::false_type{});
+    const T n = T(width), one = total(ones) / n, product = total(products) / n;
+    for_strips(row, [&](int64_t begin, int64_t end, const uint32_t* words) FASTGAN_INLINE_LAMBDA {
+      for_columns<T>(begin, end, [&](int64_t i, int count, auto whole) FASTGAN_INLINE_LAMBDA {
+        V z = (load_at<T>(h + i, count, whole) - middle) * factor + shift;
+        V dh = (load_at<T>(g + i, count, whole) * load_at<T>(weight + i, count, whole) - one - z * product) *
+               factor;
+        if (more) dh += load_at<T>(more + i, count, whole);
+        store_at<T>(to_residual + i, dh, count, whole);
+        if constexpr (kDrops) store_at<T>(to_input + i, dropped(dh, words + i, count, whole), count, whole);
+      });
+    });
+  }
+
+  static FASTGAN_INLINE T total(const V (&chains)[kChains]) {
+    return sum<T>((chains[0] + chains[1]) + (chains[2] + chains[3]));
+  }
+
+  void run_forward(const Threads& threads) const {
+    const int64_t grain = kGrain / (width + 1) + 1;
+    parallel_for(threads, args.rows, grain, [&](int64_t begin, int64_t end) {
+      for (int64_t row = begin; row < end; ++row) forward(row);
+    });
+  }
+
+  void run_backward(const Threads& threads) const {
+    const int64_t blocks = layer_norm_blocks(args);
+    const bool wants = args.grad_weight != nullptr;
+    parallel_for(threads, blocks, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        T* sums = wants ? reinterpret_cast<T*>(args.scratch + block * 2 * width) : nullptr;
+        if (wants) std::memset(sums, 0, size_t(2 * width) * sizeof(T));
+        for (int64_t row = args.rows * block / blocks; row < args.rows * (block + 1) / blocks; ++row)
+          backward(row, sums);
+      }
+    });
+    if (!wants) return;
+    parallel_for(threads, 2 * width, 4096, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        double all = 0;
+        for (int64_t block = 0; block < blocks; ++block)
+          all += double(reinterpret_cast<const T*>(args.scratch + block * 2 * width)[i]);
+        T* out = static_cast<T*>(i < width ? args.grad_weight : args.grad_bias);
+        out[i < width ? i : i - width] = T(all);
+      }
+    });
+  }
+};
+
+template <class S, bool kBackward, bool kDrops>
+void run(const LayerNormArgs& args, const Threads& threads) {
+  const LayerNorm<S, kDrops> norm{args};
+  if constexpr (kBackward)
+    norm.run_backward(threads);
+  else
+    norm.run_forward(threads);
+}
+
+template <class S, bool kBackward>
+void run(const LayerNormArgs& args, const Threads& threads) {
+  args.drops ? run<S, kBackward, true>(args, threads) : run<S, kBackward, false>(args, threads);
+}
+
+template <bool kBackward>
+void run(const LayerNormArgs& args, const Threads& threads) {
+  switch (args.dtype) {
+    case Dtype::float32:
+      return run<float, kBackward>(args, threads);
+    case Dtype::float64:
+      return run<double, kBackward>(args, threads);
+    case Dtype::bfloat16:
+      return run<bfloat16, kBackward>(args, threads);
+    case Dtype::float16:
+      return run<float16, kBackward>(args, threads);
+  }
+}
+
+}  // namespace
+}  // namespace fastgan
+
+extern "C" void FASTGAN_KERNEL(layer_norm_forward)(const fastgan::LayerNormArgs& args,
+                                                   const fastgan::Threads& threads) {
+  fastgan::run<false>(args, threads);
+}
+
+extern "C" void FASTGAN_KERNEL(layer_norm_backward)(const fastgan::LayerNormArgs& args,
+                                                    const fastgan::Threads& threads) {
+  fastgan::run<true>(args, threads);
+}
