@@ -4,8 +4,9 @@ Products in models that generate text run ``fastgan.nn.functional.linear``'s ker
 sequence, and reads every weight for it. Only these models' are swapped: a layer that sees more rows, or wants
 gradients, runs torch's product either way.
 
-What ends the layers of BERT and its kin, dropout, residual and norm, becomes one operation
-(``fastgan.nn.functional.dropout_add_layer_norm``): ``BertSelfOutput``, ``BertOutput`` and those of the same text.
+In the layers of BERT and its kin, dropout, residual and norm at their ends become one operation
+(``fastgan.nn.functional.dropout_add_layer_norm``), bias and GELU in their middle another: ``BertSelfOutput``,
+``BertOutput``, ``BertIntermediate`` and those of the same text.
 
 ``NewGELUActivation``, GPT-2's, is written as eight operations, each with a tensor of its own that is kept for the
 backward; torch has the same formula as one.
@@ -41,7 +42,7 @@ class NewGELUActivation(activations.NewGELUActivation):
     """transformers' GELU by tanh, in one operation forward and one backward."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.gelu(input, approximate="tanh")
+        return functional.gelu(input, "tanh")
 
 
 def _is_plain(norm: nn.Module, drop: nn.Module) -> bool:
@@ -69,7 +70,29 @@ class _LayerEnd(nn.Module):
         return output
 
 
-#: models whose ends of layers have that text, and the folders of their modules
+class _LayerMiddle(nn.Module):
+    """Of the forward that BertIntermediate has: a product, then an activation."""
+
+    dense: nn.Linear
+    intermediate_act_fn: Any
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        dense, act = self.dense, self.intermediate_act_fn
+        if torch.compiler.is_compiling() or not _is_gelu_of_linear(dense, act):
+            return act(dense(hidden_states))
+        return functional.gelu(F.linear(hidden_states, dense.weight), bias=dense.bias)
+
+
+def _is_gelu_of_linear(dense: nn.Module, act: Any) -> bool:
+    """Whether the bias may be added with the GELU, and nobody could see it."""
+    if type(act) is not activations.GELUActivation or act.act is not F.gelu:
+        return False
+    if type(dense) not in (nn.Linear, Linear) or dense.bias is None:
+        return False
+    return not any(has_hooks(each) or "forward" in vars(each) for each in (dense, act))
+
+
+#: models whose layers have that text, and the folders of their modules
 _LIKE_BERT = {
     "Bert": "bert", "Roberta": "roberta", "XLMRoberta": "xlm_roberta", "Camembert": "camembert", "Electra": "electra",
     "Ernie": "ernie", "LayoutLM": "layoutlm", "BertGeneration": "bert_generation",
@@ -77,8 +100,8 @@ _LIKE_BERT = {
 
 
 def _module_of(name: str) -> str | None:
-    """transformers' module that has the end of a layer of that name."""
-    for end in ("SelfOutput", "Output"):
+    """transformers' module that has the part of a layer of that name."""
+    for end in ("SelfOutput", "Output", "Intermediate"):
         folder = _LIKE_BERT.get(name.removesuffix(end)) if name.endswith(end) else None
         if folder is not None:
             return f"transformers.models.{folder}.modeling_{folder}"
@@ -92,13 +115,14 @@ def __getattr__(name: str) -> Any:
     if module is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     theirs = getattr(importlib.import_module(module), name)
-    made = type(name, (_LayerEnd, theirs), {"__module__": __name__, "__doc__": f"transformers' ``{name}``, fused."})
+    ours = _LayerMiddle if name.endswith("Intermediate") else _LayerEnd
+    made = type(name, (ours, theirs), {"__module__": __name__, "__doc__": f"transformers' ``{name}``, fused."})
     globals()[name] = made
     return made
 
 
-def _layer_end(kind: type[nn.Module]) -> type[nn.Module] | None:
-    if issubclass(kind, _LayerEnd):
+def _layer_part(kind: type[nn.Module]) -> type[nn.Module] | None:
+    if issubclass(kind, (_LayerEnd, _LayerMiddle)):
         return kind
     if _module_of(kind.__name__) != kind.__module__:
         return None
@@ -119,9 +143,10 @@ def swaps(model: nn.Module) -> dict[int, tuple[type[nn.Module], str]]:
             table = _ANYWHERE | (_PRODUCTS if inner.can_generate() else {})
             for layer in inner.modules():
                 kind = parametrize.type_before_parametrizations(layer)
-                end = _layer_end(kind)
-                if end is not None:
-                    found[id(layer)] = end, "dropout, residual and norm as one operation"
+                part = _layer_part(kind)
+                if part is not None:
+                    what = "dropout, residual and norm" if issubclass(part, _LayerEnd) else "bias and GELU"
+                    found[id(layer)] = part, f"{what} as one operation"
                     continue
                 kind = table.get(kind, kind)
                 if kind in table.values():

@@ -19,6 +19,7 @@
 #include <cstdint>
 
 #include "common/capability.h"
+#include "common/columns.h"
 #include "common/threads.h"
 #include "common/types.h"
 
@@ -46,13 +47,9 @@ struct LayerNormArgs {
   double* scratch;                     // layer_norm_scratch(args) doubles
 };
 
-// Blocks of rows that sum the gradients of weight and bias each for itself.
-inline int64_t layer_norm_blocks(const LayerNormArgs& args) {
-  int64_t blocks = (args.rows + 31) / 32;
-  return blocks < 128 ? blocks : 128;
-}
-inline int64_t layer_norm_scratch(const LayerNormArgs& args) {
-  return layer_norm_blocks(args) * 2 * args.width;
+// Of doubles, for gradients of weight and bias.
+static inline int64_t layer_norm_scratch(const LayerNormArgs& args) {
+  return row_blocks(args.rows) * 2 * args.width;
 }
 
 }  // namespace fastgan

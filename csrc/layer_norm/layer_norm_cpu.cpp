@@ -8,43 +8,15 @@
 #include "layer_norm/layer_norm.h"
 
 #include <cmath>
-#include <type_traits>
 
+#include "common/columns.h"
 #include "common/philox.h"
-#include "common/vector.h"
 
 namespace fastgan {
 namespace {
 
-#define FASTGAN_INLINE_LAMBDA __attribute__((always_inline))
-
 constexpr int64_t kStrip = 1024;   // columns whose random numbers are drawn at a time
 constexpr int64_t kGrain = 16384;  // elements that are worth a thread
-constexpr int kChains = 4;  // sums that run beside each other, so that none waits for its last addition
-
-// body(column, columns, whether that is a whole vector) over [begin, end).
-template <class T, class Body>
-FASTGAN_INLINE void for_columns(int64_t begin, int64_t end, const Body& body) {
-  constexpr int L = lanes<T>;
-  int64_t i = begin;
-  for (; i + L <= end; i += L) body(i, L, std::true_type{});
-  if (i < end) body(i, int(end - i), std::false_type{});
-}
-
-template <class T, class S, bool kWhole>
-FASTGAN_INLINE Vec<T> load_at(const S* p, int count, std::bool_constant<kWhole>) {
-  if constexpr (kWhole)
-    return load<T>(p);
-  else
-    return load_partial<T>(p, count);
-}
-template <class T, class S, bool kWhole>
-FASTGAN_INLINE void store_at(S* p, Vec<T> v, int count, std::bool_constant<kWhole>) {
-  if constexpr (kWhole)
-    store(p, v);
-  else
-    store_partial<T>(p, v, count);
-}
 
 // Zero beyond `count`, where what was loaded there is zero but what was made of it is not.
 template <class T>
@@ -105,23 +77,23 @@ struct LayerNorm {
     S* y = static_cast<S*>(args.output) + row * width;
     V chains[kChains] = {};
     for_strips(row, [&](int64_t begin, int64_t end, const uint32_t* words) FASTGAN_INLINE_LAMBDA {
-      for_columns<T>(begin, end, [&](int64_t i, int count, auto whole) FASTGAN_INLINE_LAMBDA {
+      for_columns<T>(begin, end, [&](int64_t i, int count, auto whole, auto chain) FASTGAN_INLINE_LAMBDA {
         V v = dropped(load_at<T>(x + i, count, whole), words + i, count, whole);
         v += load_at<T>(r + i, count, whole);
         store_at<T>(h + i, v, count, whole);
         // Statistics are those of what is stored: the backward sees no more.
         if constexpr (sizeof(S) < sizeof(T)) v = load_at<T>(h + i, count, whole);
-        chains[(i / L) % kChains] += v;
+        chains[decltype(chain)::value] += v;
       });
     });
     const T n = T(width);
     const T middle = total(chains) / n;
     V squares[kChains] = {}, firsts[kChains] = {};
-    for_columns<T>(0, width, [&](int64_t i, int count, auto whole) FASTGAN_INLINE_LAMBDA {
+    for_columns<T>(0, width, [&](int64_t i, int count, auto whole, auto chain) FASTGAN_INLINE_LAMBDA {
       V d = load_at<T>(h + i, count, whole) - middle;
       if constexpr (!decltype(whole)::value) d = only<T>(d, count);
-      firsts[(i / L) % kChains] += d;
-      squares[(i / L) % kChains] += d * d;
+      firsts[decltype(chain)::value] += d;
+      squares[decltype(chain)::value] += d * d;
     });
     const double rest = double(total(firsts)) / double(n);
     double variance = double(total(squares)) / double(n) - rest * rest;
@@ -130,55 +102,80 @@ struct LayerNorm {
     args.mean[row] = double(middle) + rest;
     args.rstd[row] = rstd;
     const T factor = T(rstd), shift = T(-rest * rstd);
-    for_columns<T>(0, width, [&](int64_t i, int count, auto whole) FASTGAN_INLINE_LAMBDA {
+    for_columns<T>(0, width, [&](int64_t i, int count, auto whole, auto) FASTGAN_INLINE_LAMBDA {
       V z = (load_at<T>(h + i, count, whole) - middle) * factor + shift;
       store_at<T>(y + i, z * load_at<T>(weight + i, count, whole) + load_at<T>(bias + i, count, whole), count,
                   whole);
     });
   }
 
-  // `sums`: (2, width), of the gradients of weight and bias, or null.
-  void backward(int64_t row, T* sums) const {
-    const S* h = static_cast<const S*>(args.sum) + row * width;
-    const S* g = static_cast<const S*>(args.grad_output) + row * width;
-    const S* more = args.grad_sum ? static_cast<const S*>(args.grad_sum) + row * width : nullptr;
-    S* to_residual = static_cast<S*>(args.grad_residual) + row * width;
-    S* to_input = kDrops ? static_cast<S*>(args.grad_input) + row * width : nullptr;
-    const double rstd = args.rstd[row];
-    const T middle = T(args.mean[row]), factor = T(rstd);
-    const T shift = T(-(args.mean[row] - double(middle)) * rstd);
-    V ones[kChains] = {}, products[kChains] = {};
-    const auto averages = [&](auto wants_sums) FASTGAN_INLINE_LAMBDA {
-      for_columns<T>(0, width, [&](int64_t i, int count, auto whole) FASTGAN_INLINE_LAMBDA {
-        V z = (load_at<T>(h + i, count, whole) - middle) * factor + shift;
-        V dy = load_at<T>(g + i, count, whole);  // zero beyond the row, and so are the products
-        V along = dy * z;
-        if constexpr (decltype(wants_sums)::value) {
-          T* w = sums + i;
-          T* b = sums + width + i;
-          store_at<T>(w, load_at<T>(w, count, whole) + along, count, whole);
-          store_at<T>(b, load_at<T>(b, count, whole) + dy, count, whole);
-        }
-        V factors = load_at<T>(weight + i, count, whole);
-        ones[(i / L) % kChains] += dy * factors;
-        products[(i / L) % kChains] += along * factors;
-      });
-    };
-    if (sums)
-      averages(std::true_type{});
-    else
-      averages(std::false_type{});
-    const T n = T(width), one = total(ones) / n, product = total(products) / n;
-    for_strips(row, [&](int64_t begin, int64_t end, const uint32_t* words) FASTGAN_INLINE_LAMBDA {
-      for_columns<T>(begin, end, [&](int64_t i, int count, auto whole) FASTGAN_INLINE_LAMBDA {
-        V z = (load_at<T>(h + i, count, whole) - middle) * factor + shift;
-        V dh = (load_at<T>(g + i, count, whole) * load_at<T>(weight + i, count, whole) - one - z * product) *
-               factor;
-        if (more) dh += load_at<T>(more + i, count, whole);
+  // (sum - mean) * rstd is (sum - middle) * factor + shift.
+  struct Row {
+    T middle, factor, shift, one, product;  // and the averages of g and of g * x
+    FASTGAN_INLINE V normalised(V h) const { return (h - middle) * factor + shift; }
+  };
+
+  // The averages of neighbouring rows, whose shares of the gradients of weight and bias are added to `sums`,
+  // (2, width), where they are wanted: four rows at a time load and store those once.
+  template <int kRows, bool kSums>
+  void averages(int64_t first, Row (&rows)[kRows], T* sums) const {
+    const S* h = static_cast<const S*>(args.sum) + first * width;
+    const S* g = static_cast<const S*>(args.grad_output) + first * width;
+    V ones[kRows] = {}, products[kRows] = {};
+    for (int r = 0; r < kRows; ++r) {
+      const double mean = args.mean[first + r], rstd = args.rstd[first + r];
+      rows[r].middle = T(mean), rows[r].factor = T(rstd);
+      rows[r].shift = T(-(mean - double(rows[r].middle)) * rstd);
+    }
+    for_columns<T>(0, width, [&](int64_t i, int count, auto whole, auto) FASTGAN_INLINE_LAMBDA {
+      const V factors = load_at<T>(weight + i, count, whole);
+      V to_weight{}, to_bias{};
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        V dy = load_at<T>(g + r * width + i, count, whole);  // zero beyond the row, and so are the products
+        V along = dy * rows[r].normalised(load_at<T>(h + r * width + i, count, whole));
+        to_weight += along, to_bias += dy;
+        ones[r] += dy * factors, products[r] += along * factors;
+      }
+      if constexpr (kSums) {
+        T* w = sums + i;
+        T* b = sums + width + i;
+        store_at<T>(w, load_at<T>(w, count, whole) + to_weight, count, whole);
+        store_at<T>(b, load_at<T>(b, count, whole) + to_bias, count, whole);
+      }
+    });
+    for (int r = 0; r < kRows; ++r)
+      rows[r].one = sum<T>(ones[r]) / T(width), rows[r].product = sum<T>(products[r]) / T(width);
+  }
+
+  template <bool kMore>
+  void gradient(int64_t index, const Row& row) const {
+    const S* h = static_cast<const S*>(args.sum) + index * width;
+    const S* g = static_cast<const S*>(args.grad_output) + index * width;
+    const S* more = static_cast<const S*>(args.grad_sum) + (kMore ? index * width : 0);
+    S* to_residual = static_cast<S*>(args.grad_residual) + index * width;
+    S* to_input = static_cast<S*>(args.grad_input) + (kDrops ? index * width : 0);
+    for_strips(index, [&](int64_t begin, int64_t end, const uint32_t* words) FASTGAN_INLINE_LAMBDA {
+      for_columns<T>(begin, end, [&](int64_t i, int count, auto whole, auto) FASTGAN_INLINE_LAMBDA {
+        V z = row.normalised(load_at<T>(h + i, count, whole));
+        V scaled = load_at<T>(g + i, count, whole) * load_at<T>(weight + i, count, whole);
+        V dh = (scaled - row.one - z * row.product) * row.factor;
+        if constexpr (kMore) dh += load_at<T>(more + i, count, whole);
         store_at<T>(to_residual + i, dh, count, whole);
         if constexpr (kDrops) store_at<T>(to_input + i, dropped(dh, words + i, count, whole), count, whole);
       });
     });
+  }
+
+  template <int kRows>
+  void backward(int64_t first, T* sums) const {
+    Row rows[kRows];
+    if (sums)
+      averages<kRows, true>(first, rows, sums);
+    else
+      averages<kRows, false>(first, rows, sums);
+    for (int r = 0; r < kRows; ++r)
+      args.grad_sum ? gradient<true>(first + r, rows[r]) : gradient<false>(first + r, rows[r]);
   }
 
   static FASTGAN_INLINE T total(const V (&chains)[kChains]) {
@@ -193,25 +190,21 @@ struct LayerNorm {
   }
 
   void run_backward(const Threads& threads) const {
-    const int64_t blocks = layer_norm_blocks(args);
+    const int64_t blocks = row_blocks(args.rows);
     const bool wants = args.grad_weight != nullptr;
     parallel_for(threads, blocks, 1, [&](int64_t begin, int64_t end) {
       for (int64_t block = begin; block < end; ++block) {
-        T* sums = wants ? reinterpret_cast<T*>(args.scratch + block * 2 * width) : nullptr;
+        T* sums = wants ? block_sums<T>(args.scratch, block, 2 * width) : nullptr;
         if (wants) std::memset(sums, 0, size_t(2 * width) * sizeof(T));
-        for (int64_t row = args.rows * block / blocks; row < args.rows * (block + 1) / blocks; ++row)
-          backward(row, sums);
+        int64_t row = args.rows * block / blocks;
+        const int64_t stop = args.rows * (block + 1) / blocks;
+        for (; row + 4 <= stop; row += 4) backward<4>(row, sums);
+        for (; row < stop; ++row) backward<1>(row, sums);
       }
     });
     if (!wants) return;
-    parallel_for(threads, 2 * width, 4096, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        double all = 0;
-        for (int64_t block = 0; block < blocks; ++block)
-          all += double(reinterpret_cast<const T*>(args.scratch + block * 2 * width)[i]);
-        T* out = static_cast<T*>(i < width ? args.grad_weight : args.grad_bias);
-        out[i < width ? i : i - width] = T(all);
-      }
+    add_blocks<T>(threads, args.scratch, blocks, 2 * width, [&](int64_t i, double sum) {
+      static_cast<T*>(i < width ? args.grad_weight : args.grad_bias)[i < width ? i : i - width] = T(sum);
     });
   }
 };

@@ -123,13 +123,13 @@ def test_module():
 KINDS = ["Bert", "Roberta", "Electra", "XLMRoberta", "Camembert", "Ernie", "LayoutLM", "BertGeneration"]
 
 
-def model_of(kind):
+def model_of(kind, **more):
     transformers = pytest.importorskip("transformers")
     import fastgan.hf  # noqa: F401
 
     shape = {"vocab_size": 50, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2,
              "intermediate_size": 80, "max_position_embeddings": 80, "pad_token_id": 0, "bos_token_id": 1,
-             "eos_token_id": 2}  # fmt: skip
+             "eos_token_id": 2, **more}  # fmt: skip
     name = "BertGenerationEncoder" if kind == "BertGeneration" else f"{kind}Model"
     torch.manual_seed(0)
     return getattr(transformers, name)(getattr(transformers, f"{kind}Config")(**shape))
@@ -148,6 +148,7 @@ def test_the_ends_of_berts_layers(kind):
     assert len(ends) == 4
     assert {end.__name__ for end in ends} == {f"{kind}SelfOutput", f"{kind}Output"}
     assert sum("residual and norm" in row.reason for row in fastgan.explain(fused)) == 4
+    assert sum("bias and GELU" in row.reason for row in fastgan.explain(fused)) == 2
     assert fused.state_dict().keys() == plain.state_dict().keys()
     ids = torch.randint(3, 50, (2, 64))
     grads = []
@@ -172,8 +173,16 @@ def test_a_hook_on_what_is_fused_still_fires():
     layer, seen = model.encoder.layer[0], []
     layer.output.LayerNorm.register_forward_hook(lambda module, args, output: seen.append(output))
     layer.attention.output.dropout.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    layer.intermediate.dense.register_forward_hook(lambda module, args, output: seen.append(output))
     torch.testing.assert_close(model(ids)[0], expected)
-    assert len(seen) == 2
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize("act", ["relu", "gelu_new", "silu"])
+def test_another_activation_is_called(act):
+    plain = model_of("Bert", hidden_act=act).eval()
+    ids = torch.randint(3, 50, (2, 64))
+    torch.testing.assert_close(fastgan.replace_modules(copy.deepcopy(plain))(ids)[0], plain(ids)[0])
 
 
 def test_what_is_not_torchs_norm_is_called():
@@ -194,4 +203,4 @@ def test_no_other_class_of_that_name():
     with pytest.raises(AttributeError, match="no attribute 'NoSuchOutput'"):
         _hf_layers.NoSuchOutput  # noqa: B018
     Impostor = type("BertOutput", (nn.Module,), {"__module__": "elsewhere"})
-    assert _hf_layers._layer_end(Impostor) is None
+    assert _hf_layers._layer_part(Impostor) is None
