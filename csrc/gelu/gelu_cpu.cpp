@@ -23,6 +23,24 @@ struct Gelu {
   Vec<T> value, slope;
 };
 
+// exp(a) for a <= 0: without the care for denormal and infinite results that exp of vector.h takes. exp(-87)
+// is the least, 1e-38.
+FASTGAN_INLINE Vec<float> exp_of_negative(Vec<float> a) {
+  a = max(splat<float>(-87.0f), a);      // NaN stays
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low bits
+  const Vec<float> shifted = a * 1.44269504088896341f + kShift, n = shifted - kShift;
+  const Vec<float> r =
+      (a - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact in 9 bits
+  Vec<float> p = splat<float>(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  return (Vec<float>)((Mask<float>)p + ((Mask<float>)shifted << 23));  // times 2^n
+}
+
 template <bool kSlope>
 FASTGAN_INLINE Gelu<float> by_erf(Vec<float> x) {
   typedef Vec<float> V;
@@ -30,7 +48,7 @@ FASTGAN_INLINE Gelu<float> by_erf(Vec<float> x) {
   V p = splat<float>(kTail[8]);
 #pragma GCC unroll 8
   for (int i = 7; i >= 0; --i) p = p * t + kTail[i];
-  const V bell = exp(x * x * -0.5f), tail = p * t * bell;
+  const V bell = exp_of_negative(x * x * -0.5f), tail = p * t * bell;
   const V phi = select(x < 0.0f, tail, 1.0f - tail);  // NaN is not below zero and stays
   return {x * phi, kSlope ? phi + x * bell * float(kDensity) : V{}};
 }

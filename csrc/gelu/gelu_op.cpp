@@ -43,7 +43,7 @@ struct Call {
 
 Tensor forward(Tensor input, OptionalTensor bias, bool by_tanh) {
   Call call(input, bias, by_tanh);
-  Tensor output = fastgan::empty(sizes(input), input.scalar_type(), input);
+  Tensor output = torch::stable::empty(sizes(input), input.scalar_type());
   call.args.output = output.data_ptr();
   FASTGAN_RUN(gelu_forward, call.args, input);
   return output;
@@ -57,7 +57,7 @@ std::tuple<Tensor, Tensor> backward(Tensor grad_output, Tensor input, OptionalTe
                 "grad_output must have input's shape, dtype and device");
   FASTGAN_CHECK(!wants_bias || bias.has_value(), "wants_bias asks for an absent bias's gradient");
   Tensor grad = torch::stable::contiguous(grad_output);
-  Tensor grad_input = fastgan::empty(sizes(input), input.scalar_type(), input);
+  Tensor grad_input = torch::stable::empty(sizes(input), input.scalar_type());
   ScalarType type = fastgan::accumulate_type(input.scalar_type());
   Tensor grad_bias = fastgan::empty({wants_bias ? call.args.width : 0}, type, input);
   Tensor scratch =

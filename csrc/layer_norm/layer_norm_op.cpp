@@ -76,7 +76,7 @@ struct Call {
     return static_cast<double*>(kept.back().data_ptr());
   }
 
-  Tensor output() const { return fastgan::empty(sizes(like), like.scalar_type(), like); }
+  Tensor output() const { return torch::stable::empty(sizes(like), like.scalar_type()); }
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor input, Tensor residual, Tensor weight, Tensor bias,
