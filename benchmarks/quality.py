@@ -105,7 +105,7 @@ def translation(settings: Settings) -> list[Row]:
         return [settings.data / "multi30k" / f"{name}.{language}.gz" for language in ("de", "en")]
 
     run = settings.run("translation", "translate", "--from-scratch", "small", "--train", *sides("train"),
-                       "--validation", *sides("val"), "--dropout", "0.15")  # fmt: skip
+                       "--validation", *sides("val"))  # fmt: skip
     evaluation, lines = evaluate_translate(run, *sides("test_2016_flickr"))
     (run / "test.en").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print(evaluation)

@@ -151,7 +151,7 @@ def translate(
     lr: float = typer.Option(1e-3, help="Learning rate."),
     warmup: float = WARMUP,
     weight_decay: float = WEIGHT_DECAY,
-    dropout: float | None = typer.Option(0.3),
+    dropout: float | None = typer.Option(0.15),
     length: int = typer.Option(100, help="Tokens of a side; longer ones are cut, and counted."),
     precision: str = PRECISION,
     seed: int = SEED,

@@ -37,7 +37,7 @@ class TranslateConfig(PairConfig):
     epochs: int = 15
     batch_size: int = 64
     lr: float = 1e-3
-    dropout: float | None = 0.3
+    dropout: float | None = 0.15
     length: int = 100
     average: int = 5
 
