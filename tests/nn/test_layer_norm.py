@@ -62,6 +62,7 @@ def test_one_operation_where_it_pays():
     torch.testing.assert_close(everything, torch.nn.functional.layer_norm(r, (128,), weight, bias))
 
 
+@pytest.mark.kernel
 def test_what_it_keeps_is_one_tensor():
     leaves = [each.requires_grad_() for each in given()]
     kept = []
