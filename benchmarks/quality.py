@@ -148,7 +148,8 @@ def questions(settings: Settings) -> list[Row]:
         part = settings.out / f"xquad-{share}.json"
         kept = articles["data"][: round(share * len(articles["data"]))]
         part.write_text(json.dumps({**articles, "data": kept}), encoding="utf-8")
-        run = settings.run(f"questions-{share}", "qa", "--model", settings.model, "--train", part, "--validation", dev)
+        run = settings.run(f"questions-{share}", "qa", "--model", settings.model, "--train", part,
+                           "--validation", dev, "--lr", "2e-4", "--epochs", "10")  # fmt: skip
         curve.append((len(read_questions(part)), _result(run)["f1"], run))
     asked = read_questions(dev)
     golds = [[text for text, _ in each.answers] for each in asked]
