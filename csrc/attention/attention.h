@@ -27,6 +27,14 @@ struct AttentionArgs {
   AttentionInput bias;
   double scale = 1;
   bool is_causal = false;
+  int64_t diagonal =
+      0;  // is_causal: row i sees columns up to i + diagonal; packed, it is set by sequence_of()
+  // Packed: `batch` sequences of their own lengths, one after the other in dimension "row" of all tensors.
+  // The n-th has rows row_offset[n] to row_offset[n + 1], and columns likewise; batch + 1 numbers each.
+  // Strides of batches are 0, `rows` and `columns` the longest's, packed_rows all; neither mask nor bias.
+  // is_causal is of each sequence's lower right corner.
+  const int64_t *row_offset = nullptr, *column_offset = nullptr;
+  int64_t packed_rows = 0;
   bool has_dropout = false;
   uint64_t seed = 0;
   uint32_t offset = 0;
@@ -38,8 +46,9 @@ struct AttentionArgs {
 
   // forward
   AttentionOutput output;
-  // (batch, heads, rows), contiguous; read by the backward. In double: at scores of 100 a float's step is
-  // 1e-5, which would be the relative error of every probability of the row, 1 included.
+  // (batch, heads, rows), packed (heads, packed_rows), contiguous; read by the backward. In double: at scores
+  // of 100 a float's step is 1e-5, which would be the relative error of every probability of the row, 1
+  // included.
   double* logsumexp = nullptr;
 
   // backward
@@ -57,7 +66,7 @@ struct AttentionArgs {
   AttentionInput tangent_query, tangent_key, tangent_value;
   AttentionInput tangent_bias;  // of bias's dtype
   AttentionOutput tangent_output;
-  // Three numbers of the accumulation type for each row, (3, batch, heads, rows): the mean of the tangent of
+  // Three numbers of the accumulation type for each row, (3, row_count()): the mean of the tangent of
   // its scores, grad_output · output, grad_output · tangent_output. Written by attention_jvp if not null (it
   // then needs grad_output), read by attention_double_backward.
   void* row_sums = nullptr;
@@ -68,6 +77,15 @@ struct AttentionArgs {
 
   bool* out_of_memory = nullptr;  // set if scratch could not be had
 };
+
+// Where a row's number is among those that are kept of every row, and how many there are.
+static inline int64_t row_index(const AttentionArgs& a, int64_t batch, int64_t head, int64_t row) {
+  return a.row_offset ? head * a.packed_rows + a.row_offset[batch] + row
+                      : (batch * a.heads + head) * a.rows + row;
+}
+static inline int64_t row_count(const AttentionArgs& a) {
+  return a.heads * (a.row_offset ? a.packed_rows : a.batch * a.rows);
+}
 
 // A key range of its own for each piece of work, where batch × kv_heads alone would not keep many threads
 // busy: then each has its own partial gradient of query, and they are added up in order afterwards. A
@@ -88,7 +106,7 @@ static inline int64_t attention_key_chunks(const AttentionArgs& a) {
 static inline int64_t attention_workspace(const AttentionArgs& a) {
   int64_t chunks = attention_key_chunks(a);
   bool in_place = chunks == 1 && (a.dtype == Dtype::float32 || a.dtype == Dtype::float64);
-  return in_place ? 0 : chunks * a.batch * a.heads * a.rows * a.width;
+  return in_place ? 0 : chunks * row_count(a) * a.width;
 }
 
 }  // namespace fastgan

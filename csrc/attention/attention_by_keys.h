@@ -54,7 +54,7 @@ struct QuerySum {
 template <class Storage, class T>
 QuerySum<T> query_sum(const AttentionArgs& a, int64_t chunk, int64_t batch, int64_t head, int64_t row) {
   if (a.workspace) {
-    int64_t index = ((chunk * a.batch + batch) * a.heads + head) * a.rows + row;
+    int64_t index = chunk * row_count(a) + row_index(a, batch, head, row);
     return {static_cast<T*>(a.workspace) + index * a.width, a.width};
   }
   return {reinterpret_cast<T*>(at<Storage>(a.grad_query, batch, head, row)), a.grad_query.stride[2]};
@@ -109,6 +109,11 @@ void keys_piece(const AttentionArgs& a, typename Pass::Scratch& s, int64_t batch
   using T = typename Pass::T;
   const int64_t group = a.heads / a.kv_heads;
   const bool with_bias = bias_by_the_way(a);
+  if (a.columns == 0)
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head)
+      for (int64_t row = 0; row < a.rows; ++row)
+        for (int64_t c = 0; c < a.width; ++c)
+          query_sum<Storage, T>(a, chunk, batch, head, row).data[c] = T(0);
   for (int64_t key0 = first_key; key0 < end_key; key0 += kKeyBlock) {
     const int64_t block = smaller(kKeyBlock, end_key - key0);
     const Range seen = visible<Storage>(a, Tile{batch, kv_head * group, 0, key0, a.rows, block}, group);
@@ -120,12 +125,15 @@ void keys_piece(const AttentionArgs& a, typename Pass::Scratch& s, int64_t batch
       for (int64_t i = 0; i < keys * s.padded_value; ++i) s.grad_value[i] = T(0);
     }
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
-      const int64_t first_row = a.is_causal ? smaller(key0, a.rows) : 0;
+      // The rows before see none of these keys. Those that see none at all, before the first key, are set to
+      // 0.
+      const int64_t first_row =
+          a.is_causal && key0 > 0 ? smaller(key0 > a.diagonal ? key0 - a.diagonal : 0, a.rows) : 0;
       if (with_bias)
         add_bias_gradient<Storage, T>(a, Tile{batch, head, 0, key0, first_row, 0}, s, key0, block);
       for (int64_t row = first_row; row < a.rows; row += Pass::kRows) {
         Tile t{batch, head, row, first, smaller(Pass::kRows, a.rows - row), keys};
-        if (a.is_causal) t.columns = smaller(keys, row + t.rows - first);
+        if (a.is_causal) t.columns = smaller(keys, seen_columns(a, row + t.rows, first));
         if (t.columns > 0 && (a.mask.data || a.bias.data))
           t.columns = smaller(t.columns, visible<Storage>(a, t).end);
         QuerySum<T> sum = query_sum<Storage, T>(a, chunk, batch, head, row);
@@ -168,20 +176,16 @@ inline int64_t chunk_begin(const AttentionArgs& a, int64_t chunks, int64_t chunk
 }
 
 template <class Storage, class T>
-void add_partial_gradients(const AttentionArgs& a, int64_t chunks, int64_t begin, int64_t end) {
-  for (int64_t index = begin; index < end; ++index) {
-    int64_t row = index % a.rows, head = index / a.rows % a.heads, batch = index / a.rows / a.heads;
-    Storage* out = at<Storage>(a.grad_query, batch, head, row);
-    // Under is_causal a row has no partial gradient from keys behind it.
-    int64_t seen = 0;
-    while (seen < chunks && (!a.is_causal || chunk_begin(a, chunks, seen) <= row)) ++seen;
-    T* total = query_sum<Storage, T>(a, 0, batch, head, row).data;
-    for (int64_t chunk = 1; chunk < seen; ++chunk) {
-      const T* part = query_sum<Storage, T>(a, chunk, batch, head, row).data;
-      for (int64_t c = 0; c < a.width; ++c) total[c] += part[c];
-    }
-    store_row<T>(total, T(a.scale), a.width, out);
+void add_partial_gradients(const AttentionArgs& a, int64_t batch, int64_t head, int64_t row) {
+  const int64_t chunks = attention_key_chunks(a);
+  T* total = query_sum<Storage, T>(a, 0, batch, head, row).data;
+  // Under is_causal a row has no partial gradient from keys behind it.
+  for (int64_t chunk = 1;
+       chunk < chunks && (!a.is_causal || chunk_begin(a, chunks, chunk) <= row + a.diagonal); ++chunk) {
+    const T* part = query_sum<Storage, T>(a, chunk, batch, head, row).data;
+    for (int64_t c = 0; c < a.width; ++c) total[c] += part[c];
   }
+  store_row<T>(total, T(a.scale), a.width, at<Storage>(a.grad_query, batch, head, row));
 }
 
 // ---- the gradient of the bias: score gradients, summed over what the bias was broadcast over ----
@@ -276,37 +280,34 @@ template <class Pass>
 void run_by_keys(const AttentionArgs& a, const Threads& threads, int64_t products) {
   using Storage = typename Pass::Storage;
   using T = typename Pass::T;
-  int64_t chunks = attention_key_chunks(a);
-  int64_t cost = a.rows * (a.columns / chunks) * (products + 32) * (a.heads / (a.kv_heads + !a.kv_heads));
-  if (a.columns == 0) {  // grad_query alone has elements, and perhaps grad_bias
-    if (a.grad_bias) bias_gradient<Pass>(a, threads);
-    parallel_for(threads, a.batch * a.heads * a.rows, 1024, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) {
-        Storage* out = at<Storage>(a.grad_query, i / a.rows / a.heads, i / a.rows % a.heads, i % a.rows);
-        for (int64_t c = 0; c < a.width; ++c) store1(out + c, T(0));
-      }
-    });
-    return;
-  }
   // Batches whose gradients are added up to one bias, in order, are one piece.
   const bool joined = bias_by_the_way(a) && a.bias_size[0] == 1;
   const int64_t batches = joined ? a.batch : 1, outer = a.batch / (batches + !batches);
-  parallel_for(threads, outer * a.kv_heads * chunks, grain(cost * batches), [&](int64_t begin, int64_t end) {
+  auto cut = [&](const AttentionArgs& one) -> Pieces {
+    const int64_t chunks = attention_key_chunks(one), group = one.heads / (one.kv_heads + !one.kv_heads);
+    return {one.kv_heads * chunks, one.rows * (one.columns / chunks) * (products + 32) * group * batches};
+  };
+  in_pieces<Storage>(a, threads, outer, cut, [&](auto for_each) {
     typename Pass::Scratch scratch(a);
     if (!allocate(scratch, a)) return;
-    for (int64_t piece = begin; piece < end; ++piece) {
-      int64_t pair = piece / chunks, chunk = piece % chunks;
-      if (a.is_causal) chunk = chunk % 2 ? chunks - 1 - chunk / 2 : chunk / 2;
-      for (int64_t batch = 0; batch < batches; ++batch)
-        keys_piece<Pass>(a, scratch, pair / a.kv_heads * batches + batch, pair % a.kv_heads, chunk,
-                         chunk_begin(a, chunks, chunk), chunk_begin(a, chunks, chunk + 1));
-    }
+    for_each([&](const AttentionArgs& one, int64_t index, int64_t piece) {
+      const int64_t chunks = attention_key_chunks(one), chunk = in_turn(one, piece % chunks, chunks);
+      for (int64_t batch = index * batches; batch < (index + 1) * batches; ++batch)
+        keys_piece<Pass>(one, scratch, batch, piece / chunks, chunk, chunk_begin(one, chunks, chunk),
+                         chunk_begin(one, chunks, chunk + 1));
+    });
     std::free(scratch.memory);
   });
-  if (a.workspace)
-    parallel_for(
-        threads, a.batch * a.heads * a.rows, 1 + 65536 / (a.width * chunks + 1),
-        [&](int64_t begin, int64_t end) { add_partial_gradients<Storage, T>(a, chunks, begin, end); });
+  if (a.workspace) {
+    auto rows = [](const AttentionArgs& one) -> Pieces {
+      return {one.heads * one.rows, 3 * one.width * attention_key_chunks(one)};
+    };
+    in_pieces<Storage>(a, threads, a.batch, rows, [&](auto for_each) {
+      for_each([&](const AttentionArgs& one, int64_t batch, int64_t piece) {
+        add_partial_gradients<Storage, T>(one, batch, piece / one.rows, piece % one.rows);
+      });
+    });
+  }
   if (a.grad_bias && !bias_by_the_way(a)) bias_gradient<Pass>(a, threads);
 }
 

@@ -152,7 +152,7 @@ void forward_piece(const AttentionArgs& a, ForwardScratch<T>& s, int64_t batch, 
   for (int64_t i = 0; i < rows * s.value_width; ++i) s.output[i] = T(0);
 
   const bool in_place = one_row_in_place(a);
-  int64_t end = a.is_causal ? smaller(a.columns, row0 + rows) : a.columns;
+  int64_t end = a.is_causal ? smaller(a.columns, seen_columns(a, row0 + rows, 0)) : a.columns;
   for (int64_t key0 = 0; key0 < end; key0 += kForwardKeys) {
     const Range seen =
         visible<Storage>(a, Tile{batch, head, row0, key0, rows, smaller(kForwardKeys, end - key0)});
@@ -166,7 +166,7 @@ void forward_piece(const AttentionArgs& a, ForwardScratch<T>& s, int64_t batch, 
     }
     for (int64_t block = 0; block < rows; block += kForwardRows) {
       Tile t{batch, head, row0 + block, first, smaller(kForwardRows, rows - block), keys};
-      if (a.is_causal) t.columns = smaller(keys, t.row + t.rows - first);
+      if (a.is_causal) t.columns = smaller(keys, seen_columns(a, t.row + t.rows, first));
       if (t.columns > 0 && (a.mask.data || a.bias.data))
         t.columns = smaller(t.columns, visible<Storage>(a, t).end);
       if (t.columns <= 0) continue;
@@ -182,7 +182,7 @@ void forward_piece(const AttentionArgs& a, ForwardScratch<T>& s, int64_t batch, 
     }
   }
   T kept_scale = a.has_dropout ? T(a.kept_scale) : T(1);
-  double* logsumexp = a.logsumexp + (batch * a.heads + head) * a.rows + row0;
+  double* logsumexp = a.logsumexp + row_index(a, batch, head, row0);
   for (int64_t r = 0; r < rows; ++r) {
     bool dead = s.total[r] == T(0);
     T factor = dead ? T(0) : kept_scale / s.total[r];
@@ -195,19 +195,19 @@ void forward_piece(const AttentionArgs& a, ForwardScratch<T>& s, int64_t batch, 
 template <class Storage>
 void forward(const AttentionArgs& a, const Threads& threads) {
   using T = Accumulate<Storage>;
-  int64_t chunks = (a.rows + kForwardChunk - 1) / kForwardChunk;
-  int64_t cost = smaller(a.rows, kForwardChunk) * a.columns * (a.width + a.value_width + 16);
-  parallel_for(threads, a.batch * a.heads * chunks, grain(cost), [&](int64_t begin, int64_t end) {
+  auto chunks_of = [](const AttentionArgs& one) { return (one.rows + kForwardChunk - 1) / kForwardChunk; };
+  auto cut = [&](const AttentionArgs& one) -> Pieces {
+    int64_t cost = smaller(one.rows, kForwardChunk) * one.columns * (one.width + one.value_width + 16);
+    return {one.heads * chunks_of(one), cost};
+  };
+  in_pieces<Storage>(a, threads, a.batch, cut, [&](auto for_each) {
     ForwardScratch<T> scratch(a);
     if (!allocate(scratch, a)) return;
-    for (int64_t piece = begin; piece < end; ++piece) {
-      int64_t pair = piece / chunks, chunk = piece % chunks;
-      // Under is_causal late chunks cost more: one from the front and one from the back in turn.
-      if (a.is_causal) chunk = chunk % 2 ? chunks - 1 - chunk / 2 : chunk / 2;
-      int64_t row = chunk * kForwardChunk;
-      forward_piece<Storage, T>(a, scratch, pair / a.heads, pair % a.heads, row,
-                                smaller(kForwardChunk, a.rows - row));
-    }
+    for_each([&](const AttentionArgs& one, int64_t batch, int64_t piece) {
+      const int64_t chunks = chunks_of(one), row = in_turn(one, piece % chunks, chunks) * kForwardChunk;
+      forward_piece<Storage, T>(one, scratch, batch, piece / chunks, row,
+                                smaller(kForwardChunk, one.rows - row));
+    });
     std::free(scratch.memory);
   });
 }

@@ -1,24 +1,9 @@
 // torch.ops.fastgan.attention, attention_backward, attention_weights, attention_jvp and
 // attention_double_backward: tensors to the contract of attention.h and back.
-#include "attention/attention.h"
-#include "common/tensor.h"
+#include "attention/attention_op.h"
 
 namespace fastgan {
 namespace {
-
-AttentionInput input(const Tensor& tensor) {
-  AttentionInput out;
-  out.data = tensor.data_ptr();
-  for (int i = 0; i < 4; ++i) out.stride[i] = tensor.size(i) == 1 ? 0 : tensor.stride(i);
-  return out;
-}
-
-AttentionOutput result(const Tensor& tensor) {
-  AttentionOutput out;
-  out.data = tensor.data_ptr();
-  for (int i = 0; i < 4; ++i) out.stride[i] = tensor.stride(i);
-  return out;
-}
 
 // (batch, heads, rows, width), in memory (batch, rows, heads, width) if `like` is: ops/attention.py's
 // _empty_like.
@@ -27,16 +12,6 @@ Tensor empty_in_layout_of(const Tensor& like, int64_t width) {
   if (0 < like.stride(1) && like.stride(1) < like.stride(2))
     return torch::stable::transpose(empty({batch, rows, heads, width}, like.scalar_type(), like), 1, 2);
   return empty({batch, heads, rows, width}, like.scalar_type(), like);
-}
-
-// `beside`: the query, whose device all others are on.
-void check_sizes(const char* name, const Tensor& tensor, const Tensor& beside, std::vector<int64_t> sizes,
-                 bool broadcasts = false) {
-  bool fits = tensor.dim() == int64_t(sizes.size());
-  for (size_t i = 0; fits && i < sizes.size(); ++i)
-    fits = tensor.size(i) == sizes[i] || (broadcasts && tensor.size(i) == 1);
-  FASTGAN_CHECK(fits, "attention: ", name, " has sizes that do not fit query, key and value");
-  FASTGAN_CHECK(is_here(tensor, beside), "attention: ", name, " must be on query's device");
 }
 
 AttentionArgs arguments(const Tensor& query, const Tensor& key, const Tensor& value,
@@ -76,38 +51,13 @@ AttentionArgs arguments(const Tensor& query, const Tensor& key, const Tensor& va
   }
   args.scale = scale;
   args.is_causal = is_causal;
-  if (philox) {
-    check_sizes("philox", *philox, query, {2});
-    FASTGAN_CHECK(philox->scalar_type() == ScalarType::Long, "attention: philox must be int64");
-    FASTGAN_CHECK(dropout_p >= 0 && dropout_p <= 1, "attention: dropout_p must be in [0, 1], got ",
-                  dropout_p);
-    const auto* words = static_cast<const int64_t*>(philox->data_ptr());
-    args.has_dropout = true;
-#if defined(FASTGAN_CUDA)
-    args.philox = words, args.philox_stride = philox->stride(0);
-#else
-    args.seed = uint64_t(words[0]);
-    args.offset = uint32_t(uint64_t(words[philox->stride(0)]));
-#endif
-    double threshold = dropout_p * 4294967296.0;
-    args.threshold = threshold >= 4294967295.0 ? 0xffffffffu : uint32_t(threshold);
-    args.kept_scale = dropout_p >= 1 ? 0.0 : 1 / (1 - dropout_p);
-  }
+  add_dropout(args, query, philox, dropout_p);
   return args;
 }
 
 Tensor empty_bias_gradient(const Tensor& query, const std::optional<Tensor>& bias, bool wanted) {
   if (!wanted) return empty({0}, query.scalar_type(), query);
   return empty({bias->size(0), bias->size(1), bias->size(2), bias->size(3)}, bias->scalar_type(), query);
-}
-
-// What a kernel needs beside its arguments; lives until it has been started.
-Tensor workspace_of(const AttentionArgs& args, const Tensor& query, bool backward) {
-#if defined(FASTGAN_CUDA)
-  return empty({fastgan_attention_workspace_cuda(args, backward)}, ScalarType::Byte, query);
-#else
-  return empty({backward ? attention_workspace(args) : 0}, accumulate_type(query.scalar_type()), query);
-#endif
 }
 
 std::tuple<Tensor, Tensor> attention(Tensor query, Tensor key, Tensor value, std::optional<Tensor> mask,

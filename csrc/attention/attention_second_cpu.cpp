@@ -35,7 +35,7 @@ constexpr int64_t kSecondRows = 48, kJvpChunk = 192;
 
 template <class T>
 T& row_sum(const AttentionArgs& a, int which, int64_t batch, int64_t head, int64_t row) {
-  return static_cast<T*>(a.row_sums)[((which * a.batch + batch) * a.heads + head) * a.rows + row];
+  return static_cast<T*>(a.row_sums)[which * row_count(a) + row_index(a, batch, head, row)];
 }
 
 // uQ Kᵀ + Q uKᵀ from packed tiles, times scale, plus ub. Returns what it still has to be multiplied with: the
@@ -158,7 +158,7 @@ void jvp_piece(const AttentionArgs& a, JvpScratch<T>& s, int64_t batch, int64_t 
   for (int64_t i = 0; i < rows * s.value_width; ++i) s.output[i] = T(0);
   const bool tangent_scored = a.tangent_query.data || a.tangent_key.data || a.tangent_bias.data;
 
-  int64_t end = a.is_causal ? smaller(a.columns, row0 + rows) : a.columns;
+  int64_t end = a.is_causal ? smaller(a.columns, seen_columns(a, row0 + rows, 0)) : a.columns;
   for (int64_t key0 = 0; key0 < end; key0 += kKeyBlock) {
     const Range seen =
         visible<Storage>(a, Tile{batch, head, row0, key0, rows, smaller(kKeyBlock, end - key0)});
@@ -170,7 +170,7 @@ void jvp_piece(const AttentionArgs& a, JvpScratch<T>& s, int64_t batch, int64_t 
     pack_panels_of<Storage>(a.tangent_value, batch, kv_head, first, keys, a.value_width, s.tangent_value);
     for (int64_t block = 0; block < rows; block += kSecondRows) {
       Tile t{batch, head, row0 + block, first, smaller(kSecondRows, rows - block), keys};
-      if (a.is_causal) t.columns = smaller(keys, t.row + t.rows - first);
+      if (a.is_causal) t.columns = smaller(keys, seen_columns(a, t.row + t.rows, first));
       if (t.columns > 0 && (a.mask.data || a.bias.data))
         t.columns = smaller(t.columns, visible<Storage>(a, t).end);
       if (t.columns <= 0) continue;
@@ -210,18 +210,18 @@ void jvp_piece(const AttentionArgs& a, JvpScratch<T>& s, int64_t batch, int64_t 
 template <class Storage>
 void jvp(const AttentionArgs& a, const Threads& threads) {
   using T = Accumulate<Storage>;
-  int64_t chunks = (a.rows + kJvpChunk - 1) / kJvpChunk;
-  int64_t cost = smaller(a.rows, kJvpChunk) * a.columns * (3 * a.width + 2 * a.value_width + 16);
-  parallel_for(threads, a.batch * a.heads * chunks, grain(cost), [&](int64_t begin, int64_t end) {
+  auto chunks_of = [](const AttentionArgs& one) { return (one.rows + kJvpChunk - 1) / kJvpChunk; };
+  auto cut = [&](const AttentionArgs& one) -> Pieces {
+    int64_t cost = smaller(one.rows, kJvpChunk) * one.columns * (3 * one.width + 2 * one.value_width + 16);
+    return {one.heads * chunks_of(one), cost};
+  };
+  in_pieces<Storage>(a, threads, a.batch, cut, [&](auto for_each) {
     JvpScratch<T> scratch(a);
     if (!allocate(scratch, a)) return;
-    for (int64_t piece = begin; piece < end; ++piece) {
-      int64_t pair = piece / chunks, chunk = piece % chunks;
-      if (a.is_causal) chunk = chunk % 2 ? chunks - 1 - chunk / 2 : chunk / 2;
-      int64_t row = chunk * kJvpChunk;
-      jvp_piece<Storage, T>(a, scratch, pair / a.heads, pair % a.heads, row,
-                            smaller(kJvpChunk, a.rows - row));
-    }
+    for_each([&](const AttentionArgs& one, int64_t batch, int64_t piece) {
+      const int64_t chunks = chunks_of(one), row = in_turn(one, piece % chunks, chunks) * kJvpChunk;
+      jvp_piece<Storage, T>(one, scratch, batch, piece / chunks, row, smaller(kJvpChunk, one.rows - row));
+    });
     std::free(scratch.memory);
   });
 }

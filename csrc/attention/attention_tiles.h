@@ -75,6 +75,86 @@ T dot(const T* x, const Storage* y, int64_t stride, int64_t count) {
 // Threads are woken for not less than this many multiply-adds.
 inline int64_t grain(int64_t cost) { return 1 + 200000 / (cost + 1); }
 
+// How a sequence is cut: pieces of equal size, more or less, and the multiply-adds of one.
+struct Pieces {
+  int64_t count, cost;
+};
+
+// Under is_causal late chunks of rows cost more, and so do early ones of keys: one from the front and one
+// from the back in turn.
+inline int64_t in_turn(const AttentionArgs& a, int64_t chunk, int64_t chunks) {
+  return !a.is_causal ? chunk : chunk % 2 ? chunks - 1 - chunk / 2 : chunk / 2;
+}
+
+template <class Storage>
+void advance(int64_t rows, AttentionInput& x) {
+  if (x.data) x.data = static_cast<const Storage*>(x.data) + rows * x.stride[2];
+}
+template <class Storage>
+void advance(int64_t rows, AttentionOutput& x) {
+  if (x.data) x.data = static_cast<Storage*>(x.data) + rows * x.stride[2];
+}
+template <class Storage, class... Tensors>
+void advance_all(int64_t rows, Tensors&... tensors) {
+  (advance<Storage>(rows, tensors), ...);
+}
+
+// The packed sequence n by itself. It is still batch n of its call: strides of batches are 0.
+template <class Storage>
+AttentionArgs sequence_of(const AttentionArgs& a, int64_t n) {
+  AttentionArgs one = a;
+  const int64_t row = a.row_offset[n], column = a.column_offset[n];
+  one.rows = a.row_offset[n + 1] - row;
+  one.columns = a.column_offset[n + 1] - column;
+  one.diagonal = one.columns - one.rows;
+  advance_all<Storage>(row, one.query, one.grad_output, one.saved_output, one.tangent_query, one.output,
+                       one.grad_query, one.tangent_output);
+  advance_all<Storage>(column, one.key, one.value, one.tangent_key, one.tangent_value, one.grad_key,
+                       one.grad_value);
+  return one;
+}
+
+// All pieces of all sequences in one parallel region: work(for_each) on each of its ranges, in which
+// for_each(f) calls f(args, batch, piece). Packed sequences are cut by what pieces cost, so that a long one
+// among short ones does not leave all to one thread; a piece belongs to the range that it begins in.
+template <class Storage, class Cut, class Work>
+void in_pieces(const AttentionArgs& a, const Threads& threads, int64_t sequences, Cut cut, Work work) {
+  if (!a.row_offset) {
+    const Pieces pieces = cut(a);
+    parallel_for(threads, sequences * pieces.count, grain(pieces.cost), [&](int64_t begin, int64_t end) {
+      work([&](auto f) {
+        for (int64_t i = begin; i < end; ++i) f(a, i / pieces.count, i % pieces.count);
+      });
+    });
+    return;
+  }
+  auto cut_of = [&](int64_t n) {
+    AttentionArgs sizes;
+    sizes.batch = a.batch, sizes.heads = a.heads, sizes.kv_heads = a.kv_heads;
+    sizes.width = a.width, sizes.value_width = a.value_width;
+    sizes.rows = a.row_offset[n + 1] - a.row_offset[n];
+    sizes.columns = a.column_offset[n + 1] - a.column_offset[n];
+    Pieces pieces = cut(sizes);
+    ++pieces.cost;
+    return pieces;
+  };
+  int64_t all = 0;
+  for (int64_t n = 0; n < sequences; ++n) all += cut_of(n).count * cut_of(n).cost;
+  parallel_for(threads, all, 200000, [&](int64_t begin, int64_t end) {
+    work([&](auto f) {
+      for (int64_t n = 0, before = 0; n < sequences && before < end; ++n) {
+        const Pieces pieces = cut_of(n);
+        int64_t i = before < begin ? (begin - before + pieces.cost - 1) / pieces.cost : 0;
+        if (i < pieces.count) {
+          const AttentionArgs one = sequence_of<Storage>(a, n);
+          for (; i < pieces.count && before + i * pieces.cost < end; ++i) f(one, n, i);
+        }
+        before += pieces.count * pieces.cost;
+      }
+    });
+  });
+}
+
 // exp for x <= 88: what comes in is a score less its row's maximum or log-sum-exp. At most 1 ulp from the
 // exact value, exactly 1 at 0, and zero below -87.33, where the result would be denormal; NaN stays NaN.
 // Against vector.h's exp it has no upper half, a polynomial of one degree less (minimax, 2e-9), and NaN costs
@@ -130,6 +210,12 @@ struct Tile {
   int64_t rows, columns;             // columns rounded up to whole vectors hold −inf
 };
 
+// Of the columns from `column` on, how many the rows before `row` see under is_causal.
+inline int64_t seen_columns(const AttentionArgs& a, int64_t row, int64_t column) {
+  const int64_t end = row + a.diagonal;
+  return end > column ? end - column : 0;
+}
+
 template <class Storage, class T>
 void apply_bias_and_masks(const AttentionArgs& a, const Tile& t, T* scores, int64_t stride) {
   int64_t padded = whole_panels<T>(t.columns);
@@ -147,7 +233,7 @@ void apply_bias_and_masks(const AttentionArgs& a, const Tile& t, T* scores, int6
       apply_mask<T>(scores, t.columns, at<uint8_t>(a.mask, t.batch, t.head, row) + t.column * step, step);
     }
     int64_t visible = t.columns;
-    if (a.is_causal) visible = smaller(visible, row + 1 > t.column ? row + 1 - t.column : 0);
+    if (a.is_causal) visible = smaller(visible, seen_columns(a, row + 1, t.column));
     for (int64_t c = visible; c < padded; ++c) scores[c] = -infinity<T>();
   }
 }
@@ -155,7 +241,7 @@ void apply_bias_and_masks(const AttentionArgs& a, const Tile& t, T* scores, int6
 // The bias and the masks on a tile of scores, where there are any or the tile ends within a panel.
 template <class Storage, class T>
 void finish_scores(const AttentionArgs& a, const Tile& t, T* scores, int64_t stride) {
-  const bool crosses = a.is_causal && t.column + t.columns > t.row + 1;
+  const bool crosses = a.is_causal && t.column + t.columns > t.row + 1 + a.diagonal;
   if (a.bias.data || a.mask.data || crosses || t.columns % kPanel<T>)
     apply_bias_and_masks<Storage>(a, t, scores, stride);
 }
@@ -225,7 +311,7 @@ struct LogSumExp {
 
 template <class T>
 LogSumExp<T> logsumexp_of(const AttentionArgs& a, const Tile& t, int64_t r) {
-  return LogSumExp<T>(a.logsumexp[(t.batch * a.heads + t.head) * a.rows + t.row + r]);
+  return LogSumExp<T>(a.logsumexp[row_index(a, t.batch, t.head, t.row + r)]);
 }
 
 // ---- what a mask hides from a whole tile ----

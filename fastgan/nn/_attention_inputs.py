@@ -196,3 +196,73 @@ def _fold_mask_to_4d(mask, full, batch, heads, ranked, rows, columns):
     if all(n == 1 for n in lead):
         return mask.reshape(1, *mask.shape[-3:])
     return mask.expand(*batch, *mask.shape[-3:]).flatten(0, len(batch) - 1)
+
+
+# ---- varlen_attention ----
+
+
+def check_varlen_types(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size, dropout_p) -> None:
+    tensors = {"query": query, "key": key, "value": value, "cu_seq_q": cu_seq_q, "cu_seq_k": cu_seq_k}
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"varlen_attention: {name} must be a Tensor, got {type(tensor).__name__}")
+        if tensor.is_nested or tensor.layout != torch.strided:
+            raise RuntimeError(f"varlen_attention: {name} must be a dense tensor, got layout {tensor.layout}")
+    for name, length in (("max_q", max_q), ("max_k", max_k)):
+        if not isinstance(length, (int, torch.SymInt)) or isinstance(length, bool):
+            raise TypeError(f"varlen_attention: {name} must be an int, got {type(length).__name__}")
+        if length < 0:
+            raise RuntimeError(f"varlen_attention: {name} must not be negative, got {length}")
+    if tuple(window_size) not in ((-1, -1), (-1, 0)):
+        raise NotImplementedError(
+            f"varlen_attention: window_size must be (-1, -1) or (-1, 0), which is causal, got {tuple(window_size)}"
+        )
+    if isinstance(dropout_p, (str, bytes)) or dropout_p is None:
+        raise TypeError(f"varlen_attention: dropout_p must be a number, got {type(dropout_p).__name__}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise RuntimeError(f"varlen_attention: dropout_p must be between 0 and 1, got {dropout_p}")
+
+
+def has_varlen_kernel(query) -> bool:
+    return query.dtype in _KERNEL_DTYPES and query.layout == torch.strided and query.device.type in ("cpu", "meta")
+
+
+def check_varlen(query, key, value, cu_seq_q, cu_seq_k, enable_gqa) -> None:
+    """Shapes, dtypes and devices; the numbers in the offsets are the kernel's to check."""
+    given = {"query": query, "key": key, "value": value}
+    if any(tensor.dim() != 3 for tensor in given.values()):
+        raise RuntimeError(f"varlen_attention: query, key and value must have 3 dimensions, got {_shapes(**given)}")
+    if not query.dtype == key.dtype == value.dtype or query.dtype not in _KERNEL_DTYPES:
+        raise RuntimeError(
+            "varlen_attention: query, key and value must have one dtype of float32, float64, bfloat16 and float16, got "
+            f"query {query.dtype}, key {key.dtype}, value {value.dtype}"
+        )
+    if query.shape[2] != key.shape[2]:
+        raise RuntimeError(
+            f"varlen_attention: the last dimensions of query and key must be equal, got {_shapes(query=query, key=key)}"
+        )
+    if key.shape[:2] != value.shape[:2]:
+        raise RuntimeError(
+            f"varlen_attention: key and value must have equal rows and heads, got {_shapes(key=key, value=value)}"
+        )
+    heads, kv_heads = query.shape[1], key.shape[1]
+    if heads != kv_heads and (not enable_gqa or kv_heads == 0 or heads % kv_heads != 0):
+        wanted = "divide those of query" if enable_gqa else "be those of query (enable_gqa=True lets them divide those)"
+        raise ValueError(
+            f"varlen_attention: the heads of key and value must {wanted}, got {_shapes(query=query, key=key)}"
+        )
+    for name, offsets in (("cu_seq_q", cu_seq_q), ("cu_seq_k", cu_seq_k)):
+        if offsets.dtype not in (torch.int32, torch.int64) or offsets.dim() != 1 or offsets.shape[0] == 0:
+            raise RuntimeError(
+                f"varlen_attention: {name} must be int32 or int64, of shape (sequences + 1,), "
+                f"got {offsets.dtype} {tuple(offsets.shape)}"
+            )
+    if cu_seq_q.shape != cu_seq_k.shape:
+        raise RuntimeError(
+            "varlen_attention: cu_seq_q and cu_seq_k must be of equal length, got "
+            + _shapes(cu_seq_q=cu_seq_q, cu_seq_k=cu_seq_k)
+        )
+    devices = {"query": query, "key": key, "value": value, "cu_seq_q": cu_seq_q, "cu_seq_k": cu_seq_k}
+    if any(tensor.device != query.device for tensor in devices.values()):
+        found = ", ".join(f"{name} {tensor.device}" for name, tensor in devices.items())
+        raise RuntimeError(f"varlen_attention: all tensors must be on one device, got {found}")

@@ -27,6 +27,7 @@ from fastgan.ops import linear_cross_entropy as _linear_cross_entropy
 from fastgan.ops import norm_act as _norm_act
 from fastgan.ops._autograd import in_functorch, is_plain
 from fastgan.ops.attention import attention_reference, attention_weights_reference, draw_philox
+from fastgan.ops.attention_varlen import check_offsets, varlen_attention_reference
 
 # ---- attention ----
 
@@ -135,6 +136,74 @@ def _attention_and_weights(
         with _autocast.off(query.device.type):
             return output, attention_weights_reference(*rest)
     return output, torch.ops.fastgan.attention_weights(*rest)
+
+
+def varlen_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_seq_q: Tensor,
+    cu_seq_k: Tensor,
+    max_q: int,
+    max_k: int,
+    *,
+    scale: float | None = None,
+    window_size: tuple[int, int] = (-1, -1),
+    enable_gqa: bool = False,
+    is_causal: bool = False,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """Attention within each of the sequences that are packed one after the other: varied lengths without padding.
+
+    The arguments are those of ``torch.nn.attention.varlen.varlen_attn``, and it runs on the CPU, in float32 and
+    float64 too, with dropout, value's width other than query's, and derivatives of any order and kind.
+
+    Args:
+        query: (ΣL, H, E), float32, float64, bfloat16 or float16; any strides.
+        key: (ΣS, K, E). value: (ΣS, K, V).
+        cu_seq_q: (N + 1,) int32 or int64, where each sequence begins: 0, ..., ΣL. Sequences may be empty.
+        cu_seq_k: (N + 1,), likewise of key and value: 0, ..., ΣS.
+        max_q, max_k: the length of the longest sequence, or more.
+        scale: 1 / sqrt(E) by default.
+        window_size: (-1, -1), or (-1, 0), which is ``is_causal``.
+        enable_gqa: allow K to be a divisor of H; query head h reads key head h // (H / K).
+        is_causal: of each sequence, from its lower right corner, as torch's: the last row sees all keys, row i the
+            columns 0..i + S − L. (``scaled_dot_product_attention`` counts from the upper left one, as torch's.)
+        dropout_p: in [0, 1]; applied whenever it is above zero. Drawn from torch's generator of query's device; the
+            n-th sequence gets the bits of the n-th in a padded batch.
+
+    Returns:
+        (ΣL, H, V) in query's dtype, contiguous. A row with nothing to attend to is zero, and so are its gradients.
+
+    Raises:
+        RuntimeError: ranks, sizes, dtypes or devices that do not fit, dropout_p outside [0, 1]; on the CPU offsets
+            that do not begin with 0, decrease or do not end with the number of rows, or a sequence longer than max_q or
+            max_k. (On CUDA the numbers are not looked at, which would wait for the device.)
+        ValueError: H other than K without ``enable_gqa``.
+        NotImplementedError: another window_size.
+        TypeError: an argument of another type.
+
+    Source: as ``scaled_dot_product_attention``. On CUDA there is no kernel yet: the reference pads the batch, and
+    stores the (N, H, max_q, max_k) matrix.
+    """
+    _attention_inputs.check_varlen_types(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size, dropout_p)
+    if _autocast.is_on(query.device.type):
+        lower = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (_attention_inputs.autocast(t, lower) for t in (query, key, value))
+    _attention_inputs.check_varlen(query, key, value, cu_seq_q, cu_seq_k, enable_gqa)
+    if scale is None:
+        scale = 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] > 0 else 1.0
+    scale = number(scale, "varlen_attention: scale")
+    philox = draw_philox(query.device) if dropout_p > 0.0 else None
+    causal = bool(is_causal) or tuple(window_size) == (-1, 0)
+    arguments = (query, key, value, cu_seq_q, cu_seq_k, philox, max_q, max_k, float(dropout_p), causal, scale)
+    if _impl.reference_selected():
+        if query.device.type == "cpu" and not torch.compiler.is_compiling() and not in_functorch():
+            check_offsets("cu_seq_q", cu_seq_q, query.shape[0], "max_q", max_q)
+            check_offsets("cu_seq_k", cu_seq_k, key.shape[0], "max_k", max_k)
+        with _autocast.off(query.device.type):
+            return varlen_attention_reference(*arguments)[0]
+    return torch.ops.fastgan.varlen_attention(*arguments)[0]
 
 
 # ---- conv ----

@@ -97,3 +97,50 @@ def backward(info, in_dims, *args):
 def double_backward(info, in_dims, *args):
     whole_bias = args[1 + _TANGENT_BIAS] is not None
     return _with_bias_gradient(torch.ops.fastgan.attention_double_backward, info, in_dims, args, whole_bias)
+
+
+# ---- varied lengths (attention_varlen.py): the samples' sequences are packed one sample after the other ----
+
+_OFFSETS, _VARLEN_PHILOX, _VARLEN_LOGSUMEXP = (3, 4), 5, 7
+
+
+def _pack_offsets(info, offsets: Tensor, dim: int | None, rows: int) -> Tensor:
+    """Between the last sequence of a sample and the first of the next one of no length: the kernel checks all ends."""
+    offsets = offsets.expand(info.batch_size, -1) if dim is None else offsets.movedim(dim, 0)
+    return (offsets + rows * torch.arange(info.batch_size, device=offsets.device).unsqueeze(1)).flatten()
+
+
+def _pack(info, tensor: Tensor, dim: int | None, at: int) -> Tensor:
+    """The mapped dimension in front of dimension ``at``, both as one."""
+    tensor = tensor.unsqueeze(0).expand(info.batch_size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+    return tensor.movedim(0, at).flatten(at, at + 1)
+
+
+def varlen_rule(name: str, query: int, results: str):
+    """The rule of an operator whose query is its argument ``query``. A result has rows of queries ("q") or of keys
+    ("k"), or is the log-sum-exp ("l")."""
+
+    def rule(info, in_dims, *args):
+        operator = getattr(torch.ops.fastgan, name)
+        if args[query + _VARLEN_PHILOX] is not None:
+            return _sample_by_sample(operator, info, in_dims, args)
+        packed = list(args)
+        for i, (arg, dim) in enumerate(zip(args, in_dims, strict=True)):
+            if not isinstance(arg, Tensor):
+                continue
+            if i - query in _OFFSETS:
+                of = i - _OFFSETS[0]  # of query or of key
+                rows = args[of].shape[0] if in_dims[of] is None else args[of].movedim(in_dims[of], 0).shape[1]
+                packed[i] = _pack_offsets(info, arg, dim, rows)
+            else:
+                packed[i] = _pack(info, arg, dim, 1 if i - query == _VARLEN_LOGSUMEXP else 0)
+        out = operator(*packed)
+        single = isinstance(out, Tensor)
+        dims = tuple(1 if of == "l" else 0 for of in results)
+        unpacked = tuple(
+            t.unflatten(d, (info.batch_size, t.shape[d] // info.batch_size))
+            for t, d in zip((out,) if single else out, dims, strict=True)
+        )
+        return (unpacked[0], 0) if single else (unpacked, dims)
+
+    return rule
