@@ -60,11 +60,20 @@ def attention_forward(
     ``attention_mask`` is boolean (True takes part) or added to the scores, and broadcasts to (B, H, L, S). K may divide
     H: grouped heads are read in place, not repeated. Where attention maps are asked for they are computed as in plain
     PyTorch, and the output from them. Raises ValueError for ``softcap`` and ``s_aux``, which the kernel does not have.
+
+    A flattened batch, ``DataCollatorWithFlattening(return_flash_attn_kwargs=True)``, says by cu_seq_lens_q,
+    cu_seq_lens_k, max_length_q and max_length_k where its sequences are, and only the scores within them are computed.
+    Its mask says the same and is not read; one that hides a token from itself, padding, is refused by ValueError (not
+    looked for on CUDA or under torch.compile).
     """
     for name in ("softcap", "s_aux"):
         if kwargs.get(name) is not None:
             raise ValueError(f"attn_implementation='fastgan' does not support {name}; use 'eager' for this model")
     rows, columns = query.shape[2], key.shape[2]
+    sequences = _sequences(module, query, attention_mask, position_bias, is_causal, kwargs)
+    if sequences is not None:
+        dropout_p = float(dropout) if module.training else 0.0
+        return _within_sequences(query, key, value, sequences, dropout_p, scaling), None
     if attention_mask is not None and attention_mask.shape[-1] > columns:
         attention_mask = attention_mask[..., :columns]
     if is_causal is None:
@@ -86,6 +95,47 @@ def attention_forward(
         weights = None
         output = _attention(query, key, value, attention_mask, position_bias, dropout, is_causal, scaling)
     return output.transpose(1, 2).contiguous(), weights
+
+
+def _sequences(module, query, mask, position_bias, is_causal, kwargs) -> tuple | None:
+    """Where the sequences of a flattened batch are, and whether they are causal; None: by the mask, if at all.
+
+    So it is where a mask says more than that: a window, chunks, a bias.
+    """
+    names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+    where = [kwargs.get(name) for name in names]
+    is_causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
+    if any(given is None for given in where) or is_causal is None or position_bias is not None:
+        return None
+    config = getattr(module, "config", None)
+    for reach in (kwargs.get("sliding_window"), getattr(config, "attention_chunk_size", None)):
+        if reach is not None and reach < where[3]:
+            return None
+    if _maps_are_wanted(kwargs) or not _attention_inputs.has_varlen_kernel(query):
+        return None
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            return None
+        if (
+            mask.device.type == "cpu"
+            and not torch.compiler.is_compiling()
+            and not mask.diagonal(dim1=-2, dim2=-1).all()
+        ):
+            raise ValueError(
+                "attn_implementation='fastgan': an attention_mask that hides tokens came with cu_seq_lens_q; a "
+                "flattened batch has no padding, and takes one or the other"
+            )
+    return (*where[:2], *(int(length) for length in where[2:]), bool(is_causal))
+
+
+def _within_sequences(query, key, value, sequences, dropout, scaling) -> Tensor:
+    """(B, H, L, E) as one row of tokens, (B · L, H, E), which is how it lies in memory -> (B, L, H, E)."""
+    flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)]
+    *where, is_causal = sequences
+    output = functional.varlen_attention(
+        *flat, *where, scale=scaling, enable_gqa=True, is_causal=is_causal, dropout_p=dropout
+    )
+    return output.unflatten(0, (query.shape[0], query.shape[2]))
 
 
 def _attention(query, key, value, mask, bias, dropout, is_causal, scaling) -> Tensor:

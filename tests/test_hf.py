@@ -380,3 +380,100 @@ def test_the_example_of_the_article_learns_its_sentences(tmp_path):
     assert len(losses) == 25
     assert losses[-1] < losses[0] / 2
     assert "right: 6 of 6" in ran.stdout
+
+
+def flattened(lengths, **changes):
+    """The batch of transformers' collator for flattened batches, and the same examples padded."""
+    from transformers import DataCollatorWithFlattening
+
+    examples = [{"input_ids": torch.randint(3, VOCABULARY, (n,)).tolist()} for n in lengths]
+    flat = DataCollatorWithFlattening(return_flash_attn_kwargs=True)(examples, return_tensors="pt")
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.int64)
+    for row, example in zip(ids, examples, strict=True):
+        row[: len(example["input_ids"])] = torch.tensor(example["input_ids"])
+    mask = (torch.arange(max(lengths)) < torch.tensor(lengths).unsqueeze(1)).long()
+    padded = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+    return flat | changes, padded
+
+
+def counted(monkeypatch):
+    calls = []
+    kernel = functional.varlen_attention
+
+    def varlen_attention(*args, **kwargs):
+        calls.append(kwargs)
+        return kernel(*args, **kwargs)
+
+    monkeypatch.setattr(functional, "varlen_attention", varlen_attention)
+    return calls
+
+
+def loss_and_gradients(model, inputs):
+    model.zero_grad()
+    loss = model(**inputs).loss
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("make", CAUSAL)
+def test_a_flattened_batch_equals_the_padded_one(make, monkeypatch):
+    model, calls = made(make), counted(monkeypatch)
+    flat, padded = flattened((7, 3, 11, 1))
+    ours = loss_and_gradients(model, flat)
+    assert [call["is_causal"] for call in calls] == [True, True]
+    of_padded = loss_and_gradients(model, padded)
+    model.set_attn_implementation("eager")
+    assert len(calls) == 2
+    for other in (of_padded, loss_and_gradients(model, padded)):
+        torch.testing.assert_close(ours, other, rtol=2e-4, atol=2e-5)
+
+
+def test_a_flattened_batch_needs_no_positions_for_its_sequences():
+    """The offsets say it all: without position_ids, which transformers' own masks are made from, GPT-2 counts on, and
+    each sequence is still alone."""
+    model = made(gpt2)
+    flat, _ = flattened((5, 6))
+    del flat["position_ids"]
+    first = model(**flat).logits[0, 5:]
+    flat["input_ids"][0, :5] = 3
+    torch.testing.assert_close(model(**flat).logits[0, 5:], first)
+
+
+def test_a_flattened_batch_of_an_encoder(monkeypatch):
+    model, calls = made(bert), counted(monkeypatch)
+    flat, padded = flattened((7, 4, 2))
+    kept = padded["attention_mask"].bool()
+    ours = model(**flat).logits[0]
+    assert [call["is_causal"] for call in calls] == [False, False]
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(ours, model(**padded).logits[kept], rtol=2e-4, atol=2e-5)
+
+
+def test_a_flattened_batch_compiles_whole():
+    model = made(llama)
+    flat, _ = flattened((7, 4))
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**flat).logits, model(**flat).logits, rtol=2e-4, atol=2e-5)
+
+
+def test_a_flattened_batch_with_a_window_goes_by_its_mask(monkeypatch):
+    from transformers import MistralConfig, MistralForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}
+    make = lambda: MistralForCausalLM(MistralConfig(num_hidden_layers=1, sliding_window=3, **sizes, **SMALL))
+    model, calls = made(make), counted(monkeypatch)
+    flat, _ = flattened((9, 4))
+    ours = loss_and_gradients(model, flat)
+    assert not calls
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(ours, loss_and_gradients(model, flat), rtol=2e-4, atol=2e-5)
+
+
+def test_a_flattened_batch_with_padding_is_refused():
+    flat, _ = flattened((5, 6))
+    mask = torch.ones_like(flat["input_ids"])
+    model = made(gpt2)
+    model(**flat, attention_mask=mask)
+    mask[0, 3] = 0
+    with pytest.raises(ValueError, match="cu_seq_lens_q"):
+        model(**flat, attention_mask=mask)
