@@ -222,7 +222,7 @@ def _compile(sources: Path, architectures: str, folder: Path) -> None:
     before = os.environ.get("TORCH_CUDA_ARCH_LIST")
     os.environ["TORCH_CUDA_ARCH_LIST"] = architectures
     kernels = sorted(sources.glob("*/*.cu"))
-    operators = sorted({cu.with_name(f"{cu.parent.name}_op.cpp") for cu in kernels})
+    operators = sorted({path for cu in kernels for path in cu.parent.glob("*_op.cpp")})
     try:
         cpp_extension.load(
             "fastgan_C_cuda",

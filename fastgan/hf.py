@@ -70,7 +70,7 @@ def attention_forward(
         if kwargs.get(name) is not None:
             raise ValueError(f"attn_implementation='fastgan' does not support {name}; use 'eager' for this model")
     rows, columns = query.shape[2], key.shape[2]
-    sequences = _sequences(module, query, attention_mask, position_bias, is_causal, kwargs)
+    sequences = _sequences(module, query, value, attention_mask, position_bias, is_causal, kwargs)
     if sequences is not None:
         dropout_p = float(dropout) if module.training else 0.0
         return _within_sequences(query, key, value, sequences, dropout_p, scaling), None
@@ -97,7 +97,7 @@ def attention_forward(
     return output.transpose(1, 2).contiguous(), weights
 
 
-def _sequences(module, query, mask, position_bias, is_causal, kwargs) -> tuple | None:
+def _sequences(module, query, value, mask, position_bias, is_causal, kwargs) -> tuple | None:
     """Where the sequences of a flattened batch are, and whether they are causal; None: by the mask, if at all.
 
     So it is where a mask says more than that: a window, chunks, a bias.
@@ -111,7 +111,7 @@ def _sequences(module, query, mask, position_bias, is_causal, kwargs) -> tuple |
     for reach in (kwargs.get("sliding_window"), getattr(config, "attention_chunk_size", None)):
         if reach is not None and reach < where[3]:
             return None
-    if _maps_are_wanted(kwargs) or not _attention_inputs.has_varlen_kernel(query):
+    if _maps_are_wanted(kwargs) or not _attention_inputs.has_varlen_kernel(query, value):
         return None
     if mask is not None:
         if mask.dtype != torch.bool:

@@ -159,6 +159,7 @@ def test_the_wheels_sources_are_there():
     for stem in ("norm_act", "gan_loss", "attention"):
         assert (sources / stem / f"{stem}.cu").exists()
         assert (sources / stem / f"{stem}_op.cpp").exists()
+    assert (sources / "attention" / "attention_varlen_op.cpp").exists()
 
 
 # ---- the build itself ----

@@ -20,6 +20,9 @@
 // say in (attention_cuda_parts.h): a block of parts_kernel has one part and leaves its output undivided, its
 // rows' maxima and sums; join_kernel scales them to the greatest maximum and adds them up, part after part. A
 // part of which a row sees nothing has maximum minus infinity and adds 0.
+//
+// Packed sequences (attention.h) have instances of the kernels of their own, with a grid for the longest: a
+// block beyond the end of its sequence leaves at once.
 #include "attention/attention_cuda_blocks.h"
 #include "attention/attention_cuda_parts.h"
 
@@ -69,11 +72,13 @@ FASTGAN_DEVICE void soften(T (&scores)[R][N8][4], T (&maximum)[R][2], T (&total)
 }
 
 // Σ P values of a block's rows and of the keys of its tiles; the rows' maxima and, of a lane's columns, their
-// sums. `Few`: rows of which a warp may have none, and not causal.
-template <bool Few, class S, int D, class Tiling, class T = Accumulate<S>>
-FASTGAN_DEVICE void attend(const AttentionArgs& args, const Plan& plan, const RowsOfBlock<Tiling>& of,
-                           const TilesOfKeys<Tiling>& tiles, T (&output)[Tiling::R][D / 8][4],
-                           T (&maximum)[Tiling::R][2], T (&total)[Tiling::R][2]) {
+// sums. `Few`: rows of which a warp may have none, and not causal. `args` are those of the block's sequence,
+// made again for every tile from the call's, which are `given`: registers are scarce.
+template <bool Few, bool Packed, class S, int D, class Tiling, class T = Accumulate<S>>
+FASTGAN_DEVICE void attend(const AttentionArgs& given, const AttentionArgs& args, const Plan& plan,
+                           const RowsOfBlock<Tiling>& of, const TilesOfKeys<Tiling>& tiles,
+                           T (&output)[Tiling::R][D / 8][4], T (&maximum)[Tiling::R][2],
+                           T (&total)[Tiling::R][2]) {
   constexpr int N = Tiling::N, R = Tiling::R, stages = Tiling::stages, threads = Tiling::threads;
   SharedMemory shared;
   S* queries = shared.take<S>(Tiling::rows * D);
@@ -83,24 +88,26 @@ FASTGAN_DEVICE void attend(const AttentionArgs& args, const Plan& plan, const Ro
   T* memory = per_warp ? shared.take<T>(Tiling::warps * per_warp) + warp * per_warp : nullptr;
 
   const int batch = of.batch, head = of.head, warp_row = of.warp_row;
-  const S *key = head_of<S>(args.key, batch, of.kv_head), *value = head_of<S>(args.value, batch, of.kv_head);
   auto load = [&](int tile, int stage) {
+    const AttentionArgs& now = sequence_of<Packed, S>(given, batch);
     S* to = pairs + stage * 2 * N * D;
-    load_tile<S, D, N, threads>(to, args.key, key, tile, args.columns, args.width, plan.vectors);
-    load_tile<S, D, N, threads>(to + N * D, args.value, value, tile, args.columns, args.value_width,
-                                plan.vectors);
+    load_tile<S, D, N, threads>(to, now.key, head_of<S>(now.key, batch, of.kv_head), tile, now.columns,
+                                now.width, plan.vectors);
+    load_tile<S, D, N, threads>(to + N * D, now.value, head_of<S>(now.value, batch, of.kv_head), tile,
+                                now.columns, now.value_width, plan.vectors);
   };
 #pragma unroll
   for (int t = 0; t < R; ++t) maximum[t][0] = maximum[t][1] = -T(INFINITY);
   load_tile<S, D, Tiling::rows, threads>(queries, args.query, head_of<S>(args.query, batch, head), of.row0,
                                          args.rows, args.width, plan.vectors);
   go_through<stages>(tiles, load, [&](int tile, int stage, bool look) {
+    const AttentionArgs& now = sequence_of<Packed, S>(given, batch);
     const S* keys = pairs + stage * 2 * N * D;
     // A warp whose rows end before the diagonal has nothing to do here, nor one of few rows that has none.
-    if (Few ? warp_row < args.rows : !args.is_causal || tile < warp_row + 16 * R) {
+    if (Few ? warp_row < args.rows : !args.is_causal || tile < warp_row + 16 * R + int(now.diagonal)) {
       T scores[R][N / 8][4];
       products_of_rows<S, D, N, R>(scores, queries + warp * 16 * R * D, keys);
-      finish_scores<false, S>(args, batch, head, warp_row, tile, look, scores);
+      finish_scores<false, S>(now, batch, head, warp_row, tile, look, scores);
       soften(scores, maximum, total, output);
       if (args.has_dropout)
         for_each_kept<false, N, R>(args, batch, head, warp_row, tile, [&](int t, int j, int i, bool kept) {
@@ -126,26 +133,42 @@ FASTGAN_DEVICE T finish_row(const AttentionArgs& args, double* logsumexp, bool w
   return dead ? T(0) : (args.has_dropout ? T(args.kept_scale) : T(1)) / sum;
 }
 
-template <class S, int D>
+// Packed sequences have no map, which the compiler shall know: its code would take registers.
+template <bool Packed>
+FASTGAN_DEVICE decltype(auto) plan_of_sequence(const Plan& plan) {
+  if constexpr (!Packed) {
+    return (plan);
+  } else {
+    Plan one = plan;
+    one.map.cells = nullptr;
+    return one;
+  }
+}
+
+template <class S, int D, bool Packed>
 __global__ void __launch_bounds__(ForwardTiling<S, D>::threads, 2)
-    forward_kernel(AttentionArgs args, Plan plan) {
+    forward_kernel(AttentionArgs given, Plan of_call) {
   using Tiling = ForwardTiling<S, D>;
   using T = Accumulate<S>;
   constexpr int R = Tiling::R;
-  const RowsOfBlock<Tiling> of(args, plan, args.is_causal);
+  const Plan& plan = plan_of_sequence<Packed>(of_call);
+  const RowsOfBlock<Tiling> of(given, plan, given.is_causal);
+  const AttentionArgs& args = sequence_of<Packed, S>(given, of.batch);
+  if (Packed && of.row0 >= args.rows) return;
   T output[R][D / 8][4] = {}, maximum[R][2], total[R][2] = {}, factor[R][2];
-  attend<false, S, D, Tiling>(args, plan, of, TilesOfKeys<Tiling>(args, plan, of), output, maximum, total);
-  double* logsumexp = args.logsumexp + (int64_t(of.batch) * args.heads + of.head) * args.rows;
+  attend<false, Packed, S, D, Tiling>(given, args, plan, of, TilesOfKeys<Tiling>(args, plan, of), output,
+                                      maximum, total);
+  const AttentionArgs& now = sequence_of<Packed, S>(given, of.batch);
+  double* logsumexp = now.logsumexp + rows_before(now, of.batch, of.head);
 #pragma unroll
   for (int t = 0; t < R; ++t)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int row = of.warp_row + 16 * t + 8 * h + lane_row();
-      factor[t][h] = finish_row(args, logsumexp + row, lane_column() == 0 && row < args.rows, maximum[t][h],
+      factor[t][h] = finish_row(now, logsumexp + row, lane_column() == 0 && row < now.rows, maximum[t][h],
                                 sum_of_row(total[t][h]));
     }
-  store_tile<S, D, R>(args.output, of.batch, of.head, of.warp_row, args.rows, args.value_width, output,
-                      factor);
+  store_tile<S, D, R>(now.output, of.batch, of.head, of.warp_row, now.rows, now.value_width, output, factor);
 }
 
 // ---- in parts ----
@@ -176,7 +199,7 @@ __global__ void __launch_bounds__(PartTiling<S, D>::threads, 2) parts_kernel(Att
   tiles.begin = part * plan.part_keys;
   if (tiles.begin + plan.part_keys < tiles.end) tiles.end = tiles.begin + plan.part_keys;
   T output[1][D / 8][4] = {}, maximum[1][2], total[1][2] = {};
-  attend<true, S, D, Tiling>(args, plan, of, tiles, output, maximum, total);
+  attend<true, false, S, D, Tiling>(args, args, plan, of, tiles, output, maximum, total);
 
   const PartsOfRows<T> to(args, plan);
   const int64_t first = part * to.rows + (int64_t(of.batch) * args.heads + of.head) * args.rows;
@@ -255,8 +278,9 @@ Error forward(const AttentionArgs& args, void* stream) {
   if (Error error = make_map<S>(args, map, plan.map, stream)) return error;
   if (parts.count == 1) {
     plan.row_blocks = int(ceil_div(args.rows, Tiling::rows));
-    return launch(forward_kernel<S, D>, args.batch * args.heads * plan.row_blocks, Tiling::threads, shared,
-                  stream, args, plan);
+    const auto kernel = args.row_offset ? forward_kernel<S, D, true> : forward_kernel<S, D, false>;
+    return launch(kernel, args.batch * args.heads * plan.row_blocks, Tiling::threads, shared, stream, args,
+                  plan);
   }
   plan.row_blocks = int(ceil_div(args.rows, OfParts::rows));
   plan.parts = int(parts.count), plan.part_keys = int(parts.keys);

@@ -34,7 +34,11 @@ struct AttentionArgs {
   // Strides of batches are 0, `rows` and `columns` the longest's, packed_rows all; neither mask nor bias.
   // is_causal is of each sequence's lower right corner.
   const int64_t *row_offset = nullptr, *column_offset = nullptr;
-  int64_t packed_rows = 0;
+  int64_t packed_rows = 0, packed_columns = 0;
+  // On CUDA the offsets stay on the device, and are int32 there if this says so; `first_row` is set where a
+  // block goes over to its own sequence.
+  bool offsets_are_int32 = false;
+  int64_t first_row = 0;
   bool has_dropout = false;
   uint64_t seed = 0;
   uint32_t offset = 0;

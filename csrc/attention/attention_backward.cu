@@ -34,8 +34,8 @@ struct RowNumbers {
 };
 template <class T>
 FASTGAN_DEVICE RowNumbers<T> row_numbers(const AttentionArgs& args, int64_t batch, int64_t head) {
-  const int64_t all = args.batch * args.heads * args.rows, at = (batch * args.heads + head) * args.rows;
-  T* first = static_cast<T*>(args.workspace) + at;
+  const int64_t all = all_rows(args);
+  T* first = static_cast<T*>(args.workspace) + rows_before(args, batch, head);
   return {first, first + all, first + 2 * all};
 }
 
@@ -150,14 +150,16 @@ FASTGAN_DEVICE void weights_of_queries(const AttentionArgs& args,
 }
 
 // D of rows of up to kWholeRow keys.
-template <class S, int D>
+template <class S, int D, bool Packed>
 __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
-    delta_kernel(AttentionArgs args, Plan plan) {
+    delta_kernel(AttentionArgs given, Plan plan) {
   using Tiling = QueriesTiling<S, D>;
   using T = Accumulate<S>;
   constexpr int N = Tiling::N, R = Tiling::R, threads = Tiling::threads;
   const Memory<S, D, Tiling> memory;
-  const RowsOfBlock<Tiling> of(args, plan);
+  const RowsOfBlock<Tiling> of(given, plan);
+  const AttentionArgs& args = sequence_of<Packed, S>(given, of.batch);
+  if (Packed && of.row0 >= args.rows) return;
   const int batch = of.batch, head = of.head, kv_head = of.kv_head, row0 = of.row0, warp_row = of.warp_row;
   load_tile<S, D, Tiling::rows, threads>(memory.a, args.query, head_of<S>(args.query, batch, head), row0,
                                          args.rows, args.width, plan.vectors);
@@ -167,7 +169,7 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
   T lse[R][2], rest[R][2], delta[R][2] = {};
   load_row_numbers(args, batch, head, warp_row, lse, rest);
   for (int tile = 0; tile < args.columns; tile += N) {
-    if (args.is_causal && tile >= row0 + Tiling::rows) break;
+    if (args.is_causal && tile >= row0 + Tiling::rows + int(args.diagonal)) break;
     const int seen = seen_of(plan.map, args, batch, head, row0, Tiling::rows, tile, N);
     if (seen == kNothing) continue;
     block_sync();
@@ -198,14 +200,16 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
     }
 }
 
-template <class S, int D>
+template <class S, int D, bool Packed>
 __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
-    queries_kernel(AttentionArgs args, Plan plan) {
+    queries_kernel(AttentionArgs given, Plan plan) {
   using Tiling = QueriesTiling<S, D>;
   using T = Accumulate<S>;
   constexpr int N = Tiling::N, R = Tiling::R, stages = Tiling::stages, threads = Tiling::threads;
   const Memory<S, D, Tiling> memory;
-  const RowsOfBlock<Tiling> of(args, plan, args.is_causal);
+  const RowsOfBlock<Tiling> of(given, plan, given.is_causal);
+  const AttentionArgs& args = sequence_of<Packed, S>(given, of.batch);
+  if (Packed && of.row0 >= args.rows) return;
   const int batch = of.batch, head = of.head, row0 = of.row0, warp_row = of.warp_row;
   const S *key = head_of<S>(args.key, batch, of.kv_head), *value = head_of<S>(args.value, batch, of.kv_head);
   auto load = [&](int tile, int stage) {
@@ -223,7 +227,7 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
   load_row_numbers(args, batch, head, warp_row, lse, rest);
   load_deltas(args, batch, head, warp_row, delta);
   go_through<stages>(TilesOfKeys<Tiling>(args, plan, of), load, [&](int tile, int stage, bool look) {
-    if (!args.is_causal || tile < warp_row + 16 * R) {
+    if (!args.is_causal || tile < warp_row + 16 * R + int(args.diagonal)) {
       T scores[R][N / 8][4], grads[R][N / 8][4];
       weights_of_queries<S, D>(args, memory, batch, head, warp_row, tile, stage, look, lse, rest, scores,
                                grads);
@@ -237,14 +241,16 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
   store_tile<S, D, R>(args.grad_query, batch, head, warp_row, args.rows, args.width, sums, factor);
 }
 
-template <class S, int D, bool Key, bool Value>
-__global__ void __launch_bounds__(KeysTiling<S, D>::threads, 2) keys_kernel(AttentionArgs args, Plan plan) {
+template <class S, int D, bool Key, bool Value, bool Packed>
+__global__ void __launch_bounds__(KeysTiling<S, D>::threads, 2) keys_kernel(AttentionArgs given, Plan plan) {
   using Tiling = KeysTiling<S, D>;
   using T = Accumulate<S>;
   constexpr int N = Tiling::N, R = Tiling::R, stages = Tiling::stages, threads = Tiling::threads;
   const Memory<S, D, Tiling> memory;
   using Tiles = TilesOfRows<Tiling>;
-  const KeysOfBlock<Tiling> of(args, plan);
+  const KeysOfBlock<Tiling> of(given, plan);
+  const AttentionArgs& args = sequence_of<Packed, S>(given, of.batch);
+  if (Packed && of.key0 >= args.columns) return;
   const int batch = of.batch, kv_head = of.kv_head, key0 = of.key0, warp_key = of.warp_key, group = of.group;
   const int rows = int(args.rows);
   auto load = [&](typename Tiles::At at, int stage) {
@@ -274,7 +280,7 @@ __global__ void __launch_bounds__(KeysTiling<S, D>::threads, 2) keys_kernel(Atte
   T key_sums[R][D / 8][4] = {}, value_sums[R][D / 8][4] = {};
   go_through<stages>(Tiles(args, plan, of), load, [&](typename Tiles::At at, int stage, bool look) {
     const int head = kv_head * group + at.head;
-    if (!args.is_causal || at.tile + N > warp_key) {
+    if (!args.is_causal || at.tile + N + int(args.diagonal) > warp_key) {
       const T* numbers = memory.numbers + 3 * stage * N + 2 * lane_column();
       T scores[R][N / 8][4], grads[R][N / 8][4];
       products_of_rows<S, D, N, R>(scores, memory.rows(0), memory.tile(stage, 0));
@@ -374,8 +380,8 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
   store_bias_gradient<S, N, R, Tiling::warps>(args, of, sums, reinterpret_cast<T*>(memory.b));
 }
 
-template <class S, int D>
-Error backward(const AttentionArgs& args, void* stream) {
+template <class S, int D, bool Packed>
+Error backward_of(const AttentionArgs& args, void* stream) {
   using Tiling = QueriesTiling<S, D>;
   using OfKeys = KeysTiling<S, D>;
   constexpr size_t shared = backward_shared_bytes<S, D, Tiling>(),
@@ -389,24 +395,31 @@ Error backward(const AttentionArgs& args, void* stream) {
                  may_use_vectors<S>(args.grad_output, args.value_width);
   auto* map = static_cast<uint8_t*>(args.workspace) + row_numbers_size(args);
   Error error = make_map<S>(args, map, plan.map, stream);
-  const int64_t rows = args.batch * args.heads * args.rows,
+  AttentionArgs in_rows = args;  // packed sequences are one to the kernel of the rows
+  if (Packed) in_rows.row_offset = nullptr, in_rows.batch = 1, in_rows.rows = args.packed_rows;
+  const int64_t rows = in_rows.batch * args.heads * in_rows.rows,
                 keys = args.batch * args.kv_heads * plan.key_blocks;
   if (!error)
-    error = launch(rows_kernel<S>, ceil_div(rows, kRowThreads / kWarp), kRowThreads, 0, stream, args);
+    error = launch(rows_kernel<S>, ceil_div(rows, kRowThreads / kWarp), kRowThreads, 0, stream, in_rows);
   if (!error && args.columns <= kWholeRow)
-    error = launch(delta_kernel<S, D>, args.batch * args.heads * plan.row_blocks, Tiling::threads, shared,
-                   stream, args, plan);
+    error = launch(delta_kernel<S, D, Packed>, args.batch * args.heads * plan.row_blocks, Tiling::threads,
+                   shared, stream, args, plan);
   if (!error)
-    error = launch(queries_kernel<S, D>, args.batch * args.heads * plan.row_blocks, Tiling::threads, shared,
-                   stream, args, plan);
+    error = launch(queries_kernel<S, D, Packed>, args.batch * args.heads * plan.row_blocks, Tiling::threads,
+                   shared, stream, args, plan);
   if (!error)
     error = launch_of_keys<OfKeys::split>([&](auto key, auto value) {
-      return launch(keys_kernel<S, D, key.value, value.value>, keys, OfKeys::threads, shared_of_keys, stream,
-                    args, plan);
+      return launch(keys_kernel<S, D, key.value, value.value, Packed>, keys, OfKeys::threads, shared_of_keys,
+                    stream, args, plan);
     });
   if (error || !args.grad_bias) return error;
   const int64_t tiles = plan_bias_tiles(args, plan, Tiling::rows, Tiling::N);
   return launch(bias_kernel<S, D>, tiles, Tiling::threads, shared, stream, args, plan);
+}
+
+template <class S, int D>
+Error backward(const AttentionArgs& args, void* stream) {
+  return args.row_offset ? backward_of<S, D, true>(args, stream) : backward_of<S, D, false>(args, stream);
 }
 
 Error run_backward(const AttentionArgs& args, void* stream) {

@@ -74,6 +74,60 @@ FASTGAN_DEVICE const S* head_of(const AttentionInput& x, int64_t batch, int64_t 
   return static_cast<const S*>(x.data) + batch * x.stride[0] + head * x.stride[1];
 }
 
+// ---- packed sequences ----
+
+// Of 32 bits, and the compiler knows it: 64 take two registers.
+FASTGAN_DEVICE uint32_t offset_of(const AttentionArgs& args, const int64_t* offsets, int n, uint32_t least,
+                                  int64_t most) {
+  const int64_t at = args.offsets_are_int32 ? reinterpret_cast<const int32_t*>(offsets)[n] : offsets[n];
+  return at < int64_t(least) ? least : uint32_t(at > most ? most : at);
+}
+
+template <class S>
+FASTGAN_DEVICE void advance(AttentionInput& x, int64_t rows) {
+  if (x.data) x.data = static_cast<const S*>(x.data) + rows * x.stride[2];
+}
+template <class S>
+FASTGAN_DEVICE void advance(AttentionOutput& x, int64_t rows) {
+  if (x.data) x.data = static_cast<S*>(x.data) + rows * x.stride[2];
+}
+
+// The arguments of a block's own sequence, `Packed`, or the call's, which then stay in constant memory: a
+// copy would take registers. Those of a sequence do: loops that are short of them make them again. Offsets
+// that are none cannot lead out of the tensors: nobody has looked at them.
+template <bool Packed, class S>
+FASTGAN_DEVICE decltype(auto) sequence_of(const AttentionArgs& args, int batch) {
+  if constexpr (!Packed) {
+    return (args);
+  } else {
+    AttentionArgs one = args;
+    const uint32_t row = offset_of(args, args.row_offset, batch, 0, args.packed_rows),
+                   column = offset_of(args, args.column_offset, batch, 0, args.packed_columns),
+                   rows = offset_of(args, args.row_offset, batch + 1, row, args.packed_rows) - row,
+                   columns =
+                       offset_of(args, args.column_offset, batch + 1, column, args.packed_columns) - column;
+    one.rows = rows, one.columns = columns, one.diagonal = int(columns) - int(rows);
+    one.first_row = row;
+    one.mask.data = one.bias.data = one.tangent_bias.data =
+        nullptr;  // known here, and their code is left out
+    advance<S>(one.query, row), advance<S>(one.output, row), advance<S>(one.saved_output, row);
+    advance<S>(one.grad_output, row), advance<S>(one.grad_query, row), advance<S>(one.tangent_query, row);
+    advance<S>(one.tangent_output, row);
+    advance<S>(one.key, column), advance<S>(one.value, column), advance<S>(one.tangent_key, column);
+    advance<S>(one.tangent_value, column), advance<S>(one.grad_key, column);
+    advance<S>(one.grad_value, column);
+    return one;
+  }
+}
+
+// Of the numbers that are kept of every row: where those of a head begin, and how many there are.
+FASTGAN_DEVICE int64_t rows_before(const AttentionArgs& args, int64_t batch, int64_t head) {
+  return args.row_offset ? head * args.packed_rows + args.first_row : (batch * args.heads + head) * args.rows;
+}
+FASTGAN_DEVICE int64_t all_rows(const AttentionArgs& args) {
+  return args.heads * (args.row_offset ? args.packed_rows : args.batch * args.rows);
+}
+
 // ---- tiles to and from memory ----
 
 // Rows `first` on, `Rows` of them, in the order of place(); zeros beyond `count` and `width`.
@@ -220,11 +274,12 @@ FASTGAN_DEVICE void finish_scores(const AttentionArgs& args, int64_t batch, int6
                                                   if (!seen) scores[t][j][i] = hidden;
                                                 });
   }
-  const bool crosses = args.is_causal && key0 + keys - 1 > query0;
+  const int diagonal = int(args.diagonal);
+  const bool crosses = args.is_causal && key0 + keys - 1 > query0 + diagonal;
   if (crosses || key0 + keys > args.columns) {
     const int end = int(args.columns);
     for_each<Transposed, N, R>(a0, b0, [&](int t, int j, int i, int query, int key) {
-      if (key >= end || (crosses && key > query)) scores[t][j][i] = hidden;
+      if (key >= end || (crosses && key > query + diagonal)) scores[t][j][i] = hidden;
     });
   }
 }
@@ -459,7 +514,7 @@ inline int64_t map_size(const AttentionArgs& args) {
 // rowsum(grad_output · output).
 inline int64_t row_numbers_size(const AttentionArgs& args) {
   const int64_t size = args.dtype == Dtype::float64 ? 8 : 4;
-  return ceil_div(3 * args.batch * args.heads * args.rows * size, 16) * 16;
+  return ceil_div(3 * row_count(args) * size, 16) * 16;
 }
 
 template <class S>
@@ -484,7 +539,9 @@ inline Error refuse(const AttentionArgs& args) {
   if (args.width > widest || args.value_width > widest)
     return args.dtype == Dtype::float64 ? "a head of float64 may be at most 128 wide"
                                         : "a head may be at most 256 wide";
-  if (args.rows > 0x3fffffff || args.columns > 0x3fffffff) return "a sequence has more than 2^30 places";
+  if (args.rows > 0x3fffffff || args.columns > 0x3fffffff || args.packed_rows > 0x3fffffff ||
+      args.packed_columns > 0x3fffffff)
+    return "a sequence, or all packed ones, have more than 2^30 places";
   return nullptr;
 }
 

@@ -52,7 +52,8 @@ struct TilesOfKeys {
   int begin = 0, end;
   FASTGAN_DEVICE TilesOfKeys(const AttentionArgs& args, const Plan& plan, const RowsOfBlock<Tiling>& of)
       : args(args), map(plan.map), of(of), end(int(args.columns)) {
-    if (args.is_causal && of.row0 + Tiling::rows < end) end = of.row0 + Tiling::rows;
+    const int seen = of.row0 + Tiling::rows + int(args.diagonal);
+    if (args.is_causal && seen < end) end = seen;
   }
   FASTGAN_DEVICE At first() const { return begin; }
   FASTGAN_DEVICE At after(At at) const { return at + Tiling::N; }
@@ -65,6 +66,13 @@ struct TilesOfKeys {
     return at;
   }
 };
+
+// The first of N rows that some of the keys from `key` on are visible to.
+template <int N>
+FASTGAN_DEVICE int first_row_that_sees(const AttentionArgs& args, int key) {
+  const int row = key - int(args.diagonal);
+  return args.is_causal && row > 0 ? row / N * N : 0;
+}
 
 // Of N query rows, past a block of keys; the heads that share these come one after the other.
 template <class Tiling>
@@ -80,7 +88,7 @@ struct TilesOfRows {
       : args(args),
         map(plan.map),
         of(of),
-        begin(args.is_causal ? of.key0 / Tiling::N * Tiling::N : 0),  // no row before sees these keys
+        begin(first_row_that_sees<Tiling::N>(args, of.key0)),
         end(int(args.rows)) {}
   FASTGAN_DEVICE At first() const { return {0, begin}; }
   FASTGAN_DEVICE At after(At at) const { return {at.head, at.tile + Tiling::N}; }

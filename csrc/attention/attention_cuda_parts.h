@@ -23,7 +23,8 @@ struct PartTiling : ForwardTiling<S, D> {
 // which is which: causality does on the row, dropout on both.
 inline AttentionArgs fold_group(const AttentionArgs& args) {
   const int64_t group = args.kv_heads ? args.heads / args.kv_heads : 1, rows = args.rows;
-  if (group <= 1 || group * rows > kFewRows || args.is_causal || args.has_dropout) return args;
+  if (args.row_offset || group <= 1 || group * rows > kFewRows || args.is_causal || args.has_dropout)
+    return args;
   AttentionArgs out = args;
   bool folds = true;
   auto fold = [&](int64_t (&stride)[4]) {
@@ -50,7 +51,8 @@ inline Parts parts_of(const AttentionArgs& args, int64_t multiprocessors) {
   const int64_t pairs = args.batch * args.heads;
   const Parts whole{1, args.columns};
   // Of few rows is_causal leaves few keys.
-  if (pairs == 0 || args.rows == 0 || args.rows > kFewRows || args.is_causal || args.columns < kLongKeys)
+  if (args.row_offset || pairs == 0 || args.rows == 0 || args.rows > kFewRows || args.is_causal ||
+      args.columns < kLongKeys)
     return whole;
   int64_t count = 2 * multiprocessors / pairs;
   if (count > args.columns / kLeastPart) count = args.columns / kLeastPart;

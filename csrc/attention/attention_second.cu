@@ -66,7 +66,7 @@ FASTGAN_DEVICE void row_number(const AttentionArgs& args, int64_t batch, int64_t
                                T (&out)[kNumbers]) {
   out[0] = T(INFINITY), out[1] = out[2] = out[3] = out[4] = T(0);
   if (row >= args.rows) return;
-  const int64_t at = (batch * args.heads + head) * args.rows + row, all = args.batch * args.heads * args.rows;
+  const int64_t at = rows_before(args, batch, head) + row, all = all_rows(args);
   const double natural = args.logsumexp[at], lse = natural * kLog2e;
   if (natural != -double(INFINITY)) out[0] = T(lse), out[1] = T(lse - double(T(lse)));
   if (!sums) return;
@@ -162,25 +162,27 @@ FASTGAN_DEVICE void load_queries(const AttentionArgs& args, const Plan& plan, co
 
 // ---- the tangent of the output ----
 
-template <class S, int D>
+template <class S, int D, bool Packed>
 __global__ void __launch_bounds__(SecondTiling<S, D>::threads, 2)
-    tangent_kernel(AttentionArgs args, Plan plan) {
+    tangent_kernel(AttentionArgs given, Plan plan) {
   using Tiling = SecondTiling<S, D>;
   using T = Accumulate<S>;
   constexpr int N = Tiling::N;
   const Memory<S, D, 2, 4> memory;
-  const RowsOfBlock<Tiling> of(args, plan);
+  const RowsOfBlock<Tiling> of(given, plan);
+  const AttentionArgs& args = sequence_of<Packed, S>(given, of.batch);
+  if (Packed && of.row0 >= args.rows) return;
   const int batch = of.batch, head = of.head, kv_head = of.kv_head, row0 = of.row0, warp_row = of.warp_row;
   load_queries<S, D>(args, plan, memory, batch, head, row0);
   T numbers[2][kNumbers], sums[1][D / 8][4] = {}, mean[2] = {};
   row_numbers(args, batch, head, warp_row, false, numbers);
   auto number = [&](int, int i, int which) { return numbers[i / 2][which]; };
   for (int tile = 0; tile < args.columns; tile += N) {
-    if (args.is_causal && tile >= row0 + Tiling::rows) break;
+    if (args.is_causal && tile >= row0 + Tiling::rows + int(args.diagonal)) break;
     const int seen = seen_of(plan.map, args, batch, head, row0, Tiling::rows, tile, N);
     if (seen == kNothing) continue;
     block_sync();  // the former tiles may still be read
-    load_keys<S, D>(args, plan, memory, batch, kv_head, tile);
+    load_keys<S, D>(sequence_of<Packed, S>(given, batch), plan, memory, batch, kv_head, tile);
     async_wait<0>();
     block_sync();
     T weights[1][N / 8][4], tangents[1][N / 8][4];
@@ -198,9 +200,10 @@ __global__ void __launch_bounds__(SecondTiling<S, D>::threads, 2)
     add_weighted_rows<S, D, N, 1>(sums, tangents, memory.tile(2), memory.weights);
     if (args.tangent_value.data) add_weighted_rows<S, D, N, 1>(sums, weights, memory.tile(3), memory.weights);
   }
+  const AttentionArgs& now = sequence_of<Packed, S>(given, batch);
   const T kept_scale = args.has_dropout ? T(args.kept_scale) : T(1);
-  const S* output = head_of<S>(args.saved_output, batch, head);
-  const S* grad = args.row_sums ? head_of<S>(args.grad_output, batch, head) : nullptr;
+  const S* output = head_of<S>(now.saved_output, batch, head);
+  const S* grad = args.row_sums ? head_of<S>(now.grad_output, batch, head) : nullptr;
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     mean[h] += shuffle_xor(mean[h], 1);
@@ -229,13 +232,13 @@ __global__ void __launch_bounds__(SecondTiling<S, D>::threads, 2)
     moved += shuffle_xor(moved, 1);
     moved += shuffle_xor(moved, 2);
     if (lane_column() == 0 && row < args.rows) {
-      const int64_t all = args.batch * args.heads * args.rows;
-      T* to = static_cast<T*>(args.row_sums) + (int64_t(batch) * args.heads + head) * args.rows + row;
+      const int64_t all = all_rows(args);
+      T* to = static_cast<T*>(args.row_sums) + rows_before(now, batch, head) + row;
       to[0] = mean[h], to[all] = delta, to[2 * all] = moved;
     }
   }
   const T one[1][2] = {{T(1), T(1)}};
-  store_tile<S, D, 1>(args.tangent_output, batch, head, warp_row, args.rows, args.value_width, sums, one);
+  store_tile<S, D, 1>(now.tangent_output, batch, head, warp_row, now.rows, args.value_width, sums, one);
 }
 
 // ---- the tangents of the gradients ----
@@ -265,14 +268,16 @@ FASTGAN_DEVICE void gradients_of_queries(const AttentionArgs& args, const M& mem
   score_gradients<S, D>(weights, tangents, number, grads, moved);
 }
 
-template <class S, int D>
+template <class S, int D, bool Packed>
 __global__ void __launch_bounds__(SecondTiling<S, D>::threads, 2)
-    second_queries_kernel(AttentionArgs args, Plan plan) {
+    second_queries_kernel(AttentionArgs given, Plan plan) {
   using Tiling = SecondTiling<S, D>;
   using T = Accumulate<S>;
   constexpr int N = Tiling::N;
   const Memory<S, D, 3, 4> memory;
-  const RowsOfBlock<Tiling> of(args, plan);
+  const RowsOfBlock<Tiling> of(given, plan);
+  const AttentionArgs& args = sequence_of<Packed, S>(given, of.batch);
+  if (Packed && of.row0 >= args.rows) return;
   const int batch = of.batch, head = of.head, kv_head = of.kv_head, row0 = of.row0, warp_row = of.warp_row;
   load_queries<S, D>(args, plan, memory, batch, head, row0);
   load_tile_of<S, D, Tiling::rows, Tiling::threads>(memory.block(2), args.grad_output, batch, head, row0,
@@ -280,11 +285,11 @@ __global__ void __launch_bounds__(SecondTiling<S, D>::threads, 2)
   T numbers[2][kNumbers], sums[1][D / 8][4] = {};
   row_numbers(args, batch, head, warp_row, true, numbers);
   for (int tile = 0; tile < args.columns; tile += N) {
-    if (args.is_causal && tile >= row0 + Tiling::rows) break;
+    if (args.is_causal && tile >= row0 + Tiling::rows + int(args.diagonal)) break;
     const int seen = seen_of(plan.map, args, batch, head, row0, Tiling::rows, tile, N);
     if (seen == kNothing) continue;
     block_sync();
-    load_keys<S, D>(args, plan, memory, batch, kv_head, tile);
+    load_keys<S, D>(sequence_of<Packed, S>(given, batch), plan, memory, batch, kv_head, tile);
     async_wait<0>();
     block_sync();
     OfTile<S, D> grads, moved;
@@ -293,18 +298,21 @@ __global__ void __launch_bounds__(SecondTiling<S, D>::threads, 2)
     add_weighted_rows<S, D, N, 1>(sums, moved, memory.tile(0), memory.weights);
     if (args.tangent_key.data) add_weighted_rows<S, D, N, 1>(sums, grads, memory.tile(1), memory.weights);
   }
+  const AttentionArgs& now = sequence_of<Packed, S>(given, batch);
   const T factor[1][2] = {{T(args.scale), T(args.scale)}};
-  store_tile<S, D, 1>(args.grad_query, batch, head, warp_row, args.rows, args.width, sums, factor);
+  store_tile<S, D, 1>(now.grad_query, batch, head, warp_row, now.rows, args.width, sums, factor);
 }
 
-template <class S, int D, bool Key, bool Value>
+template <class S, int D, bool Key, bool Value, bool Packed>
 __global__ void __launch_bounds__(SecondTiling<S, D>::threads, 2)
-    second_keys_kernel(AttentionArgs args, Plan plan) {
+    second_keys_kernel(AttentionArgs given, Plan plan) {
   using Tiling = SecondTiling<S, D>;
   using T = Accumulate<S>;
   constexpr int N = Tiling::N, rows = Tiling::rows, threads = Tiling::threads;
   const Memory<S, D, 4, 3> memory;
-  const KeysOfBlock<Tiling> of(args, plan);
+  const KeysOfBlock<Tiling> of(given, plan);
+  const AttentionArgs& args = sequence_of<Packed, S>(given, of.batch);
+  if (Packed && of.key0 >= args.columns) return;
   const int batch = of.batch, kv_head = of.kv_head, key0 = of.key0, warp_key = of.warp_key, group = of.group;
   load_tile_of<S, D, rows, threads>(memory.block(0), args.key, batch, kv_head, key0, args.columns, args.width,
                                     plan.vectors);
@@ -316,20 +324,21 @@ __global__ void __launch_bounds__(SecondTiling<S, D>::threads, 2)
                                     args.value_width, plan.vectors);
   T key_sums[1][D / 8][4] = {}, value_sums[1][D / 8][4] = {};
   for (int head = kv_head * group; head < (kv_head + 1) * group; ++head)
-    for (int tile = args.is_causal ? key0 / N * N : 0; tile < args.rows; tile += N) {
+    for (int tile = first_row_that_sees<N>(args, key0); tile < args.rows; tile += N) {
       const int seen = seen_of(plan.map, args, batch, head, tile, N, key0, rows);
       if (seen == kNothing) continue;
       block_sync();
-      load_tile_of<S, D, N, threads>(memory.tile(0), args.query, batch, head, tile, args.rows, args.width,
+      const AttentionArgs& now = sequence_of<Packed, S>(given, batch);
+      load_tile_of<S, D, N, threads>(memory.tile(0), now.query, batch, head, tile, now.rows, now.width,
                                      plan.vectors);
-      load_tile_of<S, D, N, threads>(memory.tile(1), args.tangent_query, batch, head, tile, args.rows,
-                                     args.width, plan.vectors);
-      load_tile_of<S, D, N, threads>(memory.tile(2), args.grad_output, batch, head, tile, args.rows,
-                                     args.value_width, plan.vectors);
+      load_tile_of<S, D, N, threads>(memory.tile(1), now.tangent_query, batch, head, tile, now.rows,
+                                     now.width, plan.vectors);
+      load_tile_of<S, D, N, threads>(memory.tile(2), now.grad_output, batch, head, tile, now.rows,
+                                     now.value_width, plan.vectors);
       async_commit();
       for (int n = int(threadIdx.x); n < N; n += threads) {
         T of_row[kNumbers];
-        row_number(args, batch, head, tile + n, true, of_row);
+        row_number(now, batch, head, tile + n, true, of_row);
 #pragma unroll
         for (int i = 0; i < kNumbers; ++i) memory.numbers[i * N + n] = of_row[i];
       }
@@ -376,10 +385,11 @@ __global__ void __launch_bounds__(SecondTiling<S, D>::threads, 2)
     }
   const T scale = T(args.scale), kept_scale = args.has_dropout ? T(args.kept_scale) : T(1);
   const T of_keys[1][2] = {{scale, scale}}, of_values[1][2] = {{kept_scale, kept_scale}};
+  const AttentionArgs& now = sequence_of<Packed, S>(given, batch);
   if (Key)
-    store_tile<S, D, 1>(args.grad_key, batch, kv_head, warp_key, args.columns, args.width, key_sums, of_keys);
+    store_tile<S, D, 1>(now.grad_key, batch, kv_head, warp_key, now.columns, args.width, key_sums, of_keys);
   if (Value)
-    store_tile<S, D, 1>(args.grad_value, batch, kv_head, warp_key, args.columns, args.value_width, value_sums,
+    store_tile<S, D, 1>(now.grad_value, batch, kv_head, warp_key, now.columns, args.value_width, value_sums,
                         of_values);
 }
 
@@ -446,12 +456,13 @@ Error tangent(const AttentionArgs& args, void* stream) {
   static_assert(shared <= kMostShared);
   Plan plan{};
   if (Error error = plan_of<S, D>(args, stream, plan)) return error;
-  return launch(tangent_kernel<S, D>, args.batch * args.heads * plan.row_blocks, Tiling::threads, shared,
-                stream, args, plan);
+  const auto kernel = args.row_offset ? tangent_kernel<S, D, true> : tangent_kernel<S, D, false>;
+  return launch(kernel, args.batch * args.heads * plan.row_blocks, Tiling::threads, shared, stream, args,
+                plan);
 }
 
-template <class S, int D>
-Error double_backward(const AttentionArgs& args, void* stream) {
+template <class S, int D, bool Packed>
+Error double_backward_of(const AttentionArgs& args, void* stream) {
   using Tiling = SecondTiling<S, D>;
   constexpr size_t shared = second_shared_bytes<S, D, 3, 4>(), of_keys = second_shared_bytes<S, D, 4, 3>();
   static_assert(shared <= kMostShared && of_keys <= kMostShared);
@@ -459,16 +470,22 @@ Error double_backward(const AttentionArgs& args, void* stream) {
   Error error = plan_of<S, D>(args, stream, plan);
   const int64_t keys = args.batch * args.kv_heads * plan.key_blocks;
   if (!error)
-    error = launch(second_queries_kernel<S, D>, args.batch * args.heads * plan.row_blocks, Tiling::threads,
-                   shared, stream, args, plan);
+    error = launch(second_queries_kernel<S, D, Packed>, args.batch * args.heads * plan.row_blocks,
+                   Tiling::threads, shared, stream, args, plan);
   if (!error)
     error = launch_of_keys<Tiling::split>([&](auto key, auto value) {
-      return launch(second_keys_kernel<S, D, key.value, value.value>, keys, Tiling::threads, of_keys, stream,
-                    args, plan);
+      return launch(second_keys_kernel<S, D, key.value, value.value, Packed>, keys, Tiling::threads, of_keys,
+                    stream, args, plan);
     });
   if (error || !args.grad_bias) return error;
   const int64_t tiles = plan_bias_tiles(args, plan, Tiling::rows, Tiling::N);
   return launch(second_bias_kernel<S, D>, tiles, Tiling::threads, shared, stream, args, plan);
+}
+
+template <class S, int D>
+Error double_backward(const AttentionArgs& args, void* stream) {
+  return args.row_offset ? double_backward_of<S, D, true>(args, stream)
+                         : double_backward_of<S, D, false>(args, stream);
 }
 
 Error run_tangent(const AttentionArgs& args, void* stream) {

@@ -1,19 +1,12 @@
 // torch.ops.fastgan.varlen_attention and its derivatives: sequences of varied length, packed one after the
 // other, each a strided view of its tensors.
 #include <algorithm>
+#include <utility>
 
 #include "attention/attention_op.h"
 
 namespace fastgan {
 namespace {
-
-using Offsets = std::vector<int64_t>;
-
-// The call's arguments, and the offsets that they point to.
-struct Packed {
-  AttentionArgs args;
-  Offsets rows, columns;
-};
 
 // (rows, heads, width), or none, as (batch, heads, rows, width) whose batches begin at the same place.
 template <class X>
@@ -31,22 +24,41 @@ void check_packed(const char* name, const Tensor& tensor, const Tensor& query, i
                 " must be of query's dtype");
 }
 
+bool is_int32(const Tensor& tensor) { return tensor.scalar_type() == ScalarType::Int; }
+
+void check_offsets(const char* name, const Tensor& tensor, const Tensor& query) {
+  FASTGAN_CHECK(tensor.dim() == 1 && tensor.size(0) > 0 &&
+                    (is_int32(tensor) || tensor.scalar_type() == ScalarType::Long),
+                "varlen_attention: ", name, " must be int32 or int64, of shape (sequences + 1,)");
+  FASTGAN_CHECK(is_here(tensor, query), "varlen_attention: ", name, " must be on query's device");
+}
+
+#if defined(FASTGAN_CUDA)
+using Offsets = Tensor;
+
+// On the device, where the kernels read them; nobody waits for it to check the numbers.
+Offsets offsets_of(const char* name, const Tensor& tensor, const Tensor& query, int64_t, const char*,
+                   int64_t&) {
+  check_offsets(name, tensor, query);
+  return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor);
+}
+
+const int64_t* numbers(const Offsets& offsets) { return static_cast<const int64_t*>(offsets.data_ptr()); }
+#else
+using Offsets = std::vector<int64_t>;
+
 template <class Integer>
 void copy_offsets(const Tensor& from, Offsets& to) {
   const auto* at = static_cast<const Integer*>(from.data_ptr());
   for (size_t i = 0; i < to.size(); ++i) to[i] = int64_t(at[int64_t(i) * from.stride(0)]);
 }
 
-// Offsets on the host, where the kernels go by them: the last is `rows`. `most` becomes the longest length.
+// On the host: the last is `rows`. `most` becomes the longest length.
 Offsets offsets_of(const char* name, const Tensor& tensor, const Tensor& query, int64_t rows,
                    const char* most_name, int64_t& most) {
-  const bool is_int = tensor.scalar_type() == ScalarType::Int;
-  FASTGAN_CHECK(
-      tensor.dim() == 1 && tensor.size(0) > 0 && (is_int || tensor.scalar_type() == ScalarType::Long),
-      "varlen_attention: ", name, " must be int32 or int64, of shape (sequences + 1,)");
-  FASTGAN_CHECK(is_here(tensor, query), "varlen_attention: ", name, " must be on query's device");
+  check_offsets(name, tensor, query);
   Offsets out(size_t(tensor.size(0)));
-  if (is_int)
+  if (is_int32(tensor))
     copy_offsets<int32_t>(tensor, out);
   else
     copy_offsets<int64_t>(tensor, out);
@@ -66,14 +78,22 @@ Offsets offsets_of(const char* name, const Tensor& tensor, const Tensor& query, 
   return out;
 }
 
+const int64_t* numbers(const Offsets& offsets) { return offsets.data(); }
+#endif
+
+// The call's arguments, and the offsets that they point to.
+struct Packed {
+  AttentionArgs args;
+  Offsets rows, columns;
+};
+
 Packed arguments(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& cu_seq_q,
                  const Tensor& cu_seq_k, const std::optional<Tensor>& philox, int64_t max_q, int64_t max_k,
                  double dropout_p, bool is_causal, double scale) {
   FASTGAN_CHECK(query.dim() == 3 && key.dim() == 3 && value.dim() == 3,
                 "varlen_attention: query, key and value must have three dimensions, got ", query.dim(), ", ",
                 key.dim(), ", ", value.dim());
-  Packed out;
-  AttentionArgs& args = out.args;
+  AttentionArgs args;
   args.dtype = dtype_of(query);
   args.packed_rows = query.size(0), args.heads = query.size(1), args.width = query.size(2);
   args.kv_heads = key.size(1), args.value_width = value.size(2);
@@ -87,14 +107,21 @@ Packed arguments(const Tensor& query, const Tensor& key, const Tensor& value, co
   args.value = packed<AttentionInput>(value);
   FASTGAN_CHECK(cu_seq_q.numel() == cu_seq_k.numel(), "varlen_attention: cu_seq_q and cu_seq_k must be of ",
                 "equal length, got ", cu_seq_q.numel(), " and ", cu_seq_k.numel());
-  out.rows = offsets_of("cu_seq_q", cu_seq_q, query, query.size(0), "max_q", max_q);
-  out.columns = offsets_of("cu_seq_k", cu_seq_k, query, key.size(0), "max_k", max_k);
-  args.batch = int64_t(out.rows.size()) - 1;
-  args.row_offset = out.rows.data(), args.column_offset = out.columns.data();
-  args.rows = max_q, args.columns = max_k;
+#if defined(FASTGAN_CUDA)
+  FASTGAN_CHECK(cu_seq_q.scalar_type() == cu_seq_k.scalar_type(),
+                "varlen_attention: cu_seq_q and cu_seq_k must have one dtype");
+  args.offsets_are_int32 = is_int32(cu_seq_q);
+#endif
+  Offsets rows = offsets_of("cu_seq_q", cu_seq_q, query, query.size(0), "max_q", max_q);
+  Offsets columns = offsets_of("cu_seq_k", cu_seq_k, query, key.size(0), "max_k", max_k);
+  args.batch = cu_seq_q.numel() - 1;
+  args.packed_columns = key.size(0);
+  args.rows = std::min(max_q, args.packed_rows), args.columns = std::min(max_k, args.packed_columns);
   args.scale = scale;
   args.is_causal = is_causal;
   add_dropout(args, query, philox, dropout_p);
+  Packed out{args, std::move(rows), std::move(columns)};
+  out.args.row_offset = numbers(out.rows), out.args.column_offset = numbers(out.columns);
   return out;
 }
 
@@ -143,6 +170,10 @@ std::tuple<Tensor, Tensor> varlen_attention(Tensor query, Tensor key, Tensor val
   Tensor output = new_result(args.output, query, args.value_width);
   Tensor logsumexp = empty({args.heads, args.packed_rows}, ScalarType::Double, query);
   args.logsumexp = static_cast<double*>(logsumexp.data_ptr());
+#if defined(FASTGAN_CUDA)
+  Tensor workspace = workspace_of(args, query, false);
+  args.workspace = workspace.data_ptr();
+#endif
   bool out_of_memory = false;
   args.out_of_memory = &out_of_memory;
   FASTGAN_RUN(attention_forward, args, query);

@@ -223,8 +223,13 @@ def check_varlen_types(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, wind
         raise RuntimeError(f"varlen_attention: dropout_p must be between 0 and 1, got {dropout_p}")
 
 
-def has_varlen_kernel(query) -> bool:
-    return query.dtype in _KERNEL_DTYPES and query.layout == torch.strided and query.device.type in ("cpu", "meta")
+def has_varlen_kernel(query, value) -> bool:
+    if query.dtype not in _KERNEL_DTYPES or query.layout != torch.strided:
+        return False
+    if query.device.type == "cuda":
+        widest = _WIDEST_ON_CUDA.get(query.dtype, 256)
+        return max(query.shape[-1], value.shape[-1]) <= widest and _cuda.has_kernel("varlen_attention")
+    return query.device.type in ("cpu", "meta")
 
 
 def check_varlen(query, key, value, cu_seq_q, cu_seq_k, enable_gqa) -> None:

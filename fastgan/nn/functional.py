@@ -183,21 +183,23 @@ def varlen_attention(
         NotImplementedError: another window_size.
         TypeError: an argument of another type.
 
-    Source: as ``scaled_dot_product_attention``. On CUDA there is no kernel yet: the reference pads the batch, and
-    stores the (N, H, max_q, max_k) matrix.
+    Source: as ``scaled_dot_product_attention``. On CUDA a head of more than 256 numbers (float64: 128), and everything
+    where there is no kernel, goes to the reference, which pads the batch and stores the (N, H, max_q, max_k) matrix.
     """
     _attention_inputs.check_varlen_types(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size, dropout_p)
     if _autocast.is_on(query.device.type):
         lower = torch.get_autocast_dtype(query.device.type)
         query, key, value = (_attention_inputs.autocast(t, lower) for t in (query, key, value))
     _attention_inputs.check_varlen(query, key, value, cu_seq_q, cu_seq_k, enable_gqa)
+    if cu_seq_q.dtype != cu_seq_k.dtype:
+        cu_seq_q, cu_seq_k = cu_seq_q.long(), cu_seq_k.long()
     if scale is None:
         scale = 1.0 / math.sqrt(query.shape[-1]) if query.shape[-1] > 0 else 1.0
     scale = number(scale, "varlen_attention: scale")
     philox = draw_philox(query.device) if dropout_p > 0.0 else None
     causal = bool(is_causal) or tuple(window_size) == (-1, 0)
     arguments = (query, key, value, cu_seq_q, cu_seq_k, philox, max_q, max_k, float(dropout_p), causal, scale)
-    if _impl.reference_selected():
+    if not _attention_inputs.has_varlen_kernel(query, value) or _impl.reference_selected():
         if query.device.type == "cpu" and not torch.compiler.is_compiling() and not in_functorch():
             check_offsets("cu_seq_q", cu_seq_q, query.shape[0], "max_q", max_q)
             check_offsets("cu_seq_k", cu_seq_k, key.shape[0], "max_k", max_k)

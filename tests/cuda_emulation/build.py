@@ -39,6 +39,10 @@ STEMS = {
         "attention_weights",
         "attention_jvp",
         "attention_double_backward",
+        "varlen_attention",
+        "varlen_attention_backward",
+        "varlen_attention_jvp",
+        "varlen_attention_double_backward",
     ],
 }
 
@@ -102,7 +106,8 @@ def build_operators(folder: Path) -> Path:
     library = folder / "libfastgan_emulated.so"
     torch_folder = Path(torch.__file__).parent
     csrc = REPOSITORY / "csrc"
-    sources = [p for stem in STEMS for p in (csrc / stem / f"{stem}_op.cpp", *sorted((csrc / stem).glob("*.cu")))]
+    folders = [csrc / stem for stem in STEMS]
+    sources = [p for folder in folders for p in (*sorted(folder.glob("*_op.cpp")), *sorted(folder.glob("*.cu")))]
     flags = [
         "-DFASTGAN_CUDA", "-DFASTGAN_EMULATED", "-DTORCH_TARGET_VERSION=0x020a000000000000",
         "-isystem", str(torch_folder / "include"),

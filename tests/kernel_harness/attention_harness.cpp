@@ -3,6 +3,8 @@
 // out the latter, HARNESS_SECOND_ORDER the former: where compiling or running both takes long.
 #include "attention/attention.h"
 
+#include <vector>
+
 #include "common/vector.h"
 #include "harness.h"
 
@@ -278,6 +280,79 @@ void check_second(const Case& c, Dtype dtype, int threads, double tolerance) {
 }
 #endif
 
+// Sequences of varied length in one call against each by itself, of which `check` and `check_second` judge.
+template <class T>
+void check_packed(bool is_causal, int64_t kv_heads, Dtype dtype, int threads, double tolerance) {
+  const std::vector<int64_t> rows{0, 5, 5, 72, 73, 173, 173},
+      columns = is_causal ? rows : std::vector<int64_t>{0, 9, 11, 11, 161, 161, 200};
+  const Case c{1, 2, kv_heads, rows.back(), columns.back(), 12, 7, is_causal, false, false, false, false};
+  Problem<T> packed(c, dtype), alone(c, dtype);
+  Array<T> tangent(1, c.heads, c.rows, c.value_width, true, 0),
+      tangent_alone(1, c.heads, c.rows, c.value_width, true, 0);
+  for (auto member : {&Problem<T>::query, &Problem<T>::key, &Problem<T>::value, &Problem<T>::grad}) {
+    Buffer<T>&to = (alone.*member).data, &from = (packed.*member).data;
+    for (int64_t i = 0; i < to.size; ++i) to[i] = from[i];
+  }
+  auto run = [&](AttentionArgs a, AttentionOutput tangent_output) {
+    Buffer<typename SumOf<T>::type> workspace(attention_workspace(a));
+    a.workspace = workspace.size ? workspace.get() : nullptr;
+    FASTGAN_KERNEL(attention_forward)(a, harness::threads(threads));
+#if !defined(HARNESS_SECOND_ORDER)
+    FASTGAN_KERNEL(attention_backward)(a, harness::threads(threads));
+#endif
+#if !defined(HARNESS_FIRST_ORDER)
+    a.tangent_query = a.query, a.tangent_value = a.value;  // as good as any direction
+    a.tangent_output = tangent_output;
+    FASTGAN_KERNEL(attention_jvp)(a, harness::threads(threads));
+    FASTGAN_KERNEL(attention_double_backward)(a, harness::threads(threads));
+#else
+    (void)tangent_output;
+#endif
+  };
+  packed.a.row_sums = packed.row_sums.get();
+  AttentionArgs a = packed.a;
+  a.batch = int64_t(rows.size()) - 1;
+  a.row_offset = rows.data(), a.column_offset = columns.data();
+  a.packed_rows = c.rows, a.packed_columns = c.columns;
+  a.rows = 100, a.columns = is_causal ? 100 : 150;
+  AttentionOutput tangents = tangent.output();
+  for (AttentionOutput* x : {&a.output, &a.grad_query, &a.grad_key, &a.grad_value, &tangents})
+    x->stride[0] = 0;
+  run(a, tangents);
+  harness::expect(!packed.out_of_memory, "memory");
+
+  for (size_t n = 0; n + 1 < rows.size(); ++n) {
+    AttentionArgs one = alone.a;
+    one.rows = rows[n + 1] - rows[n], one.columns = columns[n + 1] - columns[n];
+    auto shift = [](auto& x, int64_t by) { x.data = (T*)(x.data) + by * x.stride[2]; };
+    tangents = tangent_alone.output();
+    shift(one.query, rows[n]), shift(one.grad_output, rows[n]), shift(one.saved_output, rows[n]);
+    shift(one.output, rows[n]), shift(one.grad_query, rows[n]), shift(tangents, rows[n]);
+    shift(one.key, columns[n]), shift(one.value, columns[n]);
+    shift(one.grad_key, columns[n]), shift(one.grad_value, columns[n]);
+    Buffer<double> logsumexp(c.heads * one.rows);
+    Buffer<typename SumOf<T>::type> row_sums(3 * c.heads * one.rows);
+    one.logsumexp = logsumexp.get(), one.row_sums = row_sums.get();
+    run(one, tangents);
+    for (int64_t h = 0; h < c.heads; ++h)
+      for (int64_t r = 0; r < one.rows; ++r) {
+        const double want = logsumexp[h * one.rows + r], got = packed.logsumexp(0, h, rows[n] + r, 0);
+        if (want != got) harness::expect_close(got, want, tolerance, "logsumexp of a sequence");
+      }
+  }
+  auto compare = [&](Array<T>& got, Array<T>& want, const char* what) {
+    for (int64_t i = 0; i < got.data.size; ++i)
+      harness::expect_close(got.data[i], want.data[i], tolerance, what);
+  };
+  compare(packed.output, alone.output, "output of a sequence");
+  compare(packed.grad_query, alone.grad_query, "gradient of query of a sequence");
+  compare(packed.grad_key, alone.grad_key, "gradient of key of a sequence");
+  compare(packed.grad_value, alone.grad_value, "gradient of value of a sequence");
+#if !defined(HARNESS_FIRST_ORDER)
+  compare(tangent, tangent_alone, "tangent of the output of a sequence");
+#endif
+}
+
 }  // namespace
 
 int main() {
@@ -308,6 +383,13 @@ int main() {
       if (harness::is_chosen()) check_second<double>(each, Dtype::float64, threads, 1e-7);
       if (harness::is_chosen()) check_second<Rounded<bfloat16>>(each, Dtype::bfloat16, threads, 1e-1);
 #endif
+    }
+  for (bool is_causal : {false, true})
+    for (int threads : {1, 3}) {
+      if (threads > harness::most_threads()) continue;
+      if (harness::is_chosen()) check_packed<float>(is_causal, 1, Dtype::float32, threads, 2e-5);
+      if (harness::is_chosen()) check_packed<double>(is_causal, 2, Dtype::float64, threads, 1e-12);
+      if (harness::is_chosen()) check_packed<Rounded<bfloat16>>(is_causal, 1, Dtype::bfloat16, threads, 4e-2);
     }
   return harness::result();
 }
