@@ -155,6 +155,39 @@ def test_one_query_against_a_cache(benchmark):
     compare(benchmark, peers, case="20 times one query, cache of 2,048", rounds=200, must=1.0, goal=1.5)
 
 
+VARIED = {"16 sequences of 8 to 64": (16, 8, 64), "8 sequences of 64 to 512": (8, 64, 512)}
+
+
+@pytest.mark.parametrize("name", VARIED)
+def test_varied_lengths(benchmark, name):
+    """Packed, against the padded batch with its mask, and against a call a sequence; 12 heads of 64."""
+    count, shortest, longest = VARIED[name]
+    lengths = torch.linspace(shortest, longest, count).long()
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+    torch.manual_seed(0)
+    packed = [torch.randn(int(offsets[-1]), 12, 64, requires_grad=True) for _ in range(3)]
+    padded = [torch.randn(count, longest, 12, 64, requires_grad=True) for _ in range(3)]
+    mask = (torch.arange(longest) < lengths[:, None])[:, None, None, :]
+    grad, padded_grad = torch.randn_like(packed[0]), torch.randn_like(padded[0])
+
+    def ours():
+        output = F.varlen_attention(*packed, offsets, offsets, longest, longest)
+        torch.autograd.grad(output, packed, grad)
+
+    def with_mask():
+        output = SDPA(*(each.transpose(1, 2) for each in padded), attn_mask=mask).transpose(1, 2)
+        torch.autograd.grad(output, padded, padded_grad)
+
+    def one_by_one():
+        pieces = [each.split(lengths.tolist()) for each in packed]
+        outputs = [SDPA(*(each.transpose(0, 1) for each in three)).transpose(0, 1)
+                   for three in zip(*pieces, strict=True)]  # fmt: skip
+        torch.autograd.grad(torch.cat(outputs), packed, grad)
+
+    peers = {"fastgan": ours, "SDPA, padded": with_mask, "SDPA, one by one": one_by_one}
+    compare(benchmark, peers, case=name, rounds=60, seconds=4)
+
+
 def test_double_backward(benchmark):
     """Forward, backward and double backward beside the formula: torch's fused attention refuses."""
     shape = (2, 12, 512, 64)
