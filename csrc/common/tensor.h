@@ -40,7 +40,7 @@
 #define FASTGAN_RUN(name, args, tensor) FASTGAN_SELECT(name)(args, fastgan::torch_threads())
 #endif
 
-// Guards memory; what a user can get wrong is refused in fastgan/nn/functional.py, with torch's exception
+// Guards memory; what a user can get wrong is refused in fastgan/nn/_functional/, with torch's exception
 // types.
 #define FASTGAN_CHECK(condition, ...)                                          \
   do {                                                                         \

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastgan.nn import functional
+from fastgan.nn._functional import attention
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -85,7 +86,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         dropout = self.dropout if self.training else 0.0
         found = None
         if need_weights:
-            found = functional._attention_and_weights(q, k, v, mask, dropout, is_causal, average_attn_weights)
+            found = attention._attention_and_weights(q, k, v, mask, dropout, is_causal, average_attn_weights)
         out, weights = found or (functional.scaled_dot_product_attention(q, k, v, mask, dropout, is_causal), None)
 
         out = out.transpose(1, 2)  # (N, L, heads, head_dim)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgan.nn import functional
 from fastgan.nn._convert import convert
+from fastgan.nn._functional import convolution
 from fastgan.ops import conv as _conv
 
 
@@ -45,7 +45,7 @@ class Conv2d(nn.Conv2d):
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
-        return functional._conv2d(
+        return convolution._conv2d(
             input, weight, bias, self.stride, padding, self.dilation, self.groups, self.slope  # type: ignore[arg-type]
         )  # fmt: skip
 
@@ -74,7 +74,7 @@ class ConvTranspose2d(nn.ConvTranspose2d):
             2,
             self.dilation,  # type: ignore[arg-type]
         )
-        return functional._conv_transpose2d(
+        return convolution._conv_transpose2d(
             input,
             self.weight,
             self.bias,

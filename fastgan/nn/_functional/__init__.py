@@ -1,0 +1,1 @@
+"""The functions of ``fastgan.nn.functional``, a file a kind."""
