@@ -164,6 +164,7 @@ Tensor new_result(AttentionOutput& out, const Tensor& like, int64_t width) {
 std::tuple<Tensor, Tensor> varlen_attention(Tensor query, Tensor key, Tensor value, Tensor cu_seq_q,
                                             Tensor cu_seq_k, std::optional<Tensor> philox, int64_t max_q,
                                             int64_t max_k, double dropout_p, bool is_causal, double scale) {
+  DeviceScope scope(query);
   Packed call =
       arguments(query, key, value, cu_seq_q, cu_seq_k, philox, max_q, max_k, dropout_p, is_causal, scale);
   AttentionArgs& args = call.args;
@@ -186,6 +187,7 @@ std::tuple<Tensor, Tensor, Tensor> varlen_attention_backward(Tensor grad_output,
                                                              std::optional<Tensor> philox, Tensor output,
                                                              Tensor logsumexp, int64_t max_q, int64_t max_k,
                                                              double dropout_p, bool is_causal, double scale) {
+  DeviceScope scope(query);
   Packed call =
       arguments(query, key, value, cu_seq_q, cu_seq_k, philox, max_q, max_k, dropout_p, is_causal, scale);
   AttentionArgs& args = call.args;
@@ -208,6 +210,7 @@ Tensor varlen_attention_jvp(Tensor query, Tensor key, Tensor value, Tensor cu_se
                             std::optional<Tensor> tangent_query, std::optional<Tensor> tangent_key,
                             std::optional<Tensor> tangent_value, int64_t max_q, int64_t max_k,
                             double dropout_p, bool is_causal, double scale) {
+  DeviceScope scope(query);
   Packed call =
       arguments(query, key, value, cu_seq_q, cu_seq_k, philox, max_q, max_k, dropout_p, is_causal, scale);
   AttentionArgs& args = call.args;
@@ -226,6 +229,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> varlen_attention_double_backward(
     std::optional<Tensor> philox, Tensor output, Tensor logsumexp, std::optional<Tensor> tangent_query,
     std::optional<Tensor> tangent_key, std::optional<Tensor> tangent_value, int64_t max_q, int64_t max_k,
     double dropout_p, bool is_causal, double scale) {
+  DeviceScope scope(query);
   Packed call =
       arguments(query, key, value, cu_seq_q, cu_seq_k, philox, max_q, max_k, dropout_p, is_causal, scale);
   AttentionArgs& args = call.args;
