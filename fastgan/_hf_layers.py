@@ -15,6 +15,7 @@ backward; torch has the same formula as one.
 from __future__ import annotations
 
 import importlib
+import sys
 from typing import Any
 
 import torch
@@ -45,11 +46,16 @@ class NewGELUActivation(activations.NewGELUActivation):
         return functional.gelu(input, "tanh")
 
 
+def _unseen(*modules: nn.Module) -> bool:
+    """Whether nobody would notice that the modules are not called."""
+    return not any(has_hooks(each) or "forward" in vars(each) for each in modules)
+
+
 def _is_plain(norm: nn.Module, drop: nn.Module) -> bool:
-    """Whether nobody could see that the two are not called."""
+    """Whether the two may become one with the residual, and nobody could see it."""
     if type(norm) is not nn.LayerNorm or type(drop) not in (nn.Dropout, Dropout):
         return False
-    return not any(has_hooks(each) or "forward" in vars(each) for each in (norm, drop))
+    return _unseen(norm, drop)
 
 
 class _LayerEnd(nn.Module):
@@ -89,7 +95,7 @@ def _is_gelu_of_linear(dense: nn.Module, act: Any) -> bool:
         return False
     if type(dense) not in (nn.Linear, Linear) or dense.bias is None:
         return False
-    return not any(has_hooks(each) or "forward" in vars(each) for each in (dense, act))
+    return _unseen(dense, act)
 
 
 #: models whose layers have that text, and the folders of their modules
@@ -126,7 +132,7 @@ def _layer_part(kind: type[nn.Module]) -> type[nn.Module] | None:
         return kind
     if _module_of(kind.__name__) != kind.__module__:
         return None
-    return globals().get(kind.__name__) or __getattr__(kind.__name__)  # a class is made once
+    return getattr(sys.modules[__name__], kind.__name__)
 
 
 _PRODUCTS: dict[type[nn.Module], type[nn.Module]] = {nn.Linear: Linear, pytorch_utils.Conv1D: Conv1D}

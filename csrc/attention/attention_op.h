@@ -46,8 +46,7 @@ inline void add_dropout(AttentionArgs& args, const Tensor& query, const std::opt
   args.seed = uint64_t(words[0]);
   args.offset = uint32_t(uint64_t(words[philox->stride(0)]));
 #endif
-  double threshold = dropout_p * 4294967296.0;
-  args.threshold = threshold >= 4294967295.0 ? 0xffffffffu : uint32_t(threshold);
+  args.threshold = dropout_threshold(dropout_p);
   args.kept_scale = dropout_p >= 1 ? 0.0 : 1 / (1 - dropout_p);
 }
 

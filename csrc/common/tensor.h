@@ -83,6 +83,36 @@ inline Dtype dtype_of(const Tensor& tensor) {
   }
 }
 
+inline std::vector<int64_t> sizes_of(const Tensor& tensor) {
+  std::vector<int64_t> out;
+  for (int64_t d = 0; d < tensor.dim(); ++d) out.push_back(tensor.size(d));
+  return out;
+}
+
+inline Tensor contiguous_as(const Tensor& tensor, ScalarType type) {
+  return torch::stable::contiguous(tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type));
+}
+
+// Numbers of Philox below this are dropped.
+inline uint32_t dropout_threshold(double p) {
+  const double threshold = p * 4294967296.0;
+  return threshold >= 4294967295.0 ? 0xffffffffu : uint32_t(threshold);
+}
+
+// Sets what the contracts of dropout on the CPU ask for: seed, offset, threshold and scale.
+template <class Args>
+inline void set_dropout(Args& args, const Tensor& philox, double p) {
+  FASTGAN_CHECK(
+      philox.dim() == 1 && philox.size(0) == 2 && philox.scalar_type() == ScalarType::Long && philox.is_cpu(),
+      "philox must be int64 of shape (2), on input's device");
+  FASTGAN_CHECK(p >= 0.0 && p < 1.0, "p must be at least 0 and less than 1, got ", p);
+  const auto* words = static_cast<const int64_t*>(philox.data_ptr());
+  args.seed = uint64_t(words[0]);
+  args.offset = uint32_t(uint64_t(words[philox.stride(0)]));
+  args.threshold = dropout_threshold(p);
+  args.scale = 1.0 / (1.0 - p);
+}
+
 // float32 for the half-precision types, the type itself otherwise: what sums and statistics are kept in.
 inline ScalarType accumulate_type(ScalarType type) {
   return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;

@@ -26,4 +26,23 @@ struct AccumulateOf<double> {
 template <class Storage>
 using Accumulate = typename AccumulateOf<Storage>::type;
 
+namespace {  // as in threads.h: no symbol is shared between instruction sets
+
+// body(S{}) for the storage type of a dtype.
+template <class Body>
+inline void with_storage(Dtype dtype, const Body& body) {
+  switch (dtype) {
+    case Dtype::float32:
+      return body(float{});
+    case Dtype::float64:
+      return body(double{});
+    case Dtype::bfloat16:
+      return body(bfloat16{});
+    case Dtype::float16:
+      return body(float16{});
+  }
+}
+
+}  // namespace
+
 }  // namespace fastgan

@@ -248,16 +248,12 @@ FASTGAN_INLINE T maximum(Vec<T> v) {
     return maximum<T, kStep / 2>(max(v, exchanged<T, kStep>(v)));
 }
 
-FASTGAN_INLINE Vec<float> exp(Vec<float> x) {
-  typedef Mask<float> Int;
-  // Clamped by comparisons that are false for NaN, so that NaN goes through.
-  Vec<float> clamped = select(x < -105.0f, splat<float>(-105.0f), select(x > 89.0f, splat<float>(89.0f), x));
-  // n = round(x / ln 2): adding 1.5 * 2^23 leaves the integer in the low bits.
-  constexpr float kShift = 12582912.0f;
-  Vec<float> shifted = clamped * 1.44269504088896341f + kShift;
+// exp(x) = 2^n times what is returned, n the nearest integer to x / ln 2; it is in the low bits of `shifted`.
+FASTGAN_INLINE Vec<float> exp_of_rest(Vec<float> x, Vec<float>& shifted) {
+  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low bits
+  shifted = x * 1.44269504088896341f + kShift;
   Vec<float> n = shifted - kShift;
-  Int integer = (Int)shifted - (int32_t)0x4b400000;
-  Vec<float> r = clamped - n * 0.693359375f;  // ln 2 in two parts, the first exact in 9 bits
+  Vec<float> r = x - n * 0.693359375f;  // ln 2 in two parts, the first exact in 9 bits
   r = r + n * 2.12194440e-4f;
   // e^r on [-ln2/2, ln2/2]
   Vec<float> p = splat<float>(1.9875691500e-4f);
@@ -266,7 +262,16 @@ FASTGAN_INLINE Vec<float> exp(Vec<float> x) {
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  return p * (r * r) + r + 1.0f;
+}
+
+FASTGAN_INLINE Vec<float> exp(Vec<float> x) {
+  typedef Mask<float> Int;
+  // Clamped by comparisons that are false for NaN, so that NaN goes through.
+  Vec<float> clamped = select(x < -105.0f, splat<float>(-105.0f), select(x > 89.0f, splat<float>(89.0f), x));
+  Vec<float> shifted;
+  const Vec<float> p = exp_of_rest(clamped, shifted);
+  Int integer = (Int)shifted - (int32_t)0x4b400000;
   // 2^n in two halves, so that denormal results and the last binade before infinity are right.
   Int half = integer >> 1, rest = integer - half;
   Vec<float> a = (Vec<float>)((half + 127) << 23), b = (Vec<float>)((rest + 127) << 23);

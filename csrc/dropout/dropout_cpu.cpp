@@ -43,15 +43,5 @@ void run(const DropoutArgs& args, const Threads& threads) {
 
 extern "C" void FASTGAN_KERNEL(dropout_forward)(const fastgan::DropoutArgs& args,
                                                 const fastgan::Threads& threads) {
-  using namespace fastgan;
-  switch (args.dtype) {
-    case Dtype::float32:
-      return run<float>(args, threads);
-    case Dtype::float64:
-      return run<double>(args, threads);
-    case Dtype::bfloat16:
-      return run<bfloat16>(args, threads);
-    case Dtype::float16:
-      return run<float16>(args, threads);
-  }
+  fastgan::with_storage(args.dtype, [&]<class S>(S) { fastgan::run<S>(args, threads); });
 }

@@ -26,18 +26,9 @@ struct Gelu {
 // exp(a) for a <= 0: without the care for denormal and infinite results that exp of vector.h takes. exp(-87)
 // is the least, 1e-38.
 FASTGAN_INLINE Vec<float> exp_of_negative(Vec<float> a) {
-  a = max(splat<float>(-87.0f), a);      // NaN stays
-  constexpr float kShift = 12582912.0f;  // 1.5 * 2^23: adding it leaves the integer in the low bits
-  const Vec<float> shifted = a * 1.44269504088896341f + kShift, n = shifted - kShift;
-  const Vec<float> r =
-      (a - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts, the first exact in 9 bits
-  Vec<float> p = splat<float>(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
+  a = max(splat<float>(-87.0f), a);  // NaN stays
+  Vec<float> shifted;
+  const Vec<float> p = exp_of_rest(a, shifted);
   return (Vec<float>)((Mask<float>)p + ((Mask<float>)shifted << 23));  // times 2^n
 }
 
@@ -151,46 +142,25 @@ struct Pass {
   }
 };
 
-template <class S, bool kBackward, bool kTanh, bool kBias>
-void run(const GeluArgs& args, const Threads& threads) {
-  const Pass<S, kTanh, kBias> pass{args};
-  if constexpr (kBackward)
-    pass.run_backward(threads);
-  else
-    pass.run_forward(threads);
-}
-
-template <class S, bool kBackward>
-void run(const GeluArgs& args, const Threads& threads) {
-  if (args.by_tanh)
-    args.bias ? run<S, kBackward, true, true>(args, threads) : run<S, kBackward, true, false>(args, threads);
-  else
-    args.bias ? run<S, kBackward, false, true>(args, threads)
-              : run<S, kBackward, false, false>(args, threads);
-}
-
-template <bool kBackward>
-void run(const GeluArgs& args, const Threads& threads) {
-  switch (args.dtype) {
-    case Dtype::float32:
-      return run<float, kBackward>(args, threads);
-    case Dtype::float64:
-      return run<double, kBackward>(args, threads);
-    case Dtype::bfloat16:
-      return run<bfloat16, kBackward>(args, threads);
-    case Dtype::float16:
-      return run<float16, kBackward>(args, threads);
-  }
+// body(pass) for the call's types, formula and whether it has a bias.
+template <class Body>
+void with_pass(const GeluArgs& args, const Body& body) {
+  with_storage(args.dtype, [&]<class S>(S) {
+    if (args.by_tanh)
+      args.bias ? body(Pass<S, true, true>{args}) : body(Pass<S, true, false>{args});
+    else
+      args.bias ? body(Pass<S, false, true>{args}) : body(Pass<S, false, false>{args});
+  });
 }
 
 }  // namespace
 }  // namespace fastgan
 
 extern "C" void FASTGAN_KERNEL(gelu_forward)(const fastgan::GeluArgs& args, const fastgan::Threads& threads) {
-  fastgan::run<false>(args, threads);
+  fastgan::with_pass(args, [&](const auto& pass) { pass.run_forward(threads); });
 }
 
 extern "C" void FASTGAN_KERNEL(gelu_backward)(const fastgan::GeluArgs& args,
                                               const fastgan::Threads& threads) {
-  fastgan::run<true>(args, threads);
+  fastgan::with_pass(args, [&](const auto& pass) { pass.run_backward(threads); });
 }

@@ -9,14 +9,9 @@ namespace {
 
 using fastgan::GeluArgs;
 using fastgan::ScalarType;
+using fastgan::sizes_of;
 using fastgan::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-
-std::vector<int64_t> sizes(const Tensor& x) {
-  std::vector<int64_t> out;
-  for (int64_t d = 0; d < x.dim(); ++d) out.push_back(x.size(d));
-  return out;
-}
 
 // Arguments and the tensors that they point into.
 struct Call {
@@ -33,17 +28,18 @@ struct Call {
     if (!b.has_value()) return;
     FASTGAN_CHECK(x.dim() >= 1 && b->dim() == 1 && b->size(0) == x.size(x.dim() - 1) && b->is_cpu(),
                   "bias must have as many elements as input's last dimension, on its device");
-    ScalarType type = fastgan::accumulate_type(x.scalar_type());
-    bias = torch::stable::contiguous(b->scalar_type() == type ? *b : torch::stable::to(*b, type));
+    bias = fastgan::contiguous_as(*b, fastgan::accumulate_type(x.scalar_type()));
     args.bias = bias->data_ptr();
     args.width = bias->size(0);
     args.rows = args.width ? x.numel() / args.width : 0;
   }
 };
 
+// Results are malloc's, like the activations around them: in the pool they drive out what is asked for once a
+// step.
 Tensor forward(Tensor input, OptionalTensor bias, bool by_tanh) {
   Call call(input, bias, by_tanh);
-  Tensor output = torch::stable::empty(sizes(input), input.scalar_type());
+  Tensor output = torch::stable::empty(sizes_of(input), input.scalar_type());
   call.args.output = output.data_ptr();
   FASTGAN_RUN(gelu_forward, call.args, input);
   return output;
@@ -52,12 +48,12 @@ Tensor forward(Tensor input, OptionalTensor bias, bool by_tanh) {
 std::tuple<Tensor, Tensor> backward(Tensor grad_output, Tensor input, OptionalTensor bias, bool by_tanh,
                                     bool wants_bias) {
   Call call(input, bias, by_tanh);
-  FASTGAN_CHECK(grad_output.scalar_type() == input.scalar_type() && sizes(grad_output) == sizes(input) &&
-                    grad_output.is_cpu(),
+  FASTGAN_CHECK(grad_output.scalar_type() == input.scalar_type() &&
+                    sizes_of(grad_output) == sizes_of(input) && grad_output.is_cpu(),
                 "grad_output must have input's shape, dtype and device");
   FASTGAN_CHECK(!wants_bias || bias.has_value(), "wants_bias asks for an absent bias's gradient");
   Tensor grad = torch::stable::contiguous(grad_output);
-  Tensor grad_input = torch::stable::empty(sizes(input), input.scalar_type());
+  Tensor grad_input = torch::stable::empty(sizes_of(input), input.scalar_type());
   ScalarType type = fastgan::accumulate_type(input.scalar_type());
   Tensor grad_bias = fastgan::empty({wants_bias ? call.args.width : 0}, type, input);
   Tensor scratch =

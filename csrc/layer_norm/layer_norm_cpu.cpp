@@ -209,32 +209,12 @@ struct LayerNorm {
   }
 };
 
-template <class S, bool kBackward, bool kDrops>
-void run(const LayerNormArgs& args, const Threads& threads) {
-  const LayerNorm<S, kDrops> norm{args};
-  if constexpr (kBackward)
-    norm.run_backward(threads);
-  else
-    norm.run_forward(threads);
-}
-
-template <class S, bool kBackward>
-void run(const LayerNormArgs& args, const Threads& threads) {
-  args.drops ? run<S, kBackward, true>(args, threads) : run<S, kBackward, false>(args, threads);
-}
-
-template <bool kBackward>
-void run(const LayerNormArgs& args, const Threads& threads) {
-  switch (args.dtype) {
-    case Dtype::float32:
-      return run<float, kBackward>(args, threads);
-    case Dtype::float64:
-      return run<double, kBackward>(args, threads);
-    case Dtype::bfloat16:
-      return run<bfloat16, kBackward>(args, threads);
-    case Dtype::float16:
-      return run<float16, kBackward>(args, threads);
-  }
+// body(norm) for the call's types and whether it drops.
+template <class Body>
+void with_norm(const LayerNormArgs& args, const Body& body) {
+  with_storage(args.dtype, [&]<class S>(S) {
+    args.drops ? body(LayerNorm<S, true>{args}) : body(LayerNorm<S, false>{args});
+  });
 }
 
 }  // namespace
@@ -242,10 +222,10 @@ void run(const LayerNormArgs& args, const Threads& threads) {
 
 extern "C" void FASTGAN_KERNEL(layer_norm_forward)(const fastgan::LayerNormArgs& args,
                                                    const fastgan::Threads& threads) {
-  fastgan::run<false>(args, threads);
+  fastgan::with_norm(args, [&](const auto& norm) { norm.run_forward(threads); });
 }
 
 extern "C" void FASTGAN_KERNEL(layer_norm_backward)(const fastgan::LayerNormArgs& args,
                                                     const fastgan::Threads& threads) {
-  fastgan::run<true>(args, threads);
+  fastgan::with_norm(args, [&](const auto& norm) { norm.run_backward(threads); });
 }

@@ -9,17 +9,12 @@ namespace {
 
 using fastgan::LayerNormArgs;
 using fastgan::ScalarType;
+using fastgan::sizes_of;
 using fastgan::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-std::vector<int64_t> sizes(const Tensor& x) {
-  std::vector<int64_t> out;
-  for (int64_t d = 0; d < x.dim(); ++d) out.push_back(x.size(d));
-  return out;
-}
-
 std::vector<int64_t> rows(const Tensor& x) {
-  std::vector<int64_t> out = sizes(x);
+  std::vector<int64_t> out = sizes_of(x);
   out.pop_back();
   return out;
 }
@@ -37,24 +32,15 @@ struct Call {
     args.rows = args.width ? x.numel() / args.width : 0;
     args.eps = eps;
     if (!philox.has_value()) return;
-    FASTGAN_CHECK(philox->dim() == 1 && philox->size(0) == 2 && philox->scalar_type() == ScalarType::Long &&
-                      philox->is_cpu(),
-                  "philox must be int64 of shape (2), on input's device");
-    FASTGAN_CHECK(p >= 0.0 && p < 1.0, "p must be at least 0 and less than 1, got ", p);
-    FASTGAN_CHECK(x.numel() <= int64_t(1) << 34, "input must have at most 2^34 elements with dropout");
-    const auto* words = static_cast<const int64_t*>(philox->data_ptr());
+    fastgan::set_dropout(args, *philox, p);
     args.drops = true;
-    args.seed = uint64_t(words[0]);
-    args.offset = uint32_t(uint64_t(words[philox->stride(0)]));
-    double threshold = p * 4294967296.0;
-    args.threshold = threshold >= 4294967295.0 ? 0xffffffffu : uint32_t(threshold);
-    args.scale = 1.0 / (1.0 - p);
+    FASTGAN_CHECK(x.numel() <= int64_t(1) << 34, "input must have at most 2^34 elements with dropout");
   }
 
   const void* same(const Tensor& tensor, const char* name) {
     FASTGAN_CHECK(
-        tensor.scalar_type() == like.scalar_type() && sizes(tensor) == sizes(like) && tensor.is_cpu(), name,
-        " must have input's shape, dtype and device");
+        tensor.scalar_type() == like.scalar_type() && sizes_of(tensor) == sizes_of(like) && tensor.is_cpu(),
+        name, " must have input's shape, dtype and device");
     kept.push_back(torch::stable::contiguous(tensor));
     return kept.back().data_ptr();
   }
@@ -76,7 +62,8 @@ struct Call {
     return static_cast<double*>(kept.back().data_ptr());
   }
 
-  Tensor output() const { return torch::stable::empty(sizes(like), like.scalar_type()); }
+  // malloc's, like the activations around it: in the pool they drive out what is asked for once a step.
+  Tensor output() const { return torch::stable::empty(sizes_of(like), like.scalar_type()); }
 };
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(Tensor input, Tensor residual, Tensor weight, Tensor bias,

@@ -9,8 +9,10 @@
 namespace {
 
 using fastgan::Activation;
+using fastgan::contiguous_as;
 using fastgan::NormActArgs;
 using fastgan::ScalarType;
+using fastgan::sizes_of;
 using fastgan::Tensor;
 using torch::headeronly::MemoryFormat;
 using OptionalTensor = std::optional<Tensor>;
@@ -38,18 +40,8 @@ MemoryFormat memory_format(const Tensor& x) {
   return x.dim() == 4 ? MemoryFormat::ChannelsLast : MemoryFormat::ChannelsLast3d;
 }
 
-std::vector<int64_t> sizes(const Tensor& x) {
-  std::vector<int64_t> out;
-  for (int64_t d = 0; d < x.dim(); ++d) out.push_back(x.size(d));
-  return out;
-}
-
 Tensor empty_like(const Tensor& x, MemoryFormat format) {
-  return fastgan::empty(sizes(x), x.scalar_type(), x, format != MemoryFormat::Contiguous);
-}
-
-Tensor contiguous_as(const Tensor& x, ScalarType type) {
-  return torch::stable::contiguous(x.scalar_type() == type ? x : torch::stable::to(x, type));
+  return fastgan::empty(sizes_of(x), x.scalar_type(), x, format != MemoryFormat::Contiguous);
 }
 
 // Arguments and the tensors that they point into.
@@ -131,8 +123,9 @@ struct Call {
   std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad_output, const OptionalTensor& w,
                                               const OptionalTensor& b, const std::vector<bool>& needs) {
     FASTGAN_CHECK(needs.size() == 3, "needs must have 3 elements, got ", needs.size());
-    FASTGAN_CHECK(grad_output.scalar_type() == input.scalar_type() && sizes(grad_output) == sizes(input),
-                  "grad_output must have input's shape and dtype");
+    FASTGAN_CHECK(
+        grad_output.scalar_type() == input.scalar_type() && sizes_of(grad_output) == sizes_of(input),
+        "grad_output must have input's shape and dtype");
     FASTGAN_CHECK(fastgan::is_here(grad_output, input), "grad_output must be on input's device");
     FASTGAN_CHECK((!needs[1] || w.has_value()) && (!needs[2] || b.has_value()),
                   "needs asks for an absent parameter's");

@@ -169,17 +169,14 @@ def _lines(documents: Sequence[str], scores: Sequence[np.ndarray], count: int) -
     lines = []
     for document, own in zip(documents, scores, strict=True):
         sentences = sentences_of(document)
-        best = np.argsort(-np.asarray(own), kind="stable")[:count]
+        best = np.argsort(-own, kind="stable")[:count]
         lines.append(" ".join(sentences[number] for number in sorted(best)))
     return lines
 
 
 @torch.no_grad()
-def extract(
-    network: Any, tokenizer: Any, documents: Sequence[str], *, sentences: int | None = None, batch_size: int = 32
-) -> list[str]:
-    """The best ``sentences`` of each document (as many as the model was trained to take), in its own order."""
-    count = getattr(network.config, _SENTENCES, 1) if sentences is None else sentences
+def extract(network: Any, tokenizer: Any, documents: Sequence[str], batch_size: int = 32) -> list[str]:
+    """The best sentences of each document, as many as the model was trained to take, in its own order."""
     device = next(network.parameters()).device
     rows, spans, _ = _rows(tokenizer, documents, most_tokens(network, tokenizer, 1 << 30))
     scores: list[Any] = [None] * len(rows)
@@ -189,4 +186,4 @@ def extract(
         logits = network(**batch).logits.float().cpu().numpy()
         for place, index in enumerate(chosen):
             scores[index] = _scores(logits[place], spans[index])
-    return _lines(documents, scores, count)
+    return _lines(documents, scores, getattr(network.config, _SENTENCES, 1))

@@ -7,6 +7,7 @@
 
 #include "common/vector.h"
 #include "harness.h"
+#include "philox_word.h"
 
 using namespace fastgan;
 using harness::Buffer;
@@ -65,19 +66,6 @@ struct Array {
   int64_t size[4], stride[4];
   Buffer<T> data;
 };
-
-// Philox4x32-10, word by word.
-uint32_t philox_word(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t column) {
-  uint32_t c3 = column / 4, k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 10; ++round) {
-    uint64_t p0 = uint64_t(0xD2511F53u) * c0, p1 = uint64_t(0xCD9E8D57u) * c2;
-    c0 = uint32_t(p1 >> 32) ^ c1 ^ k0, c1 = uint32_t(p1);
-    c2 = uint32_t(p0 >> 32) ^ c3 ^ k1, c3 = uint32_t(p0);
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-  }
-  const uint32_t words[4] = {c0, c1, c2, c3};
-  return words[column % 4];
-}
 
 // A case with its numbers, drawn anew, and the arguments that name them.
 template <class T>
@@ -170,8 +158,8 @@ void check(const Case& c, Dtype dtype, int threads, double tolerance) {
           if ((c.mask && !mask(0, h, r, j)) || (c.is_causal && j > r)) s = -INFINITY;
           p[j] = s;
           top = std::fmax(top, s);
-          keep[j] = !c.dropout || philox_word(a.seed, a.offset, uint32_t(b * c.heads + h), uint32_t(r),
-                                              uint32_t(j)) >= a.threshold;
+          keep[j] = !c.dropout || harness::philox_word(a.seed, a.offset, uint32_t(b * c.heads + h),
+                                                       uint32_t(r), uint32_t(j)) >= a.threshold;
         }
         const bool dead = top == -INFINITY;
         for (int64_t j = 0; j < c.columns; ++j) total += p[j] = dead ? 0 : std::exp(p[j] - top);
