@@ -1,0 +1,395 @@
+"""The tables of ``benchmarks.device``: each times its cases on the GPU and prints a row as soon as it has one."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+import torch.nn.functional as T
+
+from benchmarks import gan_steps
+from fastgan.nn import functional as F
+
+FLUSH_BYTES = 512 * 2**20  # larger than any second-level cache
+# batch, channels, height: a DCGAN's layers at 64x64 pixels, and one that does not fit the cache
+NORM_SHAPES = [(64, 64, 32), (128, 128, 16), (128, 256, 8), (128, 512, 4), (64, 256, 64)]
+LOSS_SHAPES = [(64, 512, 4), (128, 512, 4), (1024, 512, 4), (16, 512, 31)]
+# name, batch, heads, length, width, dtype, options; `forward`: that alone
+Case = tuple[str, int, int, int, int, torch.dtype, dict[str, Any]]
+ATTENTION: list[Case] = [
+    ("forward", 8, 16, 2048, 64, torch.bfloat16, {"forward": True}),
+    ("forward", 4, 8, 8192, 64, torch.bfloat16, {"forward": True}),
+    ("forward", 8, 16, 2048, 128, torch.bfloat16, {"forward": True}),
+    ("forward", 4, 8, 8192, 128, torch.bfloat16, {"forward": True}),
+    ("forward, causal", 4, 8, 8192, 128, torch.bfloat16, {"forward": True, "causal": True}),
+    ("forward", 4, 8, 2048, 256, torch.bfloat16, {"forward": True}),
+    ("one query", 8, 32, 8192, 128, torch.bfloat16, {"forward": True, "rows": 1}),
+    ("plain", 8, 16, 2048, 64, torch.bfloat16, {}),
+    ("plain", 8, 16, 2048, 128, torch.bfloat16, {}),
+    ("causal", 8, 16, 2048, 128, torch.bfloat16, {"causal": True}),
+    ("BERT: padding, dropout", 32, 12, 512, 64, torch.bfloat16, {"padding": True, "dropout": 0.1}),
+    ("padding", 32, 12, 512, 64, torch.bfloat16, {"padding": True}),
+    ("T5: learned bias", 8, 12, 512, 64, torch.bfloat16, {"bias": True}),
+    ("float32 forward", 8, 12, 1024, 64, torch.float32, {"forward": True}),
+    ("float32", 8, 12, 1024, 64, torch.float32, {}),
+    ("float32, causal", 8, 12, 1024, 128, torch.float32, {"causal": True}),
+]
+SECOND = [(4, 8, 1024, 64), (2, 8, 4096, 64), (1, 8, 8192, 64)]
+HEADS = [(8192, 768, 50257, torch.bfloat16), (8192, 2048, 128256, torch.bfloat16), (4096, 768, 30522, torch.float32)]
+Rows = list[dict[str, Any]]
+
+
+def milliseconds(call: Callable[[], Any], flush: torch.Tensor, rounds: int) -> float:
+    """Median time of a call on the device, with a cold cache."""
+    for _ in range(3):
+        call()
+    pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
+    for begin, end in pairs:
+        flush.zero_()
+        begin.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return median(begin.elapsed_time(end) for begin, end in pairs)
+
+
+def difference(ours: tuple[torch.Tensor, ...], theirs: tuple[torch.Tensor, ...]) -> float:
+    """The largest relative difference of a result, as norms."""
+    pairs = [(a.double(), b.double()) for a, b in zip(ours, theirs, strict=True)]
+    return max(((a - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs)
+
+
+def forward_and_backward(function: Callable[..., torch.Tensor], tensors: list[torch.Tensor], grad: torch.Tensor):
+    def call() -> tuple[torch.Tensor, ...]:
+        output = function(*tensors)
+        return output.detach(), *torch.autograd.grad(output, tensors, grad)
+
+    return call
+
+
+class Table:
+    """Prints a row when it comes and keeps it."""
+
+    def __init__(self, flush: torch.Tensor, rounds: int, compiles: bool):
+        self.flush, self.rounds, self.compiles = flush, rounds, compiles
+        self.rows: Rows = []
+        self.failed = False
+
+    def head(self, *columns: str) -> None:
+        print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
+
+    def time(self, call: Callable[[], Any], rounds: int | None = None) -> float:
+        return milliseconds(call, self.flush, rounds or self.rounds)
+
+    def row(self, case: str, shown: list[str], **numbers: Any) -> None:
+        print(f"| {case} | {' | '.join(shown)} |", flush=True)
+        self.rows.append({"case": case, **numbers})
+
+    def judge(self, off: float, most: float) -> str:
+        wrong = not off <= most
+        self.failed = self.failed or wrong
+        return f"{off:.1e}{' WRONG' if wrong else ''}"
+
+
+# ---- bandwidth ----
+
+
+def kernel_cases(dtype: torch.dtype, layout: torch.memory_format):
+    """(name, ours, PyTorch's, tensors, gradient of the output, bytes that must be moved forward and backward)."""
+
+    def norm(fused: bool):
+        def run(x, w, b):
+            if fused:
+                return F.batch_norm_act(x, None, None, w, b, True, 0.1, 1e-5, "leaky_relu", 0.2)
+            return T.leaky_relu(T.batch_norm(x, None, None, w, b, True, 0.1, 1e-5), 0.2)
+
+        return run
+
+    def loss(fused: bool):
+        def run(x, w):
+            if fused:
+                return F.conv_bce_with_logits(x, w, None, 1.0)[0]
+            logits = T.conv2d(x, w)
+            return T.binary_cross_entropy_with_logits(logits, torch.ones_like(logits))
+
+        return run
+
+    for n, c, s in NORM_SHAPES:
+        x = torch.randn(n, c, s, s, device="cuda", dtype=dtype).to(memory_format=layout)
+        parameters = [torch.randn(c, device="cuda", requires_grad=True) for _ in range(2)]
+        # Read x, write y; read x and dy, write dx. A second reading of x for its statistics is the kernel's affair.
+        yield (
+            f"batch norm + leaky ReLU {n}x{c}x{s}x{s}", norm(True), norm(False), [x.requires_grad_(), *parameters],
+            torch.randn_like(x), 5 * x.numel() * x.element_size(),
+        )  # fmt: skip
+    for n, c, s in LOSS_SHAPES:
+        x = torch.randn(n, c, s, s, device="cuda", dtype=dtype).to(memory_format=layout)
+        w = (torch.randn(1, c, 4, 4, device="cuda") / (16 * c) ** 0.5).to(dtype)
+        tensors = [x.requires_grad_(), w.requires_grad_()]
+        yield (
+            f"last convolution + BCE {n}x{c}x{s}x{s}", loss(True), loss(False), tensors,
+            torch.ones((), device="cuda", dtype=dtype), 3 * x.numel() * x.element_size(),
+        )  # fmt: skip
+
+
+def kernels(table: Table) -> None:
+    source, target = torch.empty(2, FLUSH_BYTES // 4, device="cuda").unbind()
+    bandwidth = 2 * source.numel() * 4 / table.time(lambda: target.copy_(source), 20) / 1e6  # GB/s
+    print(f"a copy moves {bandwidth:.0f} GB/s; forward and backward, milliseconds\n")
+    table.rows.append({"copy": bandwidth})
+    names = ["fastgan", "PyTorch", *["compiled"] * table.compiles]
+    table.head("", *names, "PyTorch / fastgan", "share of bandwidth", "difference")
+    for dtype in (torch.float32, torch.bfloat16):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            for name, ours, theirs, tensors, grad, moved in kernel_cases(dtype, layout):
+                peers = [ours, theirs, *[torch.compile(theirs)] * table.compiles]
+                calls = [forward_and_backward(f, tensors, grad) for f in peers]
+                off = difference(calls[0](), calls[1]())
+                times = [table.time(call) for call in calls]
+                share = moved / times[0] / 1e6 / bandwidth
+                where = f"{name}, {str(dtype).removeprefix('torch.')}, {str(layout).removeprefix('torch.')}"
+                # torch's convolutions may use TF32
+                verdict = table.judge(off, 2e-2 if dtype == torch.bfloat16 else 5e-3)
+                shown = [*(f"{t:.3f}" for t in times), f"{times[1] / times[0]:.2f}x", f"{share:.0%}", verdict]
+                table.row(where, shown, **dict(zip(names, times, strict=True)), share=share, difference=off)
+
+
+# ---- attention ----
+
+
+def attention_calls(case: Case, compiles: bool) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Ours, PyTorch's choice, each of its backends, and FlexAttention where it can do the same."""
+    _, batch, heads, length, width, dtype, options = case
+
+    def make(*size: int) -> torch.Tensor:
+        return torch.randn(*size, device="cuda", dtype=dtype).requires_grad_(not options.get("forward"))
+
+    rows = options.get("rows", length)
+    tensors = [make(batch, n, heads, width) for n in (rows, length, length)]  # as projections leave them
+    grad = torch.randn(batch, heads, rows, width, device="cuda", dtype=dtype)
+    mask = None
+    if options.get("padding"):
+        lengths = torch.linspace(length / 4, length, batch, device="cuda").long()
+        mask = (torch.arange(length, device="cuda") < lengths[:, None]).view(batch, 1, 1, length)
+    if options.get("bias"):
+        mask = make(1, heads, length, length)
+        tensors.append(mask)
+    dropout, causal = options.get("dropout", 0.0), options.get("causal", False)
+
+    def calling(attention: Callable[..., torch.Tensor]) -> Callable[[], Any]:
+        def run(query, key, value, *rest):
+            inside = [t.transpose(1, 2) for t in (query, key, value)]
+            return attention(*inside, rest[0] if rest else mask, dropout, causal)
+
+        if options.get("forward"):
+            return lambda: (run(*tensors),)
+        return forward_and_backward(run, tensors, grad)
+
+    yield "fastgan", calling(F.scaled_dot_product_attention)
+    yield "PyTorch", calling(T.scaled_dot_product_attention)
+    for backend in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
+
+        def forced(*args: Any, backend: str = backend) -> torch.Tensor:
+            with torch.nn.attention.sdpa_kernel(getattr(torch.nn.attention.SDPBackend, backend)):
+                return T.scaled_dot_product_attention(*args)
+
+        yield backend.removesuffix("_ATTENTION").lower(), calling(forced)
+    if compiles and not dropout and dtype != torch.float32:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        compiled = torch.compile(flex_attention)
+        block_mask = None
+        if causal:
+            block_mask = create_block_mask(lambda b, h, q, k: q >= k, None, None, length, length)
+        elif options.get("padding"):
+            block_mask = create_block_mask(lambda b, h, q, k: k < lengths[b], batch, None, length, length)
+
+        def flex(query, key, value, bias, *_):
+            add = (lambda score, b, h, q, k: score + bias[0, h, q, k]) if options.get("bias") else None
+            return compiled(query, key, value, score_mod=add, block_mask=block_mask)
+
+        yield "flex", calling(flex)
+
+
+def attention(table: Table) -> None:
+    names = ["fastgan", "PyTorch", "flash", "efficient", "cudnn", "math", *["flex"] * table.compiles]
+    table.head("milliseconds", *names, "best / fastgan", "TFLOP/s", "difference")
+    rounds = max(10, table.rounds // 3)
+    for case in ATTENTION:
+        name, batch, heads, length, width, dtype, options = case
+        times: dict[str, float] = {}
+        results: dict[str, Any] = {}
+        for which, call in attention_calls(case, table.compiles):
+            try:
+                results[which] = call() if which in ("fastgan", "PyTorch") else None
+                times[which] = table.time(call, rounds if which != "math" else 5)
+            except Exception as error:  # this backend does not take the case
+                if which == "fastgan" or "CUDA error" in str(error):
+                    raise
+        # The two draw other dropout masks; tests/cuda_emulation judges those.
+        off = 0.0 if options.get("dropout") else difference(results["fastgan"], results["PyTorch"])
+        rows = options.get("rows", length)
+        products = (2 if options.get("forward") else 7) * 2 * batch * heads * rows * length * width
+        rate = products * (0.5 if options.get("causal") else 1.0) / times["fastgan"] / 1e9
+        best = min(time for which, time in times.items() if which != "fastgan")
+        verdict = table.judge(off, 2e-2 if dtype == torch.bfloat16 else 1e-3)
+        shown = [f"{times[n]:.3f}" if n in times else "" for n in names]
+        table.row(
+            f"{name}, {batch}x{heads}x{length}x{width}",
+            [*shown, f"{best / times['fastgan']:.2f}x", f"{rate:.0f}", verdict],
+            **times, tflops=rate, difference=off,
+        )  # fmt: skip
+
+
+def peak(call: Callable[[], Any]) -> float:
+    """Megabytes (2²⁰ bytes) that a call takes beyond what is there."""
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
+
+
+def second(table: Table) -> None:
+    """The gradient of a function of the gradients, as a penalty on them asks for."""
+    table.head(
+        "milliseconds; MB", "fastgan", "PyTorch", "PyTorch / fastgan", "fastgan, MB", "PyTorch, MB", "difference"
+    )
+    for batch, heads, length, width in SECOND:
+        for dtype in (torch.bfloat16, torch.float32):
+            tensors = [torch.randn(batch, heads, length, width, device="cuda", dtype=dtype) for _ in range(3)]
+            tensors = [t.requires_grad_() for t in tensors]
+
+            def calling(function: Callable[..., torch.Tensor], tensors=tensors) -> Callable[[], Any]:
+                def call() -> Any:
+                    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                        output = function(*tensors)
+                        gradients = torch.autograd.grad(output.square().sum(), tensors, create_graph=True)
+                        return torch.autograd.grad(sum(g.square().sum() for g in gradients), tensors)
+
+                return call  # noqa: B023, which takes it for the one below
+
+            calls = [calling(F.scaled_dot_product_attention), calling(T.scaled_dot_product_attention)]
+            off = difference(calls[0](), calls[1]())
+            rounds = max(5, table.rounds // 6)
+            times = [table.time(call, rounds) for call in calls]
+            memory = [peak(call) for call in calls]
+            table.row(
+                f"{batch}x{heads}x{length}x{width}, {str(dtype).removeprefix('torch.')}",
+                [f"{times[0]:.3f}", f"{times[1]:.3f}", f"{times[1] / times[0]:.2f}x", *(f"{m:.0f}" for m in memory),
+                 table.judge(off, 5e-2 if dtype == torch.bfloat16 else 1e-3)],
+                fastgan=times[0], PyTorch=times[1], megabytes=memory, difference=off,
+            )  # fmt: skip
+
+
+# ---- the head of a language model ----
+
+
+def head(table: Table) -> None:
+    table.head(
+        "milliseconds; MB", "fastgan", "PyTorch", "PyTorch / fastgan", "fastgan, MB", "PyTorch, MB", "difference"
+    )
+    for tokens, features, classes, dtype in HEADS:
+        x = torch.randn(tokens, features, device="cuda", dtype=dtype).requires_grad_()
+        w = (torch.randn(classes, features, device="cuda") / features**0.5).to(dtype).requires_grad_()
+        target = torch.randint(0, classes, (tokens,), device="cuda")
+        one = torch.ones((), device="cuda", dtype=dtype)
+        calls = [
+            forward_and_backward(lambda x, w, t=target: F.linear_cross_entropy(x, w, t), [x, w], one),
+            forward_and_backward(lambda x, w, t=target: T.cross_entropy(T.linear(x, w), t), [x, w], one),
+        ]
+        off = difference(calls[0](), calls[1]())
+        times = [table.time(call, max(10, table.rounds // 3)) for call in calls]
+        memory = [peak(call) for call in calls]
+        table.row(
+            f"{tokens} tokens, {features} wide, {classes} words, {str(dtype).removeprefix('torch.')}",
+            [f"{times[0]:.3f}", f"{times[1]:.3f}", f"{times[1] / times[0]:.2f}x", *(f"{m:.0f}" for m in memory),
+             table.judge(off, 2e-2 if dtype == torch.bfloat16 else 1e-3)],
+            fastgan=times[0], PyTorch=times[1], megabytes=memory, difference=off,
+        )  # fmt: skip
+
+
+# ---- training steps ----
+
+
+def gan(table: Table) -> None:
+    """DCGANs at 64x64 pixels, width 64."""
+    chosen = {n: b for n, b in gan_steps.DEVICE_STEPS.items() if table.compiles or n != "compiled"}
+    table.head("DCGAN step, milliseconds", *chosen, "eager / fastgan", "graph / fastgan")
+    for batch in (16, 64, 128):
+        networks, real = gan_steps.networks(batch=batch)
+        times = {}
+        for name, build in chosen.items():
+            step = build(copy.deepcopy(networks).cuda(), real.cuda())
+            times[name] = table.time(step, max(10, table.rounds // 2))
+        ratios = [times[name] / times["fastgan"] for name in ("eager", "CUDA graph")]
+        table.row(f"batch {batch}", [*(f"{t:.3f}" for t in times.values()), *(f"{r:.2f}x" for r in ratios)], **times)
+
+
+def language(table: Table) -> None:
+    """Steps with AdamW in bfloat16 autocast, batches as in pretraining."""
+    import transformers
+
+    from fastgan.replace import replace_modules
+
+    gpt2 = transformers.GPT2Config(n_layer=4)
+    bert = transformers.BertConfig(num_hidden_layers=4)
+    cases = {
+        "GPT-2, 4 layers, 8x1024": (transformers.GPT2LMHeadModel, gpt2, 8, 1024),
+        "BERT, 4 layers, 32x512, padding, dropout": (transformers.BertForSequenceClassification, bert, 32, 512),
+    }
+    table.head("milliseconds; MB", "fastgan", "SDPA", "SDPA / fastgan", "fastgan, MB", "SDPA, MB", "loss differs by")
+    for name, (kind, config, batch, length) in cases.items():
+        ids = torch.randint(0, 30000, (batch, length), device="cuda")
+        inputs: dict[str, Any] = {"input_ids": ids, "labels": ids, "use_cache": False}
+        if kind is not transformers.GPT2LMHeadModel:
+            lengths = torch.linspace(length / 4, length, batch, device="cuda").long()
+            mask = (torch.arange(length, device="cuda") < lengths[:, None]).long()
+            inputs = {"input_ids": ids, "attention_mask": mask, "labels": torch.arange(batch, device="cuda") % 2}
+        times, memory, losses = [], [], []
+        for fused in (True, False):
+            torch.manual_seed(0)
+            model = kind._from_config(config, attn_implementation="sdpa").cuda().train()
+            if fused:
+                replace_modules(model)
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+
+            def step(model=model, optimizer=optimizer, inputs=inputs) -> torch.Tensor:
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = model(**inputs).loss
+                loss.backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+                return loss.detach()
+
+            losses.append(step().item())
+            times.append(table.time(step, max(10, table.rounds // 3)))
+            memory.append(peak(step))
+        off = abs(losses[0] / losses[1] - 1)  # dropout draws differ
+        shown = [f"{times[0]:.3f}", f"{times[1]:.3f}", f"{times[1] / times[0]:.2f}x", *(f"{m:.0f}" for m in memory)]
+        table.row(name, [*shown, table.judge(off, 5e-2)], fastgan=times[0], SDPA=times[1], megabytes=memory)
+
+
+def main(section: str, out: str, rounds: str, *flags: str) -> int:
+    torch.manual_seed(0)
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
+    table = Table(flush, int(rounds), "--no-compile" not in flags)
+    try:
+        {"kernels": kernels, "attention": attention, "second": second, "head": head, "gan": gan, "language": language}[
+            section
+        ](table)
+    finally:
+        Path(out).write_text(json.dumps(table.rows))
+    return int(table.failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(*sys.argv[1:]))
