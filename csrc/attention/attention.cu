@@ -80,6 +80,7 @@ FASTGAN_DEVICE void attend(const AttentionArgs& given, const AttentionArgs& args
                            T (&output)[Tiling::R][D / 8][4], T (&maximum)[Tiling::R][2],
                            T (&total)[Tiling::R][2]) {
   constexpr int N = Tiling::N, R = Tiling::R, stages = Tiling::stages, threads = Tiling::threads;
+  constexpr bool panels = Tiling::warpgroups;
   SharedMemory shared;
   S* queries = shared.take<S>(Tiling::rows * D);
   S* pairs = shared.take<S>(2 * stages * N * D);
@@ -87,33 +88,35 @@ FASTGAN_DEVICE void attend(const AttentionArgs& given, const AttentionArgs& args
   const int warp = int(threadIdx.x) / kWarp;
   T* memory = per_warp ? shared.take<T>(Tiling::warps * per_warp) + warp * per_warp : nullptr;
 
-  const int batch = of.batch, head = of.head, warp_row = of.warp_row;
+  const int batch = of.batch, head = of.head, warp_row = of.warp_row,
+            behind = of.row0 + together<Tiling>() + kTogether<Tiling>;  // the rows multiplied together
   auto load = [&](int tile, int stage) {
     const AttentionArgs& now = sequence_of<Packed, S>(given, batch);
     S* to = pairs + stage * 2 * N * D;
-    load_tile<S, D, N, threads>(to, now.key, head_of<S>(now.key, batch, of.kv_head), tile, now.columns,
+    load_tile<S, D, N, threads, panels>(to, now.key, head_of<S>(now.key, batch, of.kv_head), tile, now.columns,
                                 now.width, plan.vectors);
-    load_tile<S, D, N, threads>(to + N * D, now.value, head_of<S>(now.value, batch, of.kv_head), tile,
+    load_tile<S, D, N, threads, panels>(to + N * D, now.value, head_of<S>(now.value, batch, of.kv_head), tile,
                                 now.columns, now.value_width, plan.vectors);
   };
 #pragma unroll
   for (int t = 0; t < R; ++t) maximum[t][0] = maximum[t][1] = -T(INFINITY);
-  load_tile<S, D, Tiling::rows, threads>(queries, args.query, head_of<S>(args.query, batch, head), of.row0,
+  load_tile<S, D, Tiling::rows, threads, panels>(queries, args.query, head_of<S>(args.query, batch, head), of.row0,
                                          args.rows, args.width, plan.vectors);
-  go_through<stages>(tiles, load, [&](int tile, int stage, bool look) {
+  go_through<Tiling>(tiles, load, [&](int tile, int stage, bool look) {
     const AttentionArgs& now = sequence_of<Packed, S>(given, batch);
     const S* keys = pairs + stage * 2 * N * D;
-    // A warp whose rows end before the diagonal has nothing to do here, nor one of few rows that has none.
-    if (Few ? warp_row < args.rows : !args.is_causal || tile < warp_row + 16 * R + int(now.diagonal)) {
+    // Whose rows end before the diagonal has nothing to do here, nor a warp of few rows that has none.
+    if (Few ? warp_row < args.rows : !args.is_causal || tile < behind + int(now.diagonal)) {
       T scores[R][N / 8][4];
-      products_of_rows<S, D, N, R>(scores, queries + warp * 16 * R * D, keys);
+      start_products<S, D, Tiling>(scores, queries, keys);
+      finish_products<Tiling>(scores);
       finish_scores<false, S>(now, batch, head, warp_row, tile, look, scores);
       soften(scores, maximum, total, output);
       if (args.has_dropout)
         for_each_kept<false, N, R>(args, batch, head, warp_row, tile, [&](int t, int j, int i, bool kept) {
           if (!kept) scores[t][j][i] = 0;
         });
-      add_weighted_rows<S, D, N, R>(output, scores, keys + N * D, memory);
+      add_weighted<S, D, Tiling>(output, scores, keys + N * D, memory);
     }
   });
 }
@@ -145,10 +148,8 @@ FASTGAN_DEVICE decltype(auto) plan_of_sequence(const Plan& plan) {
   }
 }
 
-template <class S, int D, bool Packed>
-__global__ void __launch_bounds__(ForwardTiling<S, D>::threads, 2)
-    forward_kernel(AttentionArgs given, Plan of_call) {
-  using Tiling = ForwardTiling<S, D>;
+template <class S, int D, class Tiling, bool Packed>
+FASTGAN_DEVICE void forward_of_block(const AttentionArgs& given, const Plan& of_call) {
   using T = Accumulate<S>;
   constexpr int R = Tiling::R;
   const Plan& plan = plan_of_sequence<Packed>(of_call);
@@ -169,6 +170,12 @@ __global__ void __launch_bounds__(ForwardTiling<S, D>::threads, 2)
                                 sum_of_row(total[t][h]));
     }
   store_tile<S, D, R>(now.output, of.batch, of.head, of.warp_row, now.rows, now.value_width, output, factor);
+}
+
+template <class S, int D, class Tiling, bool Packed>
+__global__ void __launch_bounds__(Tiling::threads, Tiling::blocks)
+    forward_kernel(AttentionArgs args, Plan plan) {
+  if constexpr (!Tiling::warpgroups || kHasWarpgroups) forward_of_block<S, D, Tiling, Packed>(args, plan);
 }
 
 // ---- in parts ----
@@ -262,26 +269,39 @@ __global__ void __launch_bounds__(kJoinThreads) join_kernel(AttentionArgs args, 
   }
 }
 
+template <class S, int D, class Tiling, bool Packed>
+Error launch_forward(const AttentionArgs& args, Plan plan, void* stream) {
+  constexpr size_t shared = forward_shared_bytes<S, D, Tiling>();
+  static_assert(shared <= (Tiling::warpgroups ? kMostSharedOfWarpgroups : kMostShared));
+  plan.row_blocks = int(ceil_div(args.rows, Tiling::rows));
+  return launch(forward_kernel<S, D, Tiling, Packed>, args.batch * args.heads * plan.row_blocks,
+                Tiling::threads, shared, stream, args, plan);
+}
+
+template <class S, int D, bool Packed>
+Error whole_forward(const AttentionArgs& args, const Plan& plan, void* stream) {
+  if constexpr (kWarpgroups<S, D>) {
+    if (has_warpgroups(forward_kernel<S, D, ForwardWarpgroups<D>, Packed>))
+      return launch_forward<S, D, ForwardWarpgroups<D>, Packed>(args, plan, stream);
+  }
+  return launch_forward<S, D, ForwardTiling<S, D>, Packed>(args, plan, stream);
+}
+
 template <class S, int D>
 Error forward(const AttentionArgs& args, void* stream) {
-  using Tiling = ForwardTiling<S, D>;
   using OfParts = PartTiling<S, D>;
-  constexpr size_t shared = forward_shared_bytes<S, D, Tiling>(),
-                   shared_of_parts = forward_shared_bytes<S, D, OfParts>();
-  static_assert(shared <= kMostShared && shared_of_parts <= kMostShared);
-  static_assert(kFewRows % Tiling::N == 0);  // no tile crosses from one part to the next
+  constexpr size_t shared_of_parts = forward_shared_bytes<S, D, OfParts>();
+  static_assert(shared_of_parts <= kMostShared);
+  static_assert(kFewRows % OfParts::N == 0);  // no tile crosses from one part to the next
   const Parts parts = parts_of(args, multiprocessors());
   Plan plan{};
   plan.vectors = may_use_vectors<S>(args.query, args.width) && may_use_vectors<S>(args.key, args.width) &&
                  may_use_vectors<S>(args.value, args.value_width);
   auto* map = static_cast<uint8_t*>(args.workspace) + parts_size(args, parts);
   if (Error error = make_map<S>(args, map, plan.map, stream)) return error;
-  if (parts.count == 1) {
-    plan.row_blocks = int(ceil_div(args.rows, Tiling::rows));
-    const auto kernel = args.row_offset ? forward_kernel<S, D, true> : forward_kernel<S, D, false>;
-    return launch(kernel, args.batch * args.heads * plan.row_blocks, Tiling::threads, shared, stream, args,
-                  plan);
-  }
+  if (parts.count == 1)
+    return args.row_offset ? whole_forward<S, D, true>(args, plan, stream)
+                           : whole_forward<S, D, false>(args, plan, stream);
   plan.row_blocks = int(ceil_div(args.rows, OfParts::rows));
   plan.parts = int(parts.count), plan.part_keys = int(parts.keys);
   if (Error error = launch(parts_kernel<S, D>, args.batch * args.heads * plan.row_blocks * parts.count,

@@ -88,10 +88,8 @@ struct Memory {
     numbers = shared.take<T>(3 * Tiling::stages * N);
     weights = per_warp ? shared.take<T>(Tiling::warps * per_warp) + threadIdx.x / kWarp * per_warp : nullptr;
   }
-  // Tiles of a warp's rows: the first and the second of A; those of B in a stage.
-  FASTGAN_DEVICE const S* rows(int which) const {
-    return a + which * Tiling::rows * D + int(threadIdx.x) / kWarp * 16 * R * D;
-  }
+  // The first and the second tile of A; those of B in a stage.
+  FASTGAN_DEVICE const S* rows(int which) const { return a + which * Tiling::rows * D; }
   FASTGAN_DEVICE S* tile(int stage, int which) const { return b + (2 * stage + which) * N * D; }
 };
 
@@ -122,26 +120,31 @@ FASTGAN_DEVICE void load_deltas(const AttentionArgs& args, int64_t batch, int64_
 }
 
 // What is in registers of a tile.
-template <class S, int D>
-using OfTile = Accumulate<S>[QueriesTiling<S, D>::R][QueriesTiling<S, D>::N / 8][4];
-template <class S, int D>
-using OfRows = Accumulate<S>[QueriesTiling<S, D>::R][2];
+template <class S, class Tiling>
+using OfTile = Accumulate<S>[Tiling::R][Tiling::N / 8][4];
+template <class S, class Tiling>
+using OfRows = Accumulate<S>[Tiling::R][2];
 
 // P and dO Vᵀ of a warp's queries, rows `row` on, and the keys of a tile, `key` on. What is dropped of the
 // second is 0.
-template <class S, int D>
-FASTGAN_DEVICE void weights_of_queries(const AttentionArgs& args,
-                                       const Memory<S, D, QueriesTiling<S, D>>& memory, int batch, int head,
-                                       int row, int key, int stage, bool look, const OfRows<S, D>& lse,
-                                       const OfRows<S, D>& rest, OfTile<S, D>& weights, OfTile<S, D>& grads) {
+template <class S, int D, class Tiling>
+FASTGAN_DEVICE void weights_of_queries(const AttentionArgs& args, const Memory<S, D, Tiling>& memory, int batch,
+                                       int head, int row, int key, int stage, bool look,
+                                       const OfRows<S, Tiling>& lse, const OfRows<S, Tiling>& rest,
+                                       OfTile<S, Tiling>& weights, OfTile<S, Tiling>& grads) {
   using T = Accumulate<S>;
-  constexpr int N = QueriesTiling<S, D>::N, R = QueriesTiling<S, D>::R;
-  products_of_rows<S, D, N, R>(weights, memory.rows(0), memory.tile(stage, 0));
+  constexpr int N = Tiling::N, R = Tiling::R;
+  // Warpgroups make the second product while the first goes through exp2; others would lack the registers.
+  constexpr bool beside = Tiling::warpgroups;
+  start_products<S, D, Tiling>(weights, memory.rows(0), memory.tile(stage, 0));
+  if (beside) start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1));
+  finish_products<Tiling, beside>(weights);
   finish_scores<false, S>(args, batch, head, row, key, look, weights);
   for_each_place<N, R>([&](int t, int j, int i) {
     weights[t][j][i] = quick_exp2(weights[t][j][i] - lse[t][i / 2] - rest[t][i / 2]);
   });
-  products_of_rows<S, D, N, R>(grads, memory.rows(1), memory.tile(stage, 1));
+  if (!beside) start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1));
+  finish_products<Tiling>(grads);
   if (!args.has_dropout) return;
   const T kept_scale = T(args.kept_scale);
   for_each_kept<false, N, R>(args, batch, head, row, key, [&](int t, int j, int i, bool kept) {
@@ -181,7 +184,7 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
     async_wait<0>();
     block_sync();
     T weights[R][N / 8][4], grads[R][N / 8][4];
-    weights_of_queries<S, D>(args, memory, batch, head, warp_row, tile, 0, args.mask.data && seen == kSome,
+    weights_of_queries<S, D, Tiling>(args, memory, batch, head, warp_row, tile, 0, args.mask.data && seen == kSome,
                              lse, rest, weights, grads);
     for_each_place<N, R>([&](int t, int j, int i) {
       delta[t][i / 2] = fma(weights[t][j][i], grads[t][j][i], delta[t][i / 2]);
@@ -200,12 +203,11 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
     }
 }
 
-template <class S, int D, bool Packed>
-__global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
-    queries_kernel(AttentionArgs given, Plan plan) {
-  using Tiling = QueriesTiling<S, D>;
+template <class S, int D, class Tiling, bool Packed>
+FASTGAN_DEVICE void queries_of_block(const AttentionArgs& given, const Plan& plan) {
   using T = Accumulate<S>;
-  constexpr int N = Tiling::N, R = Tiling::R, stages = Tiling::stages, threads = Tiling::threads;
+  constexpr int N = Tiling::N, R = Tiling::R, threads = Tiling::threads;
+  constexpr bool panels = Tiling::warpgroups;
   const Memory<S, D, Tiling> memory;
   const RowsOfBlock<Tiling> of(given, plan, given.is_causal);
   const AttentionArgs& args = sequence_of<Packed, S>(given, of.batch);
@@ -213,26 +215,27 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
   const int batch = of.batch, head = of.head, row0 = of.row0, warp_row = of.warp_row;
   const S *key = head_of<S>(args.key, batch, of.kv_head), *value = head_of<S>(args.value, batch, of.kv_head);
   auto load = [&](int tile, int stage) {
-    load_tile<S, D, N, threads>(memory.tile(stage, 0), args.key, key, tile, args.columns, args.width,
-                                plan.vectors);
-    load_tile<S, D, N, threads>(memory.tile(stage, 1), args.value, value, tile, args.columns,
-                                args.value_width, plan.vectors);
+    load_tile<S, D, N, threads, panels>(memory.tile(stage, 0), args.key, key, tile, args.columns, args.width,
+                                        plan.vectors);
+    load_tile<S, D, N, threads, panels>(memory.tile(stage, 1), args.value, value, tile, args.columns,
+                                        args.value_width, plan.vectors);
   };
-  load_tile<S, D, Tiling::rows, threads>(memory.a, args.query, head_of<S>(args.query, batch, head), row0,
-                                         args.rows, args.width, plan.vectors);
-  load_tile<S, D, Tiling::rows, threads>(memory.a + Tiling::rows * D, args.grad_output,
-                                         head_of<S>(args.grad_output, batch, head), row0, args.rows,
-                                         args.value_width, plan.vectors);
+  load_tile<S, D, Tiling::rows, threads, panels>(memory.a, args.query, head_of<S>(args.query, batch, head),
+                                                 row0, args.rows, args.width, plan.vectors);
+  load_tile<S, D, Tiling::rows, threads, panels>(memory.a + Tiling::rows * D, args.grad_output,
+                                                 head_of<S>(args.grad_output, batch, head), row0, args.rows,
+                                                 args.value_width, plan.vectors);
+  const int behind = row0 + together<Tiling>() + kTogether<Tiling> + int(args.diagonal);
   T sums[R][D / 8][4] = {}, lse[R][2], rest[R][2], delta[R][2];
   load_row_numbers(args, batch, head, warp_row, lse, rest);
   load_deltas(args, batch, head, warp_row, delta);
-  go_through<stages>(TilesOfKeys<Tiling>(args, plan, of), load, [&](int tile, int stage, bool look) {
-    if (!args.is_causal || tile < warp_row + 16 * R + int(args.diagonal)) {
+  go_through<Tiling>(TilesOfKeys<Tiling>(args, plan, of), load, [&](int tile, int stage, bool look) {
+    if (!args.is_causal || tile < behind) {
       T scores[R][N / 8][4], grads[R][N / 8][4];
-      weights_of_queries<S, D>(args, memory, batch, head, warp_row, tile, stage, look, lse, rest, scores,
+      weights_of_queries<S, D, Tiling>(args, memory, batch, head, warp_row, tile, stage, look, lse, rest, scores,
                                grads);
       for_each_place<N, R>([&](int t, int j, int i) { scores[t][j][i] *= grads[t][j][i] - delta[t][i / 2]; });
-      add_weighted_rows<S, D, N, R>(sums, scores, memory.tile(stage, 0), memory.weights);
+      add_weighted<S, D, Tiling>(sums, scores, memory.tile(stage, 0), memory.weights);
     }
   });
   T factor[R][2];
@@ -241,11 +244,17 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
   store_tile<S, D, R>(args.grad_query, batch, head, warp_row, args.rows, args.width, sums, factor);
 }
 
-template <class S, int D, bool Key, bool Value, bool Packed>
-__global__ void __launch_bounds__(KeysTiling<S, D>::threads, 2) keys_kernel(AttentionArgs given, Plan plan) {
-  using Tiling = KeysTiling<S, D>;
+template <class S, int D, class Tiling, bool Packed>
+__global__ void __launch_bounds__(Tiling::threads, Tiling::blocks)
+    queries_kernel(AttentionArgs args, Plan plan) {
+  if constexpr (!Tiling::warpgroups || kHasWarpgroups) queries_of_block<S, D, Tiling, Packed>(args, plan);
+}
+
+template <class S, int D, class Tiling, bool Key, bool Value, bool Packed>
+FASTGAN_DEVICE void keys_of_block(const AttentionArgs& given, const Plan& plan) {
   using T = Accumulate<S>;
-  constexpr int N = Tiling::N, R = Tiling::R, stages = Tiling::stages, threads = Tiling::threads;
+  constexpr int N = Tiling::N, R = Tiling::R, threads = Tiling::threads;
+  constexpr bool panels = Tiling::warpgroups;
   const Memory<S, D, Tiling> memory;
   using Tiles = TilesOfRows<Tiling>;
   const KeysOfBlock<Tiling> of(given, plan);
@@ -255,11 +264,12 @@ __global__ void __launch_bounds__(KeysTiling<S, D>::threads, 2) keys_kernel(Atte
   const int rows = int(args.rows);
   auto load = [&](typename Tiles::At at, int stage) {
     const int head = kv_head * group + at.head;
-    load_tile<S, D, N, threads>(memory.tile(stage, 0), args.query, head_of<S>(args.query, batch, head),
-                                at.tile, args.rows, args.width, plan.vectors);
-    load_tile<S, D, N, threads>(memory.tile(stage, 1), args.grad_output,
-                                head_of<S>(args.grad_output, batch, head), at.tile, args.rows,
-                                args.value_width, plan.vectors);
+    load_tile<S, D, N, threads, panels>(memory.tile(stage, 0), args.query,
+                                        head_of<S>(args.query, batch, head), at.tile, args.rows, args.width,
+                                        plan.vectors);
+    load_tile<S, D, N, threads, panels>(memory.tile(stage, 1), args.grad_output,
+                                        head_of<S>(args.grad_output, batch, head), at.tile, args.rows,
+                                        args.value_width, plan.vectors);
     const RowNumbers<T> from = row_numbers<T>(args, batch, head);
     T* numbers = memory.numbers + 3 * stage * N;
     for (int i = int(threadIdx.x); i < N; i += threads) {
@@ -270,25 +280,29 @@ __global__ void __launch_bounds__(KeysTiling<S, D>::threads, 2) keys_kernel(Atte
       numbers[2 * N + i] = inside ? from.delta[row] : T(0);
     }
   };
-  load_tile<S, D, Tiling::rows, threads>(memory.a, args.key, head_of<S>(args.key, batch, kv_head), key0,
-                                         args.columns, args.width, plan.vectors);
+  load_tile<S, D, Tiling::rows, threads, panels>(memory.a, args.key, head_of<S>(args.key, batch, kv_head),
+                                                 key0, args.columns, args.width, plan.vectors);
   if (Key)
-    load_tile<S, D, Tiling::rows, threads>(memory.a + Tiling::rows * D, args.value,
-                                           head_of<S>(args.value, batch, kv_head), key0, args.columns,
-                                           args.value_width, plan.vectors);
+    load_tile<S, D, Tiling::rows, threads, panels>(memory.a + Tiling::rows * D, args.value,
+                                                   head_of<S>(args.value, batch, kv_head), key0, args.columns,
+                                                   args.value_width, plan.vectors);
+  const int first_key = key0 + together<Tiling>() - int(args.diagonal);
   // Where one of them is not wanted its sums are never touched, and take no registers.
   T key_sums[R][D / 8][4] = {}, value_sums[R][D / 8][4] = {};
-  go_through<stages>(Tiles(args, plan, of), load, [&](typename Tiles::At at, int stage, bool look) {
+  go_through<Tiling>(Tiles(args, plan, of), load, [&](typename Tiles::At at, int stage, bool look) {
     const int head = kv_head * group + at.head;
-    if (!args.is_causal || at.tile + N + int(args.diagonal) > warp_key) {
+    if (!args.is_causal || at.tile + N > first_key) {
       const T* numbers = memory.numbers + 3 * stage * N + 2 * lane_column();
       T scores[R][N / 8][4], grads[R][N / 8][4];
-      products_of_rows<S, D, N, R>(scores, memory.rows(0), memory.tile(stage, 0));
+      start_products<S, D, Tiling>(scores, memory.rows(0), memory.tile(stage, 0));
+      if (Key && panels) start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1));
+      finish_products<Tiling, Key && panels>(scores);
       finish_scores<true, S>(args, batch, head, warp_key, at.tile, look, scores);
       for_each_place<N, R>([&](int t, int j, int i) {
         scores[t][j][i] = quick_exp2(scores[t][j][i] - numbers[8 * j + i % 2] - numbers[N + 8 * j + i % 2]);
       });
-      if (Key) products_of_rows<S, D, N, R>(grads, memory.rows(1), memory.tile(stage, 1));
+      if (Key && !panels) start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1));
+      if (Key) finish_products<Tiling>(grads);
       if (args.has_dropout) {
         // Dropped: P has no part in dV, and dS = P (0 − D). What is kept is one bit of each place.
         uint32_t kept[R][N / 32 ? N / 32 : 1] = {};
@@ -302,19 +316,19 @@ __global__ void __launch_bounds__(KeysTiling<S, D>::threads, 2) keys_kernel(Atte
           T kept_scores[R][N / 8][4];
           for_each_place<N, R>(
               [&](int t, int j, int i) { kept_scores[t][j][i] = is_kept(t, j, i) ? scores[t][j][i] : T(0); });
-          add_weighted_rows<S, D, N, R>(value_sums, kept_scores, memory.tile(stage, 1), memory.weights);
+          add_weighted<S, D, Tiling>(value_sums, kept_scores, memory.tile(stage, 1), memory.weights);
         }
         if (Key)
           for_each_place<N, R>([&](int t, int j, int i) {
             grads[t][j][i] = is_kept(t, j, i) ? grads[t][j][i] * kept_scale : T(0);
           });
       } else if (Value) {
-        add_weighted_rows<S, D, N, R>(value_sums, scores, memory.tile(stage, 1), memory.weights);
+        add_weighted<S, D, Tiling>(value_sums, scores, memory.tile(stage, 1), memory.weights);
       }
       if (Key) {
         for_each_place<N, R>(
             [&](int t, int j, int i) { scores[t][j][i] *= grads[t][j][i] - numbers[2 * N + 8 * j + i % 2]; });
-        add_weighted_rows<S, D, N, R>(key_sums, scores, memory.tile(stage, 0), memory.weights);
+        add_weighted<S, D, Tiling>(key_sums, scores, memory.tile(stage, 0), memory.weights);
       }
     }
   });
@@ -328,6 +342,12 @@ __global__ void __launch_bounds__(KeysTiling<S, D>::threads, 2) keys_kernel(Atte
   if (Value)
     store_tile<S, D, R>(args.grad_value, batch, kv_head, warp_key, args.columns, args.value_width, value_sums,
                         factor);
+}
+
+template <class S, int D, class Tiling, bool Key, bool Value, bool Packed>
+__global__ void __launch_bounds__(Tiling::threads, Tiling::blocks) keys_kernel(AttentionArgs args, Plan plan) {
+  if constexpr (!Tiling::warpgroups || kHasWarpgroups)
+    keys_of_block<S, D, Tiling, Key, Value, Packed>(args, plan);
 }
 
 // A block has one tile of the bias.
@@ -369,7 +389,7 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
           block_sync();
           T scores[R][N / 8][4], grads[R][N / 8][4], lse[R][2], rest[R][2], delta[R][2];
           load_row_numbers(args, batch, head, warp_row, lse, rest);
-          weights_of_queries<S, D>(args, memory, batch, head, warp_row, key0, 0,
+          weights_of_queries<S, D, Tiling>(args, memory, batch, head, warp_row, key0, 0,
                                    args.mask.data && seen == kSome, lse, rest, scores, grads);
           load_deltas(args, batch, head, warp_row, delta);
           for_each_place<N, R>([&](int t, int j, int i) {
@@ -380,16 +400,41 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
   store_bias_gradient<S, N, R, Tiling::warps>(args, of, sums, reinterpret_cast<T*>(memory.b));
 }
 
+// The gradients of query, key and value.
+template <class S, int D, class OfQueries, class OfKeys, bool Packed>
+Error launch_backward(const AttentionArgs& args, Plan plan, void* stream) {
+  constexpr size_t shared = backward_shared_bytes<S, D, OfQueries>(),
+                   shared_of_keys = backward_shared_bytes<S, D, OfKeys>(),
+                   most = OfKeys::warpgroups ? kMostSharedOfWarpgroups : kMostShared;
+  static_assert(shared <= most && shared_of_keys <= most);
+  plan.row_blocks = int(ceil_div(args.rows, OfQueries::rows));
+  plan.key_blocks = int(ceil_div(args.columns, OfKeys::rows));
+  if (Error error = launch(queries_kernel<S, D, OfQueries, Packed>, args.batch * args.heads * plan.row_blocks,
+                           OfQueries::threads, shared, stream, args, plan))
+    return error;
+  return launch_of_keys<OfKeys::split>([&](auto key, auto value) {
+    return launch(keys_kernel<S, D, OfKeys, key.value, value.value, Packed>,
+                  args.batch * args.kv_heads * plan.key_blocks, OfKeys::threads, shared_of_keys, stream, args,
+                  plan);
+  });
+}
+
+template <class S, int D, bool Packed>
+Error backward_by_gpu(const AttentionArgs& args, const Plan& plan, void* stream) {
+  if constexpr (kWarpgroups<S, D>) {
+    using Tiling = BackwardWarpgroups<D>;
+    if (has_warpgroups(queries_kernel<S, D, Tiling, Packed>))
+      return launch_backward<S, D, Tiling, Tiling, Packed>(args, plan, stream);
+  }
+  return launch_backward<S, D, QueriesTiling<S, D>, KeysTiling<S, D>, Packed>(args, plan, stream);
+}
+
 template <class S, int D, bool Packed>
 Error backward_of(const AttentionArgs& args, void* stream) {
   using Tiling = QueriesTiling<S, D>;
-  using OfKeys = KeysTiling<S, D>;
-  constexpr size_t shared = backward_shared_bytes<S, D, Tiling>(),
-                   shared_of_keys = backward_shared_bytes<S, D, OfKeys>();
-  static_assert(shared <= kMostShared && shared_of_keys <= kMostShared);
+  constexpr size_t shared = backward_shared_bytes<S, D, Tiling>();
   Plan plan{};
   plan.row_blocks = int(ceil_div(args.rows, Tiling::rows));
-  plan.key_blocks = int(ceil_div(args.columns, OfKeys::rows));
   plan.vectors = may_use_vectors<S>(args.query, args.width) && may_use_vectors<S>(args.key, args.width) &&
                  may_use_vectors<S>(args.value, args.value_width) &&
                  may_use_vectors<S>(args.grad_output, args.value_width);
@@ -397,21 +442,13 @@ Error backward_of(const AttentionArgs& args, void* stream) {
   Error error = make_map<S>(args, map, plan.map, stream);
   AttentionArgs in_rows = args;  // packed sequences are one to the kernel of the rows
   if (Packed) in_rows.row_offset = nullptr, in_rows.batch = 1, in_rows.rows = args.packed_rows;
-  const int64_t rows = in_rows.batch * args.heads * in_rows.rows,
-                keys = args.batch * args.kv_heads * plan.key_blocks;
+  const int64_t rows = in_rows.batch * args.heads * in_rows.rows;
   if (!error)
     error = launch(rows_kernel<S>, ceil_div(rows, kRowThreads / kWarp), kRowThreads, 0, stream, in_rows);
   if (!error && args.columns <= kWholeRow)
     error = launch(delta_kernel<S, D, Packed>, args.batch * args.heads * plan.row_blocks, Tiling::threads,
                    shared, stream, args, plan);
-  if (!error)
-    error = launch(queries_kernel<S, D, Packed>, args.batch * args.heads * plan.row_blocks, Tiling::threads,
-                   shared, stream, args, plan);
-  if (!error)
-    error = launch_of_keys<OfKeys::split>([&](auto key, auto value) {
-      return launch(keys_kernel<S, D, key.value, value.value, Packed>, keys, OfKeys::threads, shared_of_keys,
-                    stream, args, plan);
-    });
+  if (!error) error = backward_by_gpu<S, D, Packed>(args, plan, stream);
   if (error || !args.grad_bias) return error;
   const int64_t tiles = plan_bias_tiles(args, plan, Tiling::rows, Tiling::N);
   return launch(bias_kernel<S, D>, tiles, Tiling::threads, shared, stream, args, plan);

@@ -5,7 +5,7 @@
 // the log-sum-exp that leaves the kernels is the natural one, in double.
 #pragma once
 #include "attention/attention.h"
-#include "attention/attention_cuda_products.h"
+#include "attention/attention_cuda_warpgroups.h"
 #include "common/cuda_philox.h"
 
 namespace fastgan {
@@ -15,6 +15,7 @@ constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 constexpr int kCell = 32;  // rows and columns of a cell of the map
 constexpr int kMapThreads = 256;
 constexpr size_t kMostShared = 99 * 1024;  // of a block, on the GPUs that have the least
+constexpr size_t kMostSharedOfWarpgroups = 227 * 1024;
 enum Seen : uint8_t { kNothing = 0, kSome = 1, kAll = 2 };
 
 // What of a cell of the scores takes part, a byte each; a dimension that mask and bias are broadcast over has
@@ -38,6 +39,8 @@ struct Plan {
 template <class S, int D>
 struct ForwardTiling {
   static constexpr bool half = sizeof(S) == 2, wide = D * sizeof(Accumulate<S>) >= 1024;
+  static constexpr bool warpgroups = false;
+  static constexpr int blocks = 2;
   static constexpr int warps = !half && wide ? 2 : 4,
                        R = (half && D <= 128) || (sizeof(S) == 4 && D == 64) ? 2 : 1;
   static constexpr int N = half ? (D == 64 ? 64 : 32) : sizeof(S) == 4 ? (wide ? 16 : 32) : wide ? 8 : 16;
@@ -47,6 +50,8 @@ struct ForwardTiling {
 template <class S, int D>
 struct QueriesTiling {
   static constexpr bool half = sizeof(S) == 2, wide = D * sizeof(Accumulate<S>) >= 1024;
+  static constexpr bool warpgroups = false;
+  static constexpr int blocks = 2;
   static constexpr int warps = half || !wide ? 4 : sizeof(S) == 4 ? 2 : 1, R = half && D == 64 ? 2 : 1;
   static constexpr int N = half || (sizeof(S) == 4 && D == 64) ? 32 : sizeof(S) == 8 && wide ? 8 : 16;
   static constexpr int stages = (half && D <= 128) || (sizeof(S) == 4 && D == 64) ? 2 : 1;
@@ -130,14 +135,15 @@ FASTGAN_DEVICE int64_t all_rows(const AttentionArgs& args) {
 
 // ---- tiles to and from memory ----
 
-// Rows `first` on, `Rows` of them, in the order of place(); zeros beyond `count` and `width`.
-template <class S, int D, int Rows, int Threads>
+// Rows `first` on, `Rows` of them, in the order of place() or, `Panels`, of place_in_panels(); zeros beyond
+// `count` and `width`.
+template <class S, int D, int Rows, int Threads, bool Panels = false>
 FASTGAN_DEVICE void load_tile(S* to, const AttentionInput& x, const S* head, int first, int64_t count,
                               int64_t width, bool vectors) {
   constexpr int E = kChunk<S>, chunks = D / E;
   for (int i = int(threadIdx.x); i < Rows * chunks; i += Threads) {
     const int row = i / chunks, chunk = i % chunks;
-    S* at = to + place<S, D>(row, chunk);
+    S* at = to + (Panels ? place_in_panels<S, Rows>(row, chunk) : place<S, D>(row, chunk));
     const bool inside = first + row < count;
     const S* from = head + int64_t(first + row) * x.stride[2] + int64_t(chunk * E) * x.stride[3];
     if (vectors) {

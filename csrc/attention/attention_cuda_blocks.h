@@ -107,8 +107,9 @@ struct TilesOfRows {
 // work(at, stage, look) for each of the tiles, once load(at, stage) has brought it to shared memory; `look`:
 // the mask hides a part of it. In two stages the next tile comes by asynchronous copies while this one is
 // worked on, and a tile costs one barrier. What the block loaded before is there with the first tile.
-template <int Stages, class Tiles, class Load, class Work>
+template <class Tiling, class Tiles, class Load, class Work>
 FASTGAN_DEVICE void go_through(const Tiles& tiles, Load load, Work work) {
+  constexpr int Stages = Tiling::stages;
   int seen = kAll, stage = 0;
   typename Tiles::At at = tiles.find(tiles.first(), seen);
   if (Stages == 2 && tiles.has(at)) load(at, 0);
@@ -120,6 +121,7 @@ FASTGAN_DEVICE void go_through(const Tiles& tiles, Load load, Work work) {
       async_commit();
     }
     async_wait<0>();
+    if constexpr (Tiling::warpgroups) fence_shared();
     block_sync();  // the tile is there, and nobody is at the former one any more
     const typename Tiles::At following = tiles.find(tiles.after(at), seen);
     if (Stages == 2 && tiles.has(following)) {

@@ -16,6 +16,7 @@ namespace {
 // Two stages of queries and keys where they fit in shared memory. R: 16 rows each of a warp.
 template <class S, int D>
 struct WeightsTiling {
+  static constexpr bool warpgroups = false;
   static constexpr int bytes = D * int(sizeof(S));  // of a row
   static constexpr int warps = 4, R = bytes <= 256 && sizeof(S) <= 4 ? 2 : 1;
   static constexpr int N = 128 / int(sizeof(S));
@@ -73,7 +74,7 @@ __global__ void __launch_bounds__(WeightsTiling<S, D>::threads, 2)
                                 args.columns, args.width, plan.vectors);
   };
   T sums[R][N / 8][4] = {};
-  go_through<stages>(tiles, load, [&](int at, int stage, bool look) {
+  go_through<Tiling>(tiles, load, [&](int at, int stage, bool look) {
     if (args.is_causal && key0 >= warp_row + 16 * R) return;  // this warp's rows end before the diagonal
     T scores[R][N / 8][4];
     products_of_rows<S, D, N, R>(scores, queries + (stage * Tiling::rows + warp * 16 * R) * D,

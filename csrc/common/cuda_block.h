@@ -23,13 +23,13 @@ FASTGAN_DEVICE T shuffle(T value, int source) {
   return __shfl_sync(0xffffffffu, value, source);
 }
 
-// Cuts a block's dynamic shared memory into arrays, each aligned to 16 bytes; every thread takes the same
-// ones in the same order. What they hold at first is anything.
+// Cuts a block's dynamic shared memory, which is aligned to 1024 bytes, into arrays, each aligned to 16 bytes;
+// every thread takes the same ones in the same order. What they hold at first is anything.
 class SharedMemory {
  public:
   template <class T>
   FASTGAN_DEVICE T* take(int count) {
-    extern __shared__ __align__(16) unsigned char fastgan_shared_memory[];
+    extern __shared__ __align__(1024) unsigned char fastgan_shared_memory[];
     T* out = reinterpret_cast<T*>(fastgan_shared_memory + used_);
     used_ += bytes<T>(count);
     return out;

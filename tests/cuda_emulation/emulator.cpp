@@ -29,6 +29,7 @@ constexpr size_t kStack = 256 * 1024;
 constexpr size_t kStack = 64 * 1024;
 #endif
 constexpr size_t kSlot = 64, kGap = 64;
+constexpr size_t kAlignment = 1024;  // of an array; what is swizzled goes by the address
 constexpr unsigned kLanes = 32, kCopies = 256, kArrays = 64;
 
 enum class State { ready, at_block_barrier, in_warp, done };
@@ -210,11 +211,11 @@ void start_block() {
 #endif
   // Room for gaps between arrays; every byte 0xff makes NaNs of what is read unwritten.
   machine.arenas_before.push_back(std::move(machine.arena));
-  machine.arena = std::vector<unsigned char>(machine.shared_bytes + kArrays * kGap + 16, 0xff);
+  machine.arena = std::vector<unsigned char>(machine.shared_bytes + kArrays * (kGap + kAlignment), 0xff);
 #if defined(__SANITIZE_ADDRESS__)
   __asan_poison_memory_region(machine.arena.data(), machine.arena.size());
 #endif
-  machine.arena_used = -reinterpret_cast<uintptr_t>(machine.arena.data()) % 16;
+  machine.arena_used = 0;
   machine.at_barrier = 0;
   machine.warps.assign((machine.threads + kLanes - 1) / kLanes, {});
   for (Fiber& fiber : machine.fibers) start(fiber);
@@ -388,8 +389,9 @@ void* shared(size_t offset, size_t bytes) {
     }
   if (machine.array_count == kArrays) fault("shared memory: more than 64 arrays");
   Array& array = machine.arrays[machine.array_count++];
+  machine.arena_used += -reinterpret_cast<uintptr_t>(machine.arena.data() + machine.arena_used) % kAlignment;
   array = {offset, bytes, machine.arena.data() + machine.arena_used};
-  machine.arena_used += (bytes + 15) / 16 * 16 + kGap;
+  machine.arena_used += bytes + kGap;
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(array.data, bytes);
 #endif
