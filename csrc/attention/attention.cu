@@ -23,6 +23,7 @@
 //
 // Packed sequences (attention.h) have instances of the kernels of their own, with a grid for the longest: a
 // block beyond the end of its sequence leaves at once.
+#include <cstdlib>
 #include "attention/attention_cuda_blocks.h"
 #include "attention/attention_cuda_parts.h"
 
@@ -37,22 +38,22 @@ constexpr size_t forward_shared_bytes() {
          SharedMemory::bytes<T>(Tiling::warps * kWeightsSize<S, Tiling::N, Tiling::R>);
 }
 
-// P = 2^(s − maximum) in place of the scores; the row's maximum, its sum (of this lane's columns) and the
-// output follow.
+// P = 2^(s factor − maximum) in place of the scores s; the row's maximum, its sum (of this lane's columns) and
+// the output follow.
 template <class T, int N8, int R, int D8>
-FASTGAN_DEVICE void soften(T (&scores)[R][N8][4], T (&maximum)[R][2], T (&total)[R][2],
+FASTGAN_DEVICE void soften(T (&scores)[R][N8][4], T factor, T (&maximum)[R][2], T (&total)[R][2],
                            T (&output)[R][D8][4]) {
 #pragma unroll
   for (int t = 0; t < R; ++t)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      T top = maximum[t][h];
+      T top = -T(INFINITY);
 #pragma unroll
       for (int j = 0; j < N8; ++j)
 #pragma unroll
         for (int i = 0; i < 2; ++i) top = fmax(top, scores[t][j][2 * h + i]);
       top = fmax(top, shuffle_xor(top, 1));
-      top = fmax(top, shuffle_xor(top, 2));
+      top = fmax(maximum[t][h], fmax(top, shuffle_xor(top, 2)) * factor);
       const T subtracted = top == -T(INFINITY) ? T(0) : top;
       const T scale = quick_exp2(maximum[t][h] - subtracted);
       maximum[t][h] = top;
@@ -62,7 +63,7 @@ FASTGAN_DEVICE void soften(T (&scores)[R][N8][4], T (&maximum)[R][2], T (&total)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           T& p = scores[t][j][2 * h + i];
-          p = quick_exp2(p - subtracted);
+          p = quick_exp2(fma(p, factor, -subtracted));
           sum += p;
         }
       total[t][h] = fma(total[t][h], scale, sum);
@@ -110,8 +111,8 @@ FASTGAN_DEVICE void attend(const AttentionArgs& given, const AttentionArgs& args
       T scores[R][N / 8][4];
       start_products<S, D, Tiling>(scores, queries, keys);
       finish_products<Tiling>(scores);
-      finish_scores<false, S>(now, batch, head, warp_row, tile, look, scores);
-      soften(scores, maximum, total, output);
+      const T factor = finish_scores<false, S, true>(now, batch, head, warp_row, tile, look, scores);
+      soften(scores, factor, maximum, total, output);
       if (args.has_dropout)
         for_each_kept<false, N, R>(args, batch, head, warp_row, tile, [&](int t, int j, int i, bool kept) {
           if (!kept) scores[t][j][i] = 0;
@@ -281,6 +282,10 @@ Error launch_forward(const AttentionArgs& args, Plan plan, void* stream) {
 template <class S, int D, bool Packed>
 Error whole_forward(const AttentionArgs& args, const Plan& plan, void* stream) {
   if constexpr (kWarpgroups<S, D>) {
+    const char*e=getenv("TUNE_F"); int v=e?atoi(e):0;
+    if(v==1&&!Packed) return launch_forward<S, D, ForwardWarpgroups<D,1>, Packed>(args, plan, stream);
+    if(v==2&&!Packed) return launch_forward<S, D, ForwardWarpgroups<D,2>, Packed>(args, plan, stream);
+    if(v==3&&!Packed) return launch_forward<S, D, ForwardTiling<S, D>, Packed>(args, plan, stream);
     if (has_warpgroups(forward_kernel<S, D, ForwardWarpgroups<D>, Packed>))
       return launch_forward<S, D, ForwardWarpgroups<D>, Packed>(args, plan, stream);
   }

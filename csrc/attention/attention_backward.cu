@@ -19,6 +19,7 @@
 // summed up from P ∘ dP instead (delta_kernel), the numbers that it is subtracted from: a weight of 1 then
 // has a gradient of exactly 0, as it must, and a row's dS sum to 0. Short rows wait for launches, not for
 // products.
+#include <cstdlib>
 #include "attention/attention_cuda_blocks.h"
 
 namespace fastgan {
@@ -139,9 +140,9 @@ FASTGAN_DEVICE void weights_of_queries(const AttentionArgs& args, const Memory<S
   start_products<S, D, Tiling>(weights, memory.rows(0), memory.tile(stage, 0));
   if (beside) start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1));
   finish_products<Tiling, beside>(weights);
-  finish_scores<false, S>(args, batch, head, row, key, look, weights);
+  const T factor = finish_scores<false, S, true>(args, batch, head, row, key, look, weights);
   for_each_place<N, R>([&](int t, int j, int i) {
-    weights[t][j][i] = quick_exp2(weights[t][j][i] - lse[t][i / 2] - rest[t][i / 2]);
+    weights[t][j][i] = quick_exp2(fma(weights[t][j][i], factor, -lse[t][i / 2]) - rest[t][i / 2]);
   });
   if (!beside) start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1));
   finish_products<Tiling>(grads);
@@ -297,9 +298,10 @@ FASTGAN_DEVICE void keys_of_block(const AttentionArgs& given, const Plan& plan) 
       start_products<S, D, Tiling>(scores, memory.rows(0), memory.tile(stage, 0));
       if (Key && panels) start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1));
       finish_products<Tiling, Key && panels>(scores);
-      finish_scores<true, S>(args, batch, head, warp_key, at.tile, look, scores);
+      const T factor = finish_scores<true, S, true>(args, batch, head, warp_key, at.tile, look, scores);
       for_each_place<N, R>([&](int t, int j, int i) {
-        scores[t][j][i] = quick_exp2(scores[t][j][i] - numbers[8 * j + i % 2] - numbers[N + 8 * j + i % 2]);
+        scores[t][j][i] =
+            quick_exp2(fma(scores[t][j][i], factor, -numbers[8 * j + i % 2]) - numbers[N + 8 * j + i % 2]);
       });
       if (Key && !panels) start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1));
       if (Key) finish_products<Tiling>(grads);
@@ -423,6 +425,10 @@ template <class S, int D, bool Packed>
 Error backward_by_gpu(const AttentionArgs& args, const Plan& plan, void* stream) {
   if constexpr (kWarpgroups<S, D>) {
     using Tiling = BackwardWarpgroups<D>;
+    const char*e=getenv("TUNE_B"); int v=e?atoi(e):0;
+    if constexpr(!Packed&&D==64) if(v==1) return launch_backward<S, D, BackwardWarpgroups<D,1>,Tiling, Packed>(args, plan, stream);
+    if(v==2&&!Packed) return launch_backward<S, D, BackwardWarpgroups<D,2>,BackwardWarpgroups<D,2>, Packed>(args, plan, stream);
+    if(v==3&&!Packed) return launch_backward<S, D, QueriesTiling<S, D>, KeysTiling<S, D>, Packed>(args, plan, stream);
     if (has_warpgroups(queries_kernel<S, D, Tiling, Packed>))
       return launch_backward<S, D, Tiling, Tiling, Packed>(args, plan, stream);
   }

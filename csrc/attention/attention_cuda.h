@@ -140,20 +140,40 @@ FASTGAN_DEVICE int64_t all_rows(const AttentionArgs& args) {
 template <class S, int D, int Rows, int Threads, bool Panels = false>
 FASTGAN_DEVICE void load_tile(S* to, const AttentionInput& x, const S* head, int first, int64_t count,
                               int64_t width, bool vectors) {
-  constexpr int E = kChunk<S>, chunks = D / E;
-  for (int i = int(threadIdx.x); i < Rows * chunks; i += Threads) {
-    const int row = i / chunks, chunk = i % chunks;
-    S* at = to + (Panels ? place_in_panels<S, Rows>(row, chunk) : place<S, D>(row, chunk));
-    const bool inside = first + row < count;
-    const S* from = head + int64_t(first + row) * x.stride[2] + int64_t(chunk * E) * x.stride[3];
-    if (vectors) {
-      async_copy16(at, from, inside && chunk * E < width);
-    } else {
+  constexpr int E = kChunk<S>, chunks = D / E, step = Threads / chunks;  // rows from a thread's chunk to its next
+  auto place_of = [](int row, int chunk) {
+    return Panels ? place_in_panels<S, Rows>(row, chunk) : place<S, D>(row, chunk);
+  };
+  const int thread = int(threadIdx.x);
+  if (!vectors) {
+#pragma unroll 1
+    for (int i = thread; i < Rows * chunks; i += Threads) {
+      const int row = i / chunks, chunk = i % chunks;
+      const bool inside = first + row < count;
+      const S* from = head + int64_t(first + row) * x.stride[2] + int64_t(chunk * E) * x.stride[3];
       Packed<S, E> values;
 #pragma unroll
       for (int e = 0; e < E; ++e)
         values.values[e] = inside && chunk * E + e < width ? from[e * x.stride[3]] : S{};
-      *reinterpret_cast<Packed<S, E>*>(at) = values;
+      *reinterpret_cast<Packed<S, E>*>(to + place_of(row, chunk)) = values;
+    }
+  } else if constexpr (Threads % chunks == 0 && step % 8 == 0) {
+    // A thread keeps its chunk, and so its place within eight rows: a copy costs an addition and a comparison.
+    const int row = thread / chunks, chunk = thread % chunks;
+    S* at = to + place_of(row, chunk);
+    const S* from = head + int64_t(first + row) * x.stride[2] + chunk * E;
+    const int64_t along = step * x.stride[2];
+    const int rows = chunk * E < width ? int(count) - first - row : 0;
+#pragma unroll
+    for (int r = 0; r < Rows; r += step) {
+      if (Rows % step == 0 || row + r < Rows) async_copy16(at + r * (Panels ? kPanel : D), from, r < rows);
+      from += along;
+    }
+  } else {
+    for (int i = thread; i < Rows * chunks; i += Threads) {
+      const int row = i / chunks, chunk = i % chunks;
+      const S* from = head + int64_t(first + row) * x.stride[2] + chunk * E;
+      async_copy16(to + place_of(row, chunk), from, first + row < count && chunk * E < width);
     }
   }
 }
@@ -249,19 +269,23 @@ FASTGAN_DEVICE void for_each_element(const AttentionArgs& args, const AttentionI
 }
 
 // From products to scores: scale, bias, and minus infinity where a mask, is_causal or the end of the keys
-// hides something. `mask`: whether the mask has to be looked at.
-template <bool Transposed, class S, int N8, int R, class T>
-FASTGAN_DEVICE void finish_scores(const AttentionArgs& args, int64_t batch, int64_t head, int a0, int b0,
-                                  bool mask, T (&scores)[R][N8][4]) {
+// hides something. `mask`: whether the mask has to be looked at. Returns what the scores have yet to be
+// multiplied by: 1 or, `Later`, the scale, which exp2's argument takes by a multiplication that it has anyway.
+template <bool Transposed, class S, bool Later = false, int N8, int R, class T>
+FASTGAN_DEVICE T finish_scores(const AttentionArgs& args, int64_t batch, int64_t head, int a0, int b0, bool mask,
+                               T (&scores)[R][N8][4]) {
   constexpr int N = 8 * N8, keys = Transposed ? 16 * R : N;
   const int query0 = query_of<Transposed>(a0, b0), key0 = key_of<Transposed>(a0, b0);
   const T scale = T(args.scale * kLog2e), hidden = -T(INFINITY);
+  const bool later = Later && !args.bias.data && scale > 0;  // minus infinity stays what it is
+  if (!later) {
 #pragma unroll
-  for (int t = 0; t < R; ++t)
+    for (int t = 0; t < R; ++t)
 #pragma unroll
-    for (int j = 0; j < N8; ++j)
+      for (int j = 0; j < N8; ++j)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) scores[t][j][i] *= scale;
+        for (int i = 0; i < 4; ++i) scores[t][j][i] *= scale;
+  }
   if (args.bias.data) {
     if (sizeof(S) == 2 && args.bias_dtype == Dtype::float32)
       for_each_element<Transposed, float, N, R>(args, args.bias, batch, head, a0, b0,
@@ -288,6 +312,7 @@ FASTGAN_DEVICE void finish_scores(const AttentionArgs& args, int64_t batch, int6
       if (key >= end || (crosses && key > query + diagonal)) scores[t][j][i] = hidden;
     });
   }
+  return later ? scale : T(1);
 }
 
 // ---- dropout ----

@@ -23,12 +23,26 @@ struct Warpgroups {
   static constexpr int warps = Warps, R = 1, N = Keys, stages = 2, blocks = Blocks;
   static constexpr int threads = warps * kWarp, rows = 16 * warps;
 };
-template <int D>
+template <int D, int V=0>
 struct ForwardWarpgroups : Warpgroups<8, 128, 1> {};
 template <>
+struct ForwardWarpgroups<128,1> : Warpgroups<12, 64, 1> {};
+template <>
+struct ForwardWarpgroups<128,2> : Warpgroups<8, 64, 1> {};
+template <>
 struct ForwardWarpgroups<64> : Warpgroups<12, 128, 1> {};
-template <int D>
+template <>
+struct ForwardWarpgroups<64,1> : Warpgroups<12, 64, 1> {};
+template <>
+struct ForwardWarpgroups<64,2> : Warpgroups<8, 64, 2> {};
+template <int D,int V=0>
 struct BackwardWarpgroups : Warpgroups<8, 64, 1> {};
+template <>
+struct BackwardWarpgroups<64,1> : Warpgroups<12, 64, 1> {};
+template <>
+struct BackwardWarpgroups<64,2> : Warpgroups<4, 64, 2> {};
+template <>
+struct BackwardWarpgroups<128,2> : Warpgroups<4, 64, 2> {};
 
 template <class S, int Rows>
 FASTGAN_DEVICE int place_in_panels(int row, int chunk) {
@@ -49,13 +63,13 @@ template <class S, int D, class Tiling>
 FASTGAN_DEVICE void start_products(Accumulate<S> (&sums)[Tiling::R][Tiling::N / 8][4], const S* a, const S* b) {
   constexpr int N = Tiling::N;
   if constexpr (Tiling::warpgroups) {
-    a += together<Tiling>() * kPanel;
+    const Panels from_a = panels_at(a + together<Tiling>() * kPanel), from_b = panels_at(b);
     hold(sums[0]);
     begin_products();
 #pragma unroll
     for (int k = 0; k < D / 16; ++k)
-      multiply_shared<S, N>(sums[0], panels_at(a + k / 4 * Tiling::rows * kPanel + k % 4 * 16),
-                            panels_at(b + k / 4 * N * kPanel + k % 4 * 16), k > 0);
+      multiply_shared<S, N>(sums[0], advanced<S>(from_a, k / 4 * Tiling::rows * kPanel + k % 4 * 16),
+                            advanced<S>(from_b, k / 4 * N * kPanel + k % 4 * 16), k > 0);
     commit_products();
   } else {
     products_of_rows<S, D, N, Tiling::R>(sums, a + together<Tiling>() * D, b);
@@ -86,11 +100,12 @@ FASTGAN_DEVICE void add_weighted(Accumulate<S> (&sums)[Tiling::R][D / 8][4],
       for (int i = 0; i < 4; ++i)
         from_a[k][i] = narrow_pair<S>(weights[0][2 * k + i / 2][i % 2 * 2],  //
                                       weights[0][2 * k + i / 2][i % 2 * 2 + 1]);
+    const Panels from_b = panels_at(b, N * kPanel);
     hold(sums[0]);
     begin_products();
 #pragma unroll
     for (int k = 0; k < N / 16; ++k)
-      multiply_registers<S, D>(sums[0], from_a[k], panels_at(b + k * 16 * kPanel, N * kPanel), true);
+      multiply_registers<S, D>(sums[0], from_a[k], advanced<S>(from_b, k * 16 * kPanel), true);
     commit_products();
     finish_products<Tiling>(sums);
   } else {

@@ -58,6 +58,12 @@ FASTGAN_DEVICE Panels panels_at(const S* at, int next = 0) {
           uint64_t(1) << 62};
 }
 
+// The same matrix, `elements` further in the row or, of 64 each, in rows.
+template <class S>
+FASTGAN_DEVICE Panels advanced(Panels matrix, int elements) {
+  return {matrix.descriptor + uint64_t(elements * sizeof(S) / 16)};
+}
+
 // What ordinary and asynchronous copies wrote to shared memory, by this thread, is there for wgmma once a
 // barrier is passed.
 FASTGAN_DEVICE void fence_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

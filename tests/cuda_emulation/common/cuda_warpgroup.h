@@ -33,6 +33,11 @@ FASTGAN_DEVICE Panels panels_at(const S* at, int next = 0) {
   return {reinterpret_cast<const uint16_t*>(at), next};
 }
 
+template <class S>
+FASTGAN_DEVICE Panels advanced(Panels matrix, int elements) {
+  return {matrix.at + elements, matrix.next};
+}
+
 FASTGAN_DEVICE void fence_shared() {}
 FASTGAN_DEVICE void begin_products(emulator::Where where = emulator::Where::current()) {
   emulator::warp_barrier(where);
