@@ -2,16 +2,64 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
+import pybind11
 import pytest
 import torch
 
+from fastgan import _cuda
+from tests.cuda_emulation.build import CXX
 from tests.other_torch import OTHER_TORCH, REPOSITORY, build_wheel, run
 
+OLDEST_TORCH = "2.10.0"
+
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def oldest_headers(tmp_path_factory) -> Path:
+    """A folder with ``torch/include`` of the oldest torch that is supported."""
+    folder = tmp_path_factory.mktemp("oldest")
+    # The headers are the same for every Python; the newest ones may have no wheel of so old a torch.
+    run(
+        sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--python-version=3.11",
+        "-d", folder, f"torch=={OLDEST_TORCH}",
+    )  # fmt: skip
+    (wheel,) = folder.glob("torch-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder, [name for name in archive.namelist() if name.startswith("torch/include/")])
+    wheel.unlink()
+    (folder / "torch" / "__init__.py").touch()  # what CMake asks Python for
+    return folder
+
+
+def test_R71_the_sources_compile_with_the_oldest_torchs_headers(oldest_headers, tmp_path):
+    """Whoever builds the package, or its CUDA kernels at first use, does so with the torch that is there."""
+    run(
+        shutil.which("cmake"), "-S", REPOSITORY, "-B", tmp_path, "-G", "Ninja", "-DCMAKE_EXPORT_COMPILE_COMMANDS=ON",
+        f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        PYTHONPATH=str(oldest_headers),
+    )  # fmt: skip
+    commands = json.loads((tmp_path / "compile_commands.json").read_text())
+    # The kernels include nothing of torch's.
+    wanted = {each["file"]: each["command"].split(" -o ")[0] for each in commands if "/_C.dir/" in each["command"]}
+    assert any(file.endswith("module.cpp") for file in wanted)
+    compilers = [f"{command} -fsyntax-only {file}" for file, command in wanted.items()]
+    include = oldest_headers / "torch" / "include"
+    for source in sorted({o for cu in (REPOSITORY / "csrc").glob("*/*.cu") for o in cu.parent.glob("*_op.cpp")}):
+        flags = " ".join(_cuda._FLAGS)
+        compilers.append(f"{CXX} {flags} -I{REPOSITORY}/csrc -isystem {include} -fsyntax-only {source}")
+    assert str(include) in compilers[0]
+    for compiler in compilers:
+        done = subprocess.run(compiler, shell=True, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), f"{compiler}\n{done.stderr[-3000:]}"
 
 
 def test_R71_built_here_runs_under_the_other_torch(other_python, other_site):

@@ -61,7 +61,7 @@ Tensor new_output(const std::vector<int64_t>& sizes, ScalarType type, bool chann
       },
       reinterpret_cast<void*>(uintptr_t(block.size)));
   if (error) give_to_pool(block);
-  STABLE_TORCH_ERROR_CODE_CHECK(error);
+  TORCH_ERROR_CODE_CHECK(error);
   return Tensor(handle);
 }
 

@@ -140,14 +140,14 @@ inline Tensor empty(const std::vector<int64_t>& sizes, ScalarType type) {
 #endif
 
 #if defined(FASTGAN_CUDA) && !defined(FASTGAN_EMULATED)
-// Makes the tensor's device the current one while it lives.
-struct DeviceScope {
+// Makes the tensor's device the current one while it lives. Hidden, as torch's guard is.
+struct __attribute__((visibility("hidden"))) DeviceScope {
   explicit DeviceScope(const Tensor& tensor) : guard(tensor.get_device_index()) {}
   torch::stable::accelerator::DeviceGuard guard;
 };
 inline void* current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
   return stream;
 }
 inline std::optional<torch::stable::Device> device_of(const Tensor& tensor) { return tensor.device(); }

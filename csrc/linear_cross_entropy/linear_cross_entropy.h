@@ -23,7 +23,34 @@ struct LinearCrossEntropyRows {
   double smoothing, z;
 };
 
+// doubles of a row in `state`
+constexpr int kLinearCrossEntropyState = 4;
+
+// The same for float32 logits (rows, columns) of the classes [begin, begin + columns) of `classes`, on CUDA,
+// where a 16-bit vocabulary goes through in blocks. First the statistics of every block, in order from 0:
+// they are kept in `state` (rows, kLinearCrossEntropyState), and the last block leaves the losses and there
+// what the gradients need. Then, in any order, a block's gradient from its logits made anew: to `out`, rows
+// `out_stride` elements apart, which may be the logits themselves or, of 16 bits, the front half of each of
+// their rows; the target's entry of it goes to a row's last number in `state` as well. `bias` is of all
+// classes.
+struct LinearCrossEntropyBlock {
+  void* logits;
+  int64_t rows, columns, stride, begin, classes;
+  const int64_t* target;
+  const void* bias;
+  const void* margin;
+  double* state;
+  void* loss;  // for the statistics, may be null
+  const void* gradient;
+  Dtype out_dtype;
+  void* out;
+  int64_t out_stride;
+  double smoothing, z;
+};
+
 }  // namespace fastgan
 
 FASTGAN_DECLARE_KERNEL(linear_cross_entropy_rows, fastgan::LinearCrossEntropyRows)
 FASTGAN_DECLARE_CUDA_KERNEL(linear_cross_entropy_rows, fastgan::LinearCrossEntropyRows)
+FASTGAN_DECLARE_CUDA_KERNEL(linear_cross_entropy_statistics, fastgan::LinearCrossEntropyBlock)
+FASTGAN_DECLARE_CUDA_KERNEL(linear_cross_entropy_gradient, fastgan::LinearCrossEntropyBlock)

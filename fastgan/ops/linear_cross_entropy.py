@@ -19,6 +19,14 @@ chunks again.
 16-bit features and weights are widened for the CPU's products. A GPU multiplies them as they are and leaves float32:
 the logits are never rounded, and their gradient is before it is multiplied, as it is by torch under autocast. So
 autocast lowers features and weights for a GPU, and widens them for the CPU. The operator's loss is never of 16 bits.
+
+There the vocabulary goes through in blocks instead, twice (``_by_blocks``): once for the statistics of each token's
+logits, once, from logits made again, for their gradient. That is four products instead of three. But the weight's
+gradient is made of all tokens at once and rounded once. Chunks of c tokens add to one in float32, which is read and
+written tokens / c times: 8 V H bytes at some 4 TB/s, more than the fourth product's 2 tokens V H operations at some 600
+TFLOP/s take where c is below 600; and with its rounded copy it is more memory than all else. In float32 the products
+are so slow that nothing else counts: chunks there.
+
 While a CUDA graph is captured nothing can be gathered, for the host would have to know how many: ignored tokens then go
 along with a gradient of zero, and an impossible target makes the loss NaN where it would raise.
 """
@@ -42,13 +50,23 @@ NONE, MEAN, SUM = range(3)
 #: bytes of one chunk's logits. Below the 32 MiB from which malloc returns memory to the system at every free (and pays
 #: for its pages at every call), and enough tokens for the matrix products to run at their full rate.
 CHUNK_BYTES = 30 << 20
-#: on a GPU, whose products need more rows for that: 600 and more of a vocabulary of 50,257
-CUDA_CHUNK_BYTES = 128 << 20
+#: on a GPU, of float32 and float64
+CUDA_CHUNK_BYTES = 40 << 20
+#: of 16 bits there: one block's logits of all tokens, at most so many tokens; 3,072 classes of 8,192 tokens
+BLOCK_BYTES, BLOCK_TOKENS = 96 << 20, 16384
+#: rows of logits on a GPU begin at multiples of so many entries, for its matrix products and kernels that read vectors:
+#: a row of 50,257 would not, and cuBLAS takes kernels of a fraction of the speed
+_ALIGNED = 64
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32 for the 16-bit types, the type itself otherwise."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def gradient_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """Of the gradients of input and weight that the forward leaves. A loss is scaled later: not float16."""
+    return dtype if dtype == torch.bfloat16 and _multiplies_16_bits(device) else accumulate_dtype(dtype)
 
 
 def autocast_dtype(device: str) -> torch.dtype:
@@ -109,7 +127,8 @@ def reference(
 ) -> tuple[Tensor, ...]:
     """Input (T, H), weight (V, H), target (T,) and bias (V,) or None → the loss and the gradients asked for.
 
-    All of them in the accumulate dtype. The bias may be wider than the others.
+    The gradients of input and weight in ``gradient_dtype``, the others in the accumulate dtype. The bias may be wider
+    than the others.
     """
     logits = _logits(input, weight, target, bias, adversarial_radius)
     kept = target != ignore_index
@@ -132,7 +151,8 @@ def reference(
             precomputed = _gradients(one, input, weight, target, bias, *settings, gradients)
     else:
         precomputed = [input.new_empty(0, dtype=accumulate_dtype(input.dtype)) for _ in range(3)]
-    return loss, *precomputed
+    dtype = gradient_dtype(input.dtype, input.device.type)
+    return loss, precomputed[0].to(dtype), precomputed[1].to(dtype), precomputed[2]
 
 
 def _gradients(
@@ -219,14 +239,34 @@ def gradients_to_expect(input: Tensor, weight: Tensor, bias: Tensor | None, redu
 def _rows_per_chunk(tokens: int, classes: int, dtype: torch.dtype, device: str = "cpu") -> int:
     """Chunks of equal size within the budget; by shape only."""
     budget = CHUNK_BYTES if device == "cpu" else CUDA_CHUNK_BYTES
-    most = max(16, budget // max(1, classes * dtype.itemsize))
-    chunks = -(-tokens // most)
-    return -(-tokens // max(1, chunks))
+    return _equal_parts(tokens, max(16, budget // max(1, classes * dtype.itemsize)))
+
+
+def _tokens_and_classes_per_block(tokens: int, classes: int) -> tuple[int, int]:
+    """Of equal size within the budget; by shape only."""
+    chunk = _equal_parts(tokens, BLOCK_TOKENS)
+    most = max(_ALIGNED, BLOCK_BYTES // (4 * chunk) // _ALIGNED * _ALIGNED)
+    return chunk, min(max(1, classes), -(-_equal_parts(classes, most) // _ALIGNED) * _ALIGNED)
+
+
+def _equal_parts(whole: int, most: int) -> int:
+    """The size of the fewest parts of equal size of at most ``most``."""
+    return -(-whole // max(1, -(-whole // most)))
 
 
 def _multiplies_16_bits(device: str) -> bool:
     """Whether its matrix products take 16-bit factors and give float32."""
     return device != "cpu"
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """out, of the factors' dtype or float32 of 16-bit ones, = a @ b, or is added to."""
+    if a.dtype != out.dtype:
+        _widening_product(a, b, out, add)
+    elif add:
+        out.addmm_(a, b)
+    else:
+        torch.mm(a, b, out=out)
 
 
 def _widening_product(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
@@ -245,49 +285,37 @@ class _Products:
             weight = weight.contiguous()  # a matrix product would copy it for every chunk
         self.weight, self.dtype = weight, dtype
         self.block = weight.shape[0]
-        #: of the factors; a GPU multiplies 16-bit ones into float32
-        self.factor_dtype = dtype
         if weight.dtype != dtype:
-            if not _multiplies_16_bits(weight.device.type):
-                self.block = max(16, CHUNK_BYTES // max(1, 4 * weight.shape[1]))
-            else:
-                self.factor_dtype = weight.dtype
+            self.block = max(16, CHUNK_BYTES // max(1, 4 * weight.shape[1]))
 
     def _blocks(self):
         for begin in range(0, self.weight.shape[0], self.block):
             part = slice(begin, begin + self.block)
-            yield part, self.weight[part].to(self.factor_dtype)
-
-    def _multiply(self, a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
-        """out = a @ b, or is added to."""
-        if self.factor_dtype == self.dtype:
-            if add:
-                out.addmm_(a, b)
-            else:
-                torch.mm(a, b, out=out)
-        else:
-            _widening_product(a, b, out, add)
+            yield part, self.weight[part].to(self.dtype)
 
     def logits(self, x: Tensor, out: Tensor) -> None:
         """out (t, V) = x (t, H) @ weightᵀ"""
         for part, weight in self._blocks():
-            self._multiply(x.to(self.factor_dtype), weight.t(), out[:, part])
+            _product(x, weight.t(), out[:, part])
 
     def input_gradient(self, dlogits: Tensor, out: Tensor) -> None:
         """out (t, H) = dlogits (t, V) @ weight"""
-        dlogits = dlogits.to(self.factor_dtype)
         for part, weight in self._blocks():
-            self._multiply(dlogits[:, part], weight, out, add=part.start > 0)
+            _product(dlogits[:, part], weight, out, add=part.start > 0)
 
     def weight_gradient(self, dlogits: Tensor, x: Tensor, out: Tensor, add: bool) -> None:
         """out (V, H) = dlogitsᵀ (V, t) @ x (t, H), or is added to"""
-        self._multiply(dlogits.to(self.factor_dtype).t(), x.to(self.factor_dtype), out, add)
+        _product(dlogits.t(), x, out, add)
 
 
 def _check_targets(target: Tensor, classes: int) -> None:
     if target.numel() == 0:
         return
-    low, high = (int(bound) for bound in target.aminmax())
+    low, high = target.aminmax()
+    _check_range(int(low), int(high), classes)
+
+
+def _check_range(low: int, high: int, classes: int) -> None:
     if low < 0 or high >= classes:
         raise IndexError(f"Target {low if low < 0 else high} is out of bounds: target must be in [0, {classes})")
 
@@ -309,6 +337,7 @@ def _chunked(
     """Loss of each token, how many count, and the gradients for ``upstream`` (a scalar or one a token, None is 1)."""
     (tokens, features), classes, dtype = input.shape, weight.shape[0], accumulate_dtype(input.dtype)
     device = input.device
+    out_dtype = gradient_dtype(input.dtype, device.type)
     zeros = lambda *size: torch.zeros(size, dtype=dtype, device=device)
     target = target.contiguous()
     kept = target != ignore_index
@@ -318,39 +347,94 @@ def _chunked(
         index, rows, count = None, tokens, kept.sum()
         target = torch.where(kept, target, 0)
     else:
-        index = kept.nonzero().squeeze(-1)
-        rows = count = index.numel()
-        if rows == tokens:
-            index = None
-        else:
-            target = target[index]
-        _check_targets(target, classes)
+        index, target = _kept_tokens(kept, target, classes)
+        rows = count = target.numel()
     wants_input, wants_weight, wants_bias = gradients
     losses = torch.empty(rows if want_loss else 0, dtype=dtype, device=device)
-    out = [input.new_empty(0, dtype=dtype) for _ in range(3)]
+    out = [input.new_empty(0, dtype=each) for each in (out_dtype, out_dtype, dtype)]
     if wants_input:
-        out[0] = new_output(input, (tokens, features), dtype=dtype)
+        out[0] = new_output(input, (tokens, features), dtype=out_dtype)
         if index is not None:
             out[0].zero_()  # the ignored tokens'; all others are written
     if rows == 0:
         if wants_weight:
-            out[1] = zeros(classes, features)
+            out[1] = zeros(classes, features).to(out_dtype)
         if wants_bias:
             out[2] = zeros(classes)
         return zeros(tokens if want_loss else 0), count, out
     row_gradient = None
+    # float16 would lose most of a mean's gradient of the logits, which is rounded.
+    divide_later = mean and upstream is None and input.dtype == torch.float16
     if any(gradients):
         row_gradient = torch.ones((), dtype=dtype, device=device) if upstream is None else upstream.to(dtype)
         if row_gradient.dim() == 1 and index is not None:
             row_gradient = row_gradient[index]
-        if mean:
+        if mean and not divide_later:
             row_gradient = row_gradient / count
         row_gradient = row_gradient.expand(rows)
         row_gradient = row_gradient.contiguous() if index is not None else torch.where(kept, row_gradient, 0.0)
-    products = _Products(weight, dtype)
     offset = None if bias is None else bias.to(dtype).contiguous()
-    chunk = _rows_per_chunk(rows, classes, dtype, device.type)
-    buffer = new_output(input, (chunk, classes), dtype=dtype)
+    by_blocks = _multiplies_16_bits(device.type) and input.dtype != dtype
+    (_by_blocks if by_blocks else _by_chunks)(
+        input, index, weight, target, offset, row_gradient, losses if want_loss else None, label_smoothing, z_loss,
+        adversarial_radius, gradients, out,
+    )  # fmt: skip
+    if divide_later:
+        out = [gradient.div_(count) for gradient in out]
+    if want_loss:
+        losses = torch.where(kept, losses, 0.0) if index is None else zeros(tokens).index_copy_(0, index, losses)
+    return losses, count, out
+
+
+def _kept_tokens(kept: Tensor, target: Tensor, classes: int) -> tuple[Tensor | None, Tensor]:
+    """Which tokens count, None if all do, and their targets; IndexError for a target that is no class."""
+    tokens = target.numel()
+    if target.device.type == "cpu":
+        index = kept.nonzero().squeeze(-1)
+        if index.numel() < tokens:
+            target = target[index]
+        _check_targets(target, classes)
+        return index if index.numel() < tokens else None, target
+    if tokens == 0:
+        return None, target
+    # The host waits for the device once, for three numbers.
+    count, low, high = torch.stack((kept.sum(), *torch.where(kept, target, 0).aminmax())).tolist()
+    if count > 0:
+        _check_range(low, high, classes)
+    if count == tokens:
+        return None, target
+    index = torch.nonzero_static(kept, size=count).squeeze(-1)
+    return index, target[index]
+
+
+def _buffer(input: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """(rows, columns), uninitialised; on a GPU with aligned rows."""
+    if not _multiplies_16_bits(input.device.type):
+        return new_output(input, (rows, columns), dtype=dtype)
+    stride = -(-columns // _ALIGNED) * _ALIGNED
+    return input.new_empty((rows, stride), dtype=dtype)[:, :columns]
+
+
+def _by_chunks(
+    input: Tensor,
+    index: Tensor | None,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    row_gradient: Tensor | None,
+    losses: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    adversarial_radius: float,
+    gradients: Sequence[bool],
+    out: list[Tensor],
+) -> None:
+    """Chunks of the tokens with all classes. Fills ``losses`` and ``out``; ``target`` is of the tokens at ``index``."""
+    (features, classes), rows, dtype = (input.shape[1], weight.shape[0]), target.numel(), accumulate_dtype(input.dtype)
+    wants_input, wants_weight, wants_bias = gradients
+    products = _Products(weight, dtype)
+    chunk = _rows_per_chunk(rows, classes, dtype, input.device.type)
+    buffer = _buffer(input, chunk, classes, dtype)
     for begin in range(0, rows, chunk):
         part = slice(begin, min(begin + chunk, rows))
         x = (input[part] if index is None else input[index[part]]).to(dtype)
@@ -358,15 +442,13 @@ def _chunked(
         products.logits(x, logits)
         margin = torch.linalg.vector_norm(x, dim=-1).mul_(adversarial_radius) if adversarial_radius != 0.0 else None
         upstream_part = None if row_gradient is None else row_gradient[part]
-        loss_part = losses[part] if want_loss else None
-        _rows_kernel(logits, target[part], offset, margin, upstream_part, loss_part, label_smoothing, z_loss)
+        loss_part = None if losses is None else losses[part]
+        _rows_kernel(logits, target[part], bias, margin, upstream_part, loss_part, label_smoothing, z_loss)
         if wants_input:
             dx = out[0][part] if index is None else torch.empty_like(x)
             products.input_gradient(logits, dx)
             if margin is not None:
-                at_target = logits.gather(1, target[part, None])
-                slope = torch.where(margin == 0, 0.0, adversarial_radius**2 / margin)
-                dx.sub_(at_target * slope[:, None] * x)
+                _lower(dx, logits.gather(1, target[part, None]), margin, adversarial_radius, x)
             if index is not None:
                 out[0].index_copy_(0, index[part], dx)
         if wants_weight:
@@ -378,9 +460,88 @@ def _chunked(
                 out[2] = logits.sum(0)
             else:
                 out[2].add_(logits.sum(0))
-    if want_loss:
-        losses = torch.where(kept, losses, 0.0) if index is None else zeros(tokens).index_copy_(0, index, losses)
-    return losses, count, out
+
+
+def _lower(dx: Tensor, at_target: Tensor, margin: Tensor, radius: float, x: Tensor) -> None:
+    """The margin's part of the gradient of x; ``at_target`` (t, 1) is the gradient of the target's logit."""
+    slope = torch.where(margin == 0, 0.0, radius**2 / margin)
+    dx.sub_(at_target * slope[:, None] * x)
+
+
+def _by_blocks(
+    input: Tensor,
+    index: Tensor | None,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None,
+    row_gradient: Tensor | None,
+    losses: Tensor | None,
+    label_smoothing: float,
+    z_loss: float,
+    adversarial_radius: float,
+    gradients: Sequence[bool],
+    out: list[Tensor],
+) -> None:
+    """As ``_by_chunks``, of 16 bits on a GPU: blocks of the classes with all tokens (or, of very many, a part of them).
+
+    The second time goes backwards: the last block's logits are there already, and of one block nothing is made twice.
+    """
+    (features, classes), rows, dtype = (input.shape[1], weight.shape[0]), target.numel(), torch.float32
+    wants_input, wants_weight, wants_bias = gradients
+    if weight.stride(0) != 1 and weight.stride(1) != 1:
+        weight = weight.contiguous()
+    chunk, block = _tokens_and_classes_per_block(rows, classes)
+    buffer = _buffer(input, chunk, block, dtype)
+    blocks = [slice(begin, min(begin + block, classes)) for begin in range(0, classes, block)]
+    if wants_weight:
+        # Of one chunk each block of it is written once.
+        out[1] = input.new_empty((classes, features), dtype=out[1].dtype if chunk == rows else dtype)
+    if wants_bias:
+        out[2] = input.new_empty(classes, dtype=dtype)
+    for begin in range(0, rows, chunk):
+        part = slice(begin, min(begin + chunk, rows))
+        x = input[part] if index is None else input[index[part]]
+        count = x.shape[0]
+        margin = None
+        if adversarial_radius != 0.0:
+            margin = torch.linalg.vector_norm(x, dim=-1, dtype=dtype).mul_(adversarial_radius)
+        state = torch.empty((count, 4), dtype=torch.float64, device=input.device)
+        loss_part = None if losses is None else losses[part]
+        for columns in blocks:
+            logits = buffer[:count, : columns.stop - columns.start]
+            _product(x, weight[columns].t(), logits)
+            _statistics_kernel(
+                logits, columns.start, classes, target[part], bias, margin, state, loss_part, label_smoothing, z_loss
+            )
+        if row_gradient is None:
+            continue
+        dx = input.new_empty((count, features), dtype=dtype) if wants_input else None
+        for columns in reversed(blocks):
+            logits = buffer[:count, : columns.stop - columns.start]
+            if columns is not blocks[-1]:
+                _product(x, weight[columns].t(), logits)
+            # Where the bias has a gradient, that is summed from what is not rounded.
+            to = logits if wants_bias else buffer.view(x.dtype)[:count, : logits.shape[1]]
+            upstream = row_gradient[part]
+            _gradient_kernel(
+                logits, columns.start, classes, target[part], bias, margin, state, upstream, to, label_smoothing
+            )
+            if wants_bias:
+                torch.sum(logits, 0, out=out[2][columns]) if begin == 0 else out[2][columns].add_(logits.sum(0))
+                to = _buffer(input, count, logits.shape[1], x.dtype).copy_(logits)
+            if dx is not None:
+                _product(to, weight[columns], dx, add=columns is not blocks[-1])
+            if wants_weight:
+                _product(to.t(), x, out[1][columns], add=begin > 0)
+        if dx is not None:
+            if margin is not None:
+                _lower(dx, state[:, 3:].to(dtype), margin, adversarial_radius, x)
+            if index is None:
+                out[0][part] = dx
+            else:
+                out[0].index_copy_(0, index[part], dx.to(out[0].dtype))
+    if wants_weight:
+        out[1] = out[1].to(gradient_dtype(input.dtype, input.device.type))
 
 
 def has_kernel(device: str) -> bool:
@@ -433,7 +594,8 @@ def _fake_gradients(input, weight, gradients: Sequence[bool], dtypes: Sequence[t
 def _fake(input, weight, target, bias, ignore_index, label_smoothing, reduction, z_loss, adversarial_radius, gradients):
     dtype = accumulate_dtype(input.dtype)
     loss = input.new_empty(target.shape if reduction == NONE else (), dtype=dtype)
-    return loss, *_fake_gradients(input, weight, gradients, [dtype] * 3)
+    narrow = gradient_dtype(input.dtype, input.device.type)
+    return loss, *_fake_gradients(input, weight, gradients, [narrow, narrow, dtype])
 
 
 def _fake_backward(grad, input, weight, target, bias, *args):
@@ -490,12 +652,22 @@ linear_cross_entropy_backward = define(
     autocast=lambda device, args: _autocast_arguments(device, 1, args),
 )
 
-# The row kernel, in place; only the two kernels below call it, beneath autograd.
+# The row kernel, in place, and CUDA's of blocks of classes; only the two kernels below call them, beneath autograd.
 LIBRARY.define(
     "linear_cross_entropy_rows(Tensor(a!) logits, Tensor target, Tensor? bias, Tensor? margin, Tensor? gradient, "
     "Tensor(b!)? loss, float smoothing, float z) -> ()"
 )
+LIBRARY.define(
+    "linear_cross_entropy_statistics(Tensor logits, int begin, int classes, Tensor target, Tensor? bias, "
+    "Tensor? margin, Tensor(a!) state, Tensor(b!)? loss, float smoothing, float z) -> ()"
+)
+LIBRARY.define(
+    "linear_cross_entropy_gradient(Tensor logits, int begin, int classes, Tensor target, Tensor? bias, "
+    "Tensor? margin, Tensor(a!) state, Tensor gradient, Tensor(b!) out, float smoothing) -> ()"
+)
 _rows_kernel = torch.ops.fastgan.linear_cross_entropy_rows.default
+_statistics_kernel = torch.ops.fastgan.linear_cross_entropy_statistics.default
+_gradient_kernel = torch.ops.fastgan.linear_cross_entropy_gradient.default
 for _device in ("CPU", "CUDA") if _impl.extension_error is None else ():
     LIBRARY.impl("linear_cross_entropy", _forward_kernel, _device)
     LIBRARY.impl("linear_cross_entropy_backward", _backward_kernel, _device)

@@ -13,6 +13,7 @@ Where a step cannot be recorded it runs eagerly, and one warning says why.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -190,7 +191,7 @@ class GraphedStep:
         self._rates.fill()
         static = [None if tensor is None else torch.empty_like(tensor).copy_(tensor.detach()) for tensor in inputs]
         try:
-            with self._rates.in_place():
+            with self._rates.in_place(), _nothing_collected():
                 self._graph.capture(lambda: self._step(*static))
         except Exception as error:
             self._forget()
@@ -284,6 +285,23 @@ class _Rates:
         finally:
             for _, group, rate, capturable in before:
                 group["lr"], group["capturable"] = rate, capturable
+
+
+@contextmanager
+def _nothing_collected() -> Iterator[None]:
+    """Python's garbage is collected before, and none meanwhile.
+
+    What it holds may not be let go of while a stream records: another recording's graph, as one of a trainer that was
+    used before, makes this one fail.
+    """
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def why_not_recordable(

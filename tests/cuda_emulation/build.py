@@ -32,7 +32,11 @@ SANITIZERS = {
 STEMS = {
     "norm_act": ["norm_act", "norm_act_backward", "norm_act_eval", "norm_act_eval_backward", "norm_act_move"],
     "gan_loss": ["conv_gan_loss", "conv_gan_loss_backward"],
-    "linear_cross_entropy": ["linear_cross_entropy_rows"],
+    "linear_cross_entropy": [
+        "linear_cross_entropy_rows",
+        "linear_cross_entropy_statistics",
+        "linear_cross_entropy_gradient",
+    ],
     "attention": [
         "attention",
         "attention_backward",

@@ -23,7 +23,7 @@ class _OnDevice:
             moved = [a.cuda() if isinstance(a, torch.Tensor) else a for a in args]
             out = operator(*moved)
             for argument, before, after in zip(operator.default._schema.arguments, args, moved, strict=True):
-                if argument.alias_info is not None and argument.alias_info.is_write:
+                if before is not None and argument.alias_info is not None and argument.alias_info.is_write:
                     before.copy_(after)
             return tuple(each.cpu() for each in out) if isinstance(out, tuple) else None if out is None else out.cpu()
 

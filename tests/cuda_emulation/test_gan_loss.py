@@ -61,6 +61,8 @@ def _check(
     grad_loss = torch.randn(cpu[0].shape, dtype=accumulate)
     grad_logits = torch.randn_like(cpu[1])
     backward = (grad_loss, grad_logits, x, weight, bias, cpu[1], *settings)
+    # The judge of float64 is float64 as well: where the CPU adds in its order, its error is exactly 0.
+    bound = 4 * ulp * (max(1, cpu[1].numel()) ** 0.5 if dtype == torch.float64 else 1)
     needs = [True, True, whole]
     cpu = torch.ops.fastgan.conv_gan_loss_backward(*backward, needs)
     got = cuda_kernels.conv_gan_loss_backward(*backward, needs)
@@ -72,7 +74,7 @@ def _check(
         assert a.shape == b.shape
         assert a.stride() == b.stride(), name
         if want.numel():
-            assert _error(a, want) <= 1.5 * _error(b, want) + 4 * ulp, (name, _error(a, want), _error(b, want))
+            assert _error(a, want) <= 1.5 * _error(b, want) + bound, (name, _error(a, want), _error(b, want))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

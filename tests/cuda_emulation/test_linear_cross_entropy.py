@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+import fastgan
 from fastgan.nn.functional import linear_cross_entropy
 from fastgan.ops import linear_cross_entropy as ops
 from tests.cuda_emulation.build import needs_compiler
@@ -37,6 +38,30 @@ def run(operators, logits, target, bias, margin, gradient, smoothing, z, want_lo
     return loss, x
 
 
+def by_blocks(operators, logits, target, bias, margin, gradient, smoothing, z, *, block=64, gap=0, dtype=None):
+    """As ``run``: the statistics block by block, then the gradient, in place if it is ``dtype``, backwards."""
+    rows, classes = logits.shape
+    loss, state = torch.empty(rows), torch.empty(rows, 4, dtype=torch.float64)
+    out = torch.empty(rows, classes, dtype=dtype or torch.float32)
+    for ahead in (True, False):
+        begins = range(0, classes, block)
+        for begin in begins if ahead else reversed(begins):
+            columns = slice(begin, min(begin + block, classes))
+            buffer = torch.full((rows, block + gap), math.pi)
+            x = buffer[:, : columns.stop - begin]
+            x.copy_(logits[:, columns])
+            where = (x, begin, classes, target, bias, margin, state)
+            if ahead:
+                operators.linear_cross_entropy_statistics(*where, loss, smoothing, z)
+                assert x.equal(logits[:, columns]) or logits.isnan().any()
+            else:
+                to = buffer.view(out.dtype)[:, : x.shape[1]]
+                operators.linear_cross_entropy_gradient(*where, gradient, to, smoothing)
+                out[:, columns] = to
+            assert (buffer[:, x.shape[1] :] == math.pi).all()
+    return loss, out, state
+
+
 def error(got, want):
     return ((got.double() - want).norm() / want.norm().clamp_min(1e-30)).item()
 
@@ -59,6 +84,57 @@ def test_losses_and_gradients(cuda_kernels, classes, smoothing, z, dtype):
         assert error(x, want) <= 2 * error(cpu, want) + 4 * eps
         # of one class the loss is z lse² alone, and else a rest of cancelled numbers
         assert (loss - want_loss).abs().max() <= 2 * (cpu_loss - want_loss).abs().max() + 8 * eps
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("smoothing", "z"), [(0.0, 0.0), (0.1, 1e-3)])
+@pytest.mark.parametrize(
+    ("classes", "block", "gap"),
+    [(1, 1, 0), (2, 4, 0), (65, 64, 0), (511, 128, 4), (513, 130, 1), (9001, 4608, 0), (9001, 9001, 3)],
+)
+def test_blocks_of_classes(cuda_kernels, classes, block, gap, smoothing, z, dtype):
+    """Aligned rows and others, more of them than a thread holds at a time, a narrower gradient in place."""
+    rows = 3
+    logits, target = torch.randn(rows, classes) * 4, torch.tensor([0, classes - 1, classes // 2])
+    gradient = torch.rand(rows)
+    for bias, margin in ((None, None), (torch.randn(classes), torch.rand(rows))):
+        arguments = (logits, target, bias, margin, gradient, smoothing, z)
+        want_loss, want = exact(*arguments)
+        loss, x, state = by_blocks(cuda_kernels, *arguments, block=block, gap=gap, dtype=dtype)
+        cpu_loss, cpu = run(torch.ops.fastgan, *arguments)
+        eps = torch.finfo(torch.float32).eps
+        rounding = 0 if dtype is None else torch.finfo(dtype).eps / 2
+        assert error(x, want) <= 2 * error(cpu, want) + 4 * eps + rounding
+        assert (loss - want_loss).abs().max() <= 2 * (cpu_loss - want_loss).abs().max() + 8 * eps
+        torch.testing.assert_close(state[:, 3], want.gather(1, target[:, None])[:, 0], rtol=1e-5, atol=1e-6)
+
+
+def test_a_narrow_gradient_in_place_is_the_one_beside(emulated):
+    """Whatever order the threads come in: the emulator's are behind one another as far as barriers let them."""
+    arguments = (torch.randn(2, 9000), torch.tensor([5, 8999]), None, None, torch.rand(2), 0.1, 0.0)
+    narrow = by_blocks(emulated, *arguments, block=9024, dtype=torch.bfloat16)[1]
+    assert narrow.equal(by_blocks(emulated, *arguments, block=9024)[1].bfloat16())
+
+
+def test_blocks_keep_what_is_not_finite_in_its_row(cuda_kernels):
+    inf, nan = math.inf, math.nan
+    logits = torch.randn(8, 600)
+    logits[1, 5], logits[2, 590], logits[3, 7], logits[4] = nan, inf, -inf, -inf
+    logits[5, :599] = -inf  # all the probability on the last
+    logits[6] -= 1e4
+    logits[7, 3] = 1e4
+    target, gradient = torch.tensor([1, 2, 3, 8, 5, 599, 600, -1]), torch.ones(8)
+    target[6], target[7] = 3, 3
+    loss, x, _ = by_blocks(cuda_kernels, logits, target[:8], None, None, gradient, 0.0, 0.0)
+    cpu_loss, cpu = run(torch.ops.fastgan, logits, target, None, None, gradient, 0.0, 0.0)
+    assert loss.isnan().tolist() == cpu_loss.isnan().tolist() == [False, True, True, False, True, False, False, False]
+    for row in (0, 3, 5, 6, 7):
+        torch.testing.assert_close(x[row], cpu[row], rtol=1e-5, atol=1e-6)
+    assert x[1].isnan().all()
+    assert x[4].isnan().all()
+    loss, x, _ = by_blocks(cuda_kernels, logits[:3], torch.tensor([600, 2, -1]), None, None, gradient[:3], 0.0, 0.0)
+    assert loss.isnan().tolist() == [True, True, True]
+    assert x.isnan().all()
 
 
 def test_only_the_loss_or_only_the_gradient(cuda_kernels):
@@ -114,40 +190,83 @@ def test_a_target_outside_makes_its_row_nan_and_reads_nothing(cuda_kernels):
     assert loss.isnan().tolist() == x.isnan().all(1).tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_a_gpus_16_bit_factors_give_float32_logits(emulated, monkeypatch, reduction):
-    """The operator as it runs on a GPU: chunks, products of the factors as they are, the emulated row kernel."""
+@pytest.fixture
+def as_on_a_gpu(emulated, monkeypatch):
+    """The operator as it runs on a GPU: blocks, products of the factors as they are, the emulated kernels."""
     dtypes = set()
 
     def product(a, b, out, add):
         dtypes.add((a.dtype, b.dtype, out.dtype))
         out.add_(a.float() @ b.float()) if add else out.copy_(a.float() @ b.float())
 
-    monkeypatch.setattr(ops, "CHUNK_BYTES", 1)  # sixteen rows a chunk
     monkeypatch.setattr(ops, "_multiplies_16_bits", lambda device: True)
     monkeypatch.setattr(ops, "_widening_product", product)
-    monkeypatch.setattr(ops, "_rows_kernel", emulated.linear_cross_entropy_rows)
+    for name in ("rows", "statistics", "gradient"):
+        monkeypatch.setattr(ops, f"_{name}_kernel", getattr(emulated, f"linear_cross_entropy_{name}"))
     monkeypatch.setattr(ops, "autocast_dtype", torch.get_autocast_dtype)
+    monkeypatch.setattr(ops, "_ALIGNED", 16)
+    monkeypatch.setattr(ops, "BLOCK_BYTES", 4 * 16 * 40)
+    return dtypes
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1000, 16])  # at a time
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("reduction", "radius"), [("none", 0.0), ("mean", 0.0), ("mean", 0.3)])
+def test_a_gpus_16_bit_factors_give_float32_logits(
+    as_on_a_gpu, monkeypatch, reduction, radius, with_bias, tokens, dtype
+):
+    monkeypatch.setattr(ops, "BLOCK_TOKENS", tokens)
     input, weight, bias = (torch.randn(*size).requires_grad_() for size in ((40, 8), (50, 8), (50,)))
     target = torch.randint(0, 50, (40,))
     target[[3, 30]] = -100
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = linear_cross_entropy(input, weight, target, bias, label_smoothing=0.1, reduction=reduction)
+    given = (input, weight, bias) if with_bias else (input, weight)
+    settings = {"label_smoothing": 0.1, "reduction": reduction, "z_loss": 1e-3, "adversarial_radius": radius}
+    with torch.autocast("cpu", dtype):
+        loss = linear_cross_entropy(input, weight, target, bias if with_bias else None, **settings)
     assert loss.dtype == torch.float32
-    assert dtypes <= {(torch.bfloat16, torch.bfloat16, torch.float32)}
-    assert dtypes
-    got = torch.autograd.grad(loss.sum(), (input, weight, bias))
-    leaves = [t.detach().bfloat16().double().requires_grad_() for t in (input, weight)]
+    assert as_on_a_gpu <= {(dtype, dtype, torch.float32)}
+    assert as_on_a_gpu
+    got = torch.autograd.grad(loss.sum(), given)
+    leaves = [t.detach().to(dtype).double().requires_grad_() for t in (input, weight)]
     exact_bias = bias.detach().double().requires_grad_()
-    exact_loss = torch.nn.functional.cross_entropy(
-        leaves[0] @ leaves[1].t() + exact_bias, target, label_smoothing=0.1, reduction=reduction
-    )
+    with fastgan.use("reference"):
+        exact_loss = linear_cross_entropy(leaves[0], leaves[1], target, exact_bias if with_bias else None, **settings)
     torch.testing.assert_close(loss.double(), exact_loss, rtol=1e-5, atol=1e-6)
-    want = torch.autograd.grad(exact_loss.sum(), (*leaves, exact_bias))
-    assert error(got[2], want[2]) < 1e-6
+    want = torch.autograd.grad(exact_loss.sum(), (*leaves, exact_bias)[: len(given)])
+    if with_bias:
+        assert error(got[2], want[2]) < 1e-6
     # the logits' gradient is rounded before it is multiplied, and the result once more
-    assert error(got[0], want[0]) < torch.finfo(torch.bfloat16).eps
-    assert error(got[1], want[1]) < torch.finfo(torch.bfloat16).eps
+    assert error(got[0], want[0]) < torch.finfo(dtype).eps
+    assert error(got[1], want[1]) < torch.finfo(dtype).eps
+
+
+def test_a_gpus_means_of_float16_are_divided_when_they_are_float32(as_on_a_gpu):
+    """A loss is scaled after the forward, which has made the gradients already."""
+    input, weight = torch.randn(40, 8).half().requires_grad_(), torch.randn(50, 8).half().requires_grad_()
+    target = torch.full((40,), -100)
+    target[7] = 3
+    tiny = linear_cross_entropy(input.detach(), weight, target) * 2.0**-20
+    many = [t.detach().double().requires_grad_() for t in (input, weight)]
+    assert tiny.isfinite()
+    loss = linear_cross_entropy(input, weight, torch.arange(40))
+    precomputed = torch.ops.fastgan.linear_cross_entropy(
+        input.detach(), weight.detach(), torch.arange(40), None, -100, 0.0, ops.MEAN, 0.0, 0.0, [True, True, False]
+    )
+    with fastgan.use("reference"):
+        want = torch.autograd.grad(linear_cross_entropy(*many, torch.arange(40)), many)
+    assert precomputed[1].dtype == precomputed[2].dtype == torch.float32
+    for got, exactly in zip(precomputed[1:3], want, strict=True):
+        assert error(got, exactly) < torch.finfo(torch.float16).eps
+    assert loss.isfinite()
+
+
+def test_a_gpus_gradients_of_bfloat16_are_of_its_memory(as_on_a_gpu):
+    out = torch.ops.fastgan.linear_cross_entropy(
+        torch.randn(5, 8).bfloat16(), torch.randn(50, 8).bfloat16(), torch.arange(5), None, -100, 0.0, ops.MEAN, 0.0,
+        0.0, [True, True, True],
+    )  # fmt: skip
+    assert [each.dtype for each in out] == [torch.float32, torch.bfloat16, torch.bfloat16, torch.float32]
 
 
 def test_the_same_bits_again(cuda_kernels):

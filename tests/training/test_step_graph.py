@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
@@ -299,6 +301,64 @@ def test_a_recording_that_fails_nevertheless(monkeypatch):
     with pytest.warns(UserWarning, match=f"and slower: {reason}"):
         both.train([6] * 6)
     assert both.tape.replays == 0
+
+
+class Cyclic(nn.Module):
+    """Leaves garbage that only the collector frees, as an older trainer with its recorded graph is."""
+
+    freed_while: ClassVar[set[str]] = set()
+    now = "a step"
+
+    class Garbage:
+        def __init__(self):
+            self.itself = self
+
+        def __del__(self):
+            Cyclic.freed_while.add(Cyclic.now)
+
+    def forward(self, x):
+        self.Garbage()
+        return x
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_is_collected_during_the_recording(monkeypatch, enabled, fails):
+    both = Both(change=lambda generator, discriminator: discriminator.main.insert(1, Cyclic()), seed=1)
+    Cyclic.freed_while.clear()
+    capture, freed_before = both.tape.capture, set()
+
+    def watched(call):
+        freed_before.update(Cyclic.freed_while)
+        monkeypatch.setattr(Cyclic, "now", "the recording")
+        capture(call)
+        monkeypatch.setattr(Cyclic, "now", "a step")
+        if fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(both.tape, "capture", watched)
+    before, thresholds = gc.isenabled(), gc.get_threshold()
+    gc.set_threshold(1)  # a collection at every other allocation
+    try:
+        real, noises = batches([6] * 5)
+        for step, images in enumerate(real):
+            gc.enable() if enabled else gc.disable()
+            if step == step_graph.WARM_UP:
+                gc.disable()
+                Cyclic.Garbage()  # for the step's own collection
+                monkeypatch.setattr(Cyclic, "now", "before it")
+                gc.enable() if enabled else None
+            if fails and step == step_graph.WARM_UP:
+                with pytest.warns(UserWarning, match="recording it failed"):
+                    both.graphed.train_step(images, noises[step])
+            else:
+                both.graphed.train_step(images, noises[step])
+            assert gc.isenabled() == enabled
+    finally:
+        gc.set_threshold(*thresholds)
+        gc.enable() if before else gc.disable()
+    assert "before it" in freed_before
+    assert "the recording" not in Cyclic.freed_while
 
 
 def test_a_gradient_hook_works_and_is_said():
