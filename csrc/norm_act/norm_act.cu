@@ -85,19 +85,24 @@ template <class T>
 FASTGAN_DEVICE T preactivation(T x, const Coefficients<T>& c) {
   return fma(x - c.mean, c.scale, c.shift);
 }
-// The negated comparisons keep a NaN.
+// By selections alone: a branch for each value, though all threads take the same, costs more than it skips.
+// `none` is a slope of one. The comparisons keep a NaN.
 template <class T>
-FASTGAN_DEVICE T activate(T z, Activation act, T slope) {
-  if (act == Activation::relu) return z < T(0) ? T(0) : z;
-  if (act == Activation::leaky_relu) return z > T(0) ? z : z * slope;
-  return z;
-}
-template <class T>
-FASTGAN_DEVICE T masked(T grad, T z, Activation act, T slope) {
-  if (act == Activation::relu) return z <= T(0) ? T(0) : grad;
-  if (act == Activation::leaky_relu) return z > T(0) ? grad : grad * slope;
-  return grad;
-}
+struct Act {
+  bool is_relu;
+  T slope;
+  FASTGAN_DEVICE explicit Act(const NormActArgs& args)
+      : is_relu(args.act == Activation::relu),
+        slope(args.act == Activation::leaky_relu ? T(args.negative_slope) : T(1)) {}
+  FASTGAN_DEVICE T operator()(T z) const {
+    T other = z > T(0) ? z : z * slope;
+    return is_relu & (z < T(0)) ? T(0) : other;
+  }
+  FASTGAN_DEVICE T masked(T grad, T z) const {
+    T other = z > T(0) ? grad : grad * slope;
+    return is_relu & (z <= T(0)) ? T(0) : other;
+  }
+};
 
 // What one thread sees of a call: its channels, its items, and the ways to their memory.
 template <class S, int V, bool Last>
@@ -212,7 +217,7 @@ struct Walk {
 
   FASTGAN_DEVICE void sums(int64_t group, int split, const Coefficients<T> (&c)[K], Sums (&out)[K]) const {
     const S *x = static_cast<const S*>(args.input), *dy = static_cast<const S*>(args.grad_output);
-    T slope = T(args.negative_slope);
+    const Act<T> act(args);
     int64_t begin, end;
     range(split, begin, end);
 #pragma unroll 1
@@ -227,7 +232,7 @@ struct Walk {
         for (int e = 0; e < V; ++e) {
           const int k = owner(e);
           if (u >= at.items) continue;
-          T d = masked(grads[u][e], preactivation(values[u][e], c[k]), args.act, slope);
+          T d = act.masked(grads[u][e], preactivation(values[u][e], c[k]));
           dz[k] += d;
           along[k] = fma(d, values[u][e] - c[k].mean, along[k]);
         }
@@ -239,7 +244,7 @@ struct Walk {
   FASTGAN_DEVICE void outputs(int64_t group, int split, const Coefficients<T> (&c)[K]) const {
     const S* x = static_cast<const S*>(args.input);
     S* y = static_cast<S*>(args.output);
-    T slope = T(args.negative_slope);
+    const Act<T> act(args);
     int64_t begin, end;
     range(split, begin, end);
 #pragma unroll 1
@@ -251,9 +256,8 @@ struct Walk {
       for (int u = 0; u < U; ++u) {
         if (u >= at.items) continue;
 #pragma unroll
-        for (int e = 0; e < V; ++e)
-          values[u][e] = activate(preactivation(values[u][e], c[owner(e)]), args.act, slope);
-        store_vector<V>(y + at[u], values[u]);
+        for (int e = 0; e < V; ++e) values[u][e] = act(preactivation(values[u][e], c[owner(e)]));
+        store_global<V>(y + at[u], values[u]);
       }
     }
   }
@@ -261,7 +265,7 @@ struct Walk {
   FASTGAN_DEVICE void gradients(int64_t group, int split, const Coefficients<T> (&c)[K]) const {
     const S *x = static_cast<const S*>(args.input), *dy = static_cast<const S*>(args.grad_output);
     S* dx = static_cast<S*>(args.grad_input);
-    T slope = T(args.negative_slope);
+    const Act<T> act(args);
     int64_t begin, end;
     range(split, begin, end);
 #pragma unroll 1
@@ -276,13 +280,13 @@ struct Walk {
 #pragma unroll
         for (int e = 0; e < V; ++e) {
           const Coefficients<T>& of = c[owner(e)];
-          T dz = masked(grads[u][e], preactivation(values[u][e], of), args.act, slope);
+          T dz = act.masked(grads[u][e], preactivation(values[u][e], of));
           // In evaluation x - mean has no part in it: infinity times the zero coefficient would be NaN.
           values[u][e] = args.batch_statistics
                              ? dz * of.scale - (values[u][e] - of.mean) * of.along - of.constant
                              : dz * of.scale;
         }
-        store_vector<V>(dx + at[u], values[u]);
+        store_global<V>(dx + at[u], values[u]);
       }
     }
   }
