@@ -5,13 +5,15 @@ one that fails takes none along:
 
 tests      those of tests/cuda_emulation on the device, and the recorded training step
 sanitizer  some of them under compute-sanitizer (memcheck, then racecheck), where it is installed
-kernels    batch norm + activation, the last convolution + BCE: share of the memory bandwidth that a copy reaches
+kernels    batch norm + activation, the last convolution + BCE, as replayed graphs and eagerly: share of the memory
+           bandwidth that a copy reaches
 attention  beside every backend of PyTorch's that takes the case, and FlexAttention compiled, in TFLOP/s of the products
            that have to be done
 second     attention differentiated twice, beside PyTorch's formula
 head       linear_cross_entropy beside PyTorch's, and what each takes in memory
 gan        a DCGAN's training step beside PyTorch's eager, compiled and recorded as a CUDA graph
 language   training steps of GPT-2 and BERT beside transformers with SDPA
+profile    (only where it is asked for) what the recorded DCGAN steps consist of, kernel by kernel
 
 Times are medians of CUDA events after a warm-up, the cache flushed before every call. A wrong result makes the
 command fail, and its row says WRONG. The tables are Markdown (benchmarks/device_tables.py prints them).
@@ -38,6 +40,7 @@ from fastgan import _cuda
 REPOSITORY = Path(__file__).resolve().parent.parent
 TABLES = ("kernels", "attention", "second", "head", "gan", "language")
 SECTIONS = ("tests", "sanitizer", *TABLES)
+ON_REQUEST = ("profile",)
 # Small shapes, every kernel at least once.
 SANITIZED = (
     "device and (test_plain or test_grouped_heads or test_everything_at_once or test_dropout_with_everything "
@@ -101,14 +104,15 @@ def _has(module: str) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"some of {', '.join(SECTIONS)}; all if none")
+    some = f"some of {', '.join(SECTIONS)}, all of these if none; {', '.join(ON_REQUEST)}"
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=some)
     parser.add_argument("--json", type=Path, help="write the rows to this file as well")
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--no-compile", action="store_true", help="without what torch.compile has to make first")
     options = parser.parse_args()
-    unknown = set(options.sections) - set(SECTIONS)
+    unknown = set(options.sections) - {*SECTIONS, *ON_REQUEST}
     if unknown:
-        parser.error(f"no section {', '.join(sorted(unknown))}: there are {', '.join(SECTIONS)}")
+        parser.error(f"no section {', '.join(sorted(unknown))}: there are {', '.join((*SECTIONS, *ON_REQUEST))}")
     if not torch.cuda.is_available():
         print("no CUDA device: nothing to measure")
         return 2

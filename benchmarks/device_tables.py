@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -15,8 +16,11 @@ import torch.nn.functional as T
 
 from benchmarks import gan_steps
 from fastgan.nn import functional as F
+from fastgan.training import step_graph
 
 FLUSH_BYTES = 512 * 2**20  # larger than any second-level cache
+COLD_BYTES = 256 * 2**20  # of the inputs of one graph's calls: several such caches
+MOST_CALLS = 64  # in one graph
 # batch, channels, height: a DCGAN's layers at 64x64 pixels, and one that does not fit the cache
 NORM_SHAPES = [(64, 64, 32), (128, 128, 16), (128, 256, 8), (128, 512, 4), (64, 256, 64)]
 LOSS_SHAPES = [(64, 512, 4), (128, 512, 4), (1024, 512, 4), (16, 512, 31)]
@@ -57,6 +61,40 @@ def milliseconds(call: Callable[[], Any], flush: torch.Tensor, rounds: int) -> f
         end.record()
     torch.cuda.synchronize()
     return median(begin.elapsed_time(end) for begin, end in pairs)
+
+
+def graph_milliseconds(
+    calls: list[Callable[[], Any]], flush: torch.Tensor, rounds: int, graph: step_graph.Graph
+) -> tuple[float | None, str]:
+    """Median time of one of the calls, all of them recorded as one graph and replayed with a cold cache.
+
+    None and why, where they cannot be recorded.
+    """
+
+    def all_of_them() -> Any:
+        for call in calls:
+            call()
+
+    try:
+        # A failed recording leaves its stream the current one; garbage with a graph in it would end a recording.
+        with torch.cuda.stream(torch.cuda.current_stream()):
+            for _ in range(2):
+                graph.warm_up(all_of_them)
+            gc.collect()
+            gc.disable()
+            try:
+                graph.capture(all_of_them)
+            finally:
+                gc.enable()
+        return milliseconds(graph.replay, flush, rounds) / len(calls), ""
+    except Exception as error:
+        torch.cuda.synchronize()
+        return None, f"{type(error).__name__}: {str(error).strip().splitlines()[0][:120]}"
+
+
+def calls_in_a_graph(input_bytes: int) -> int:
+    """How many calls, on as many inputs, leave none of them in the cache until the next replay, nor a launch to see."""
+    return max(1, min(MOST_CALLS, -(-COLD_BYTES // input_bytes)))
 
 
 def difference(ours: tuple[torch.Tensor, ...], theirs: tuple[torch.Tensor, ...]) -> float:
@@ -101,7 +139,7 @@ class Table:
 
 
 def kernel_cases(dtype: torch.dtype, layout: torch.memory_format):
-    """(name, ours, PyTorch's, tensors, gradient of the output, bytes that must be moved forward and backward)."""
+    """(name, ours, PyTorch's, what makes tensors and a gradient of the output, bytes of x, bytes that must move)."""
 
     def norm(fused: bool):
         def run(x, w, b):
@@ -120,44 +158,71 @@ def kernel_cases(dtype: torch.dtype, layout: torch.memory_format):
 
         return run
 
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device="cuda", dtype=dtype).to(memory_format=layout)
+
+    def make_norm(*shape: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+        parameters = [torch.randn(shape[1], device="cuda", requires_grad=True) for _ in range(2)]
+        return [tensor(*shape).requires_grad_(), *parameters], tensor(*shape)
+
+    def make_loss(*shape: int) -> tuple[list[torch.Tensor], torch.Tensor]:
+        w = (torch.randn(1, shape[1], 4, 4, device="cuda") / (16 * shape[1]) ** 0.5).to(dtype)
+        return [tensor(*shape).requires_grad_(), w.requires_grad_()], torch.ones((), device="cuda", dtype=dtype)
+
     for n, c, s in NORM_SHAPES:
-        x = torch.randn(n, c, s, s, device="cuda", dtype=dtype).to(memory_format=layout)
-        parameters = [torch.randn(c, device="cuda", requires_grad=True) for _ in range(2)]
+        size = n * c * s * s * dtype.itemsize
         # Read x, write y; read x and dy, write dx. A second reading of x for its statistics is the kernel's affair.
-        yield (
-            f"batch norm + leaky ReLU {n}x{c}x{s}x{s}", norm(True), norm(False), [x.requires_grad_(), *parameters],
-            torch.randn_like(x), 5 * x.numel() * x.element_size(),
-        )  # fmt: skip
+        name = f"batch norm + leaky ReLU {n}x{c}x{s}x{s}"
+        yield name, norm(True), norm(False), lambda n=n, c=c, s=s: make_norm(n, c, s, s), size, 5 * size
     for n, c, s in LOSS_SHAPES:
-        x = torch.randn(n, c, s, s, device="cuda", dtype=dtype).to(memory_format=layout)
-        w = (torch.randn(1, c, 4, 4, device="cuda") / (16 * c) ** 0.5).to(dtype)
-        tensors = [x.requires_grad_(), w.requires_grad_()]
-        yield (
-            f"last convolution + BCE {n}x{c}x{s}x{s}", loss(True), loss(False), tensors,
-            torch.ones((), device="cuda", dtype=dtype), 3 * x.numel() * x.element_size(),
-        )  # fmt: skip
+        size = n * c * s * s * dtype.itemsize
+        name = f"last convolution + BCE {n}x{c}x{s}x{s}"
+        yield name, loss(True), loss(False), lambda n=n, c=c, s=s: make_loss(n, c, s, s), size, 3 * size
 
 
 def kernels(table: Table) -> None:
     source, target = torch.empty(2, FLUSH_BYTES // 4, device="cuda").unbind()
     bandwidth = 2 * source.numel() * 4 / table.time(lambda: target.copy_(source), 20) / 1e6  # GB/s
-    print(f"a copy moves {bandwidth:.0f} GB/s; forward and backward, milliseconds\n")
-    table.rows.append({"copy": bandwidth})
+    cache = getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 50 * 2**20)
+    print(
+        f"a copy moves {bandwidth:.0f} GB/s; forward and backward, milliseconds: a call's share of a CUDA graph of as\n"
+        "many calls as it takes for their inputs not to stay in the cache from replay to replay, and in brackets a\n"
+        f"call made eagerly, the host's time included. What moves {cache / 2**20:.0f} MB or less is the cache's\n"
+        "affair between a call's own passes, and not judged by the memory's bandwidth.\n"
+    )
+    table.rows.append({"copy": bandwidth, "cache": cache})
     names = ["fastgan", "PyTorch", *["compiled"] * table.compiles]
-    table.head("", *names, "PyTorch / fastgan", "share of bandwidth", "difference")
+    table.head("graph (eager)", *names, "PyTorch / fastgan", "share of bandwidth", "difference")
+    device = torch.device("cuda", torch.cuda.current_device())
     for dtype in (torch.float32, torch.bfloat16):
         for layout in (torch.contiguous_format, torch.channels_last):
-            for name, ours, theirs, tensors, grad, moved in kernel_cases(dtype, layout):
-                peers = [ours, theirs, *[torch.compile(theirs)] * table.compiles]
-                calls = [forward_and_backward(f, tensors, grad) for f in peers]
-                off = difference(calls[0](), calls[1]())
-                times = [table.time(call) for call in calls]
-                share = moved / times[0] / 1e6 / bandwidth
+            for name, ours, theirs, make, size, moved in kernel_cases(dtype, layout):
                 where = f"{name}, {str(dtype).removeprefix('torch.')}, {str(layout).removeprefix('torch.')}"
+                peers = [ours, theirs, *[torch.compile(theirs)] * table.compiles]
+                made = [make() for _ in range(calls_in_a_graph(size))]
+                calls = [[forward_and_backward(f, *each) for each in made] for f in peers]
+                off = difference(calls[0][0](), calls[1][0]())
+                eager = [table.time(call[0]) for call in calls]
+                graphs, failures = [], []
+                for which, call in zip(names, calls, strict=True):
+                    graph = step_graph.CUDAGraph(device)
+                    time, reason = graph_milliseconds(call, table.flush, max(10, table.rounds // 2), graph)
+                    graphs.append(time)
+                    failures += [f"{which}: not recorded, timed eagerly ({reason})"] * bool(reason)
+                times = [e if g is None else g for g, e in zip(graphs, eager, strict=True)]
+                share = moved / times[0] / 1e6 / bandwidth
                 # torch's convolutions may use TF32
                 verdict = table.judge(off, 2e-2 if dtype == torch.bfloat16 else 5e-3)
-                shown = [*(f"{t:.3f}" for t in times), f"{times[1] / times[0]:.2f}x", f"{share:.0%}", verdict]
-                table.row(where, shown, **dict(zip(names, times, strict=True)), share=share, difference=off)
+                recorded = ["eager" if g is None else f"{g:.4f}" for g in graphs]
+                shown = [f"{g} ({e:.3f})" for g, e in zip(recorded, eager, strict=True)]
+                of_bandwidth = "in cache" if moved <= cache else f"{share:.0%}"
+                table.row(
+                    where, [*shown, f"{times[1] / times[0]:.2f}x", of_bandwidth, verdict],
+                    **dict(zip(names, times, strict=True)), eager=dict(zip(names, eager, strict=True)),
+                    not_recorded=failures, share=share, in_cache=moved <= cache, difference=off,
+                )  # fmt: skip
+    for row in table.rows:
+        print(*(f"\n{row['case']}: {failure}" for failure in row.get("not_recorded", ())), sep="", end="")
 
 
 # ---- attention ----
@@ -379,14 +444,62 @@ def language(table: Table) -> None:
         table.row(name, [*shown, table.judge(off, 5e-2)], fastgan=times[0], SDPA=times[1], megabytes=memory)
 
 
+# ---- what a recorded step consists of ----
+
+
+def by_kernel(events: Iterable[Any], calls: int, longest: int = 90) -> list[tuple[str, float, float]]:
+    """(name, count, microseconds) a call of what a profiler saw on the device, the largest sum first."""
+    found: dict[str, list[float]] = {}
+    for event in events:
+        of_kernel = found.setdefault(event.name, [0, 0.0])
+        of_kernel[0] += 1
+        of_kernel[1] += event.time_range.elapsed_us()
+    rows = [(name[:longest], count / calls, total / calls) for name, (count, total) in found.items()]
+    return sorted(rows, key=lambda row: -row[2])
+
+
+def profile(table: Table) -> None:
+    """The kernels of a recorded DCGAN step, batch 64, ours and PyTorch's."""
+    from torch.autograd import DeviceType
+
+    networks, real = gan_steps.networks(batch=64)
+    replays, most = 3, 25
+    for name in ("fastgan", "CUDA graph"):
+        step = gan_steps.DEVICE_STEPS[name](copy.deepcopy(networks).cuda(), real.cuda())
+        for _ in range(step_graph.WARM_UP + 3):  # the recording, and replays
+            step()
+        torch.cuda.synchronize()
+        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+        with torch.profiler.profile(activities=activities) as profiler:
+            for _ in range(replays):
+                step()
+            torch.cuda.synchronize()
+        events = [
+            event
+            for event in profiler.events() or ()
+            if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+        ]
+        if not events:
+            print(f"{name}: the profiler saw no kernel")
+            table.failed = True
+            continue
+        rows = by_kernel(events, replays)
+        total, count = sum(row[2] for row in rows), sum(row[1] for row in rows)
+        span = max(e.time_range.end for e in events) - min(e.time_range.start for e in events)
+        print(f"\n{name}: {count:.0f} kernels and copies a step, {total:.0f} us in all, of {span / replays:.0f} us\n")
+        table.head(f"{name}, a step", "count", "us")
+        for kernel, times, microseconds in rows[:most]:
+            shown = [f"{times:.1f}", f"{microseconds:.1f}"]
+            table.row(f"`{kernel}`", shown, step=name, count=times, microseconds=microseconds)
+
+
 def main(section: str, out: str, rounds: str, *flags: str) -> int:
     torch.manual_seed(0)
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device="cuda")
     table = Table(flush, int(rounds), "--no-compile" not in flags)
+    sections = (kernels, attention, second, head, gan, language, profile)
     try:
-        {"kernels": kernels, "attention": attention, "second": second, "head": head, "gan": gan, "language": language}[
-            section
-        ](table)
+        {each.__name__: each for each in sections}[section](table)
     finally:
         Path(out).write_text(json.dumps(table.rows))
     return int(table.failed)

@@ -46,6 +46,18 @@ FASTGAN_DEVICE uint32_t narrow_pair<float16>(float low, float high) {
   return reinterpret_cast<uint32_t&>(pair);
 }
 
+// Words to global memory in one instruction; p is aligned to all of them.
+FASTGAN_DEVICE void store_words(void* p, const uint32_t (&w)[1]) {
+  asm volatile("st.global.b32 [%0], %1;" ::"l"(p), "r"(w[0]) : "memory");
+}
+FASTGAN_DEVICE void store_words(void* p, const uint32_t (&w)[2]) {
+  asm volatile("st.global.v2.b32 [%0], {%1,%2};" ::"l"(p), "r"(w[0]), "r"(w[1]) : "memory");
+}
+FASTGAN_DEVICE void store_words(void* p, const uint32_t (&w)[4]) {
+  asm volatile("st.global.v4.b32 [%0], {%1,%2,%3,%4};" ::"l"(p), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+               : "memory");
+}
+
 }  // namespace fastgan
 
 #include "common/cuda_vectors.h"

@@ -27,6 +27,22 @@ FASTGAN_DEVICE void store_vector(S* p, const Accumulate<S> (&from)[V]) {
   *reinterpret_cast<Packed<S, V>*>(p) = packed;
 }
 
+// The same, to global memory. Where an address is a multiple of a step, nvcc 13 finds each element's by
+// itself and splits a vector's store into as many: this is one.
+template <int V, class S>
+FASTGAN_DEVICE void store_global(S* p, const Accumulate<S> (&from)[V]) {
+  if constexpr (sizeof(S) * V < 4) {
+    store_vector<V>(p, from);
+  } else {
+    Packed<S, V> packed;
+#pragma unroll
+    for (int i = 0; i < V; ++i) narrow(packed.values[i], from[i]);
+    uint32_t words[sizeof(packed) / 4];
+    memcpy(words, &packed, sizeof(packed));
+    store_words(p, words);
+  }
+}
+
 // Host: whether `p` may be read as vectors of `bytes`; null may.
 inline bool is_aligned(const void* p, int64_t bytes) { return reinterpret_cast<uintptr_t>(p) % bytes == 0; }
 

@@ -1,8 +1,10 @@
 // A discriminator's last convolution with its loss on CUDA. Registers: at most 96, no spills (nvcc 13: sm_80,
 // sm_90a, sm_100).
 //
-// There are few logits and each is a long dot product (8,192 products for DCGAN's 4x4 over 512 channels), so
-// that reading the input once is the time that it must take; the weights stay in the cache.
+// Where there are many logits a picture (a PatchGAN's head), the convolution's part is in
+// gan_loss_patches.cu. Otherwise there are few, and each is a long dot product (8,192 products for DCGAN's
+// 4x4 over 512 channels), so that reading the input once is the time that it must take; the weights stay in
+// the cache.
 //
 // Forward. A whole block shares a logit where there are few, a warp each where there are many. Lanes go along
 // whatever is contiguous in the input: channels (channels_last) or taps. The logit goes through the loss as
@@ -15,28 +17,16 @@
 // No atomics: the bits are the same in every run. The loss of the rounded logit is taken, the one that is
 // returned. Targets outside [0, 1] are not looked for here: telling the host would make it wait for the
 // device.
-#include "common/cuda_block.h"
-#include "common/cuda_types.h"
-#include "gan_loss/gan_loss.h"
+#include "gan_loss/gan_loss_cuda.h"
 
 namespace fastgan {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 constexpr int64_t kFewLogits = 4096;       // up to which a block has one logit
+constexpr int kPatchLogits = 64;           // threads of a block, where each gathers a logit
 constexpr int kSlices = kThreads / kWarp;  // of the sum of a weight's gradient
 
 using Args = GanLossArgs;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Quotient and remainder in 32 bits: 64 take several times as long, and a call. What is divided has been
-// bounded on the host (too_large), but for the elements of the whole input.
-FASTGAN_DEVICE int64_t split(int64_t index, int64_t size, int64_t& rest) {
-  uint32_t quotient = uint32_t(index) / uint32_t(size);
-  rest = int64_t(uint32_t(index) - quotient * uint32_t(size));
-  return quotient;
-}
 
 // ---- the losses: value and derivative at a logit, with the weights of their real and their fake term ----
 
@@ -130,26 +120,6 @@ FASTGAN_DEVICE Accumulate<S> weight_at(const Args& a, int64_t k, int64_t c, int6
   return widen(static_cast<const S*>(a.weight.data)[k * s[0] + c * s[1] + i * s[2] + j * s[3]]);
 }
 
-template <class T>
-FASTGAN_DEVICE T sum_of_warp(T value) {
-#pragma unroll
-  for (int mask = kWarp / 2; mask > 0; mask /= 2) value += shuffle_xor(value, mask);
-  return value;
-}
-
-// Of the whole block, in thread 0.
-template <class T>
-FASTGAN_DEVICE T sum_of_block(T value, T* memory) {
-  int warp = int(threadIdx.x) / kWarp, lane = int(threadIdx.x) % kWarp;
-  value = sum_of_warp(value);
-  if (lane == 0) memory[warp] = value;
-  block_sync();
-  T sum = memory[0];
-#pragma unroll
-  for (int i = 1; i < kWarps; ++i) sum += memory[i];
-  return sum;
-}
-
 // ---- forward ----
 
 // The dot product of one logit, a lane's part: elements `first`, `first` + `step`, ... of (C, kh, kw) in the
@@ -176,19 +146,10 @@ FASTGAN_DEVICE Accumulate<S> dot(const Args& a, const Place& p, int first, int s
   return sum;
 }
 
-// W warps a logit: all of the block, or one.
-template <class S, class Loss, int W>
-__global__ void __launch_bounds__(kThreads, 2) logits_kernel(Args a, int64_t count) {
+// A logit is summed: what is made of it.
+template <class S, class Loss>
+FASTGAN_DEVICE void finish(const Args& a, const Place& p, int64_t logit, Accumulate<S> sum) {
   using T = Accumulate<S>;
-  SharedMemory shared;
-  T* memory = W > 1 ? shared.take<T>(kWarps) : nullptr;
-  int thread = int(threadIdx.x), part = thread % (W * kWarp);
-  int64_t logit = int64_t(blockIdx.x) * (kWarps / W) + thread / (W * kWarp);
-  bool is_inside = logit < count;
-  Place p = place_of(a, is_inside ? logit : 0);
-  T sum = is_inside ? dot<S>(a, p, part, W * kWarp) : T(0);
-  sum = W > 1 ? sum_of_block(sum, memory) : sum_of_warp(sum);
-  if (!is_inside || part != 0) return;
   if (a.bias) sum += widen(static_cast<const S*>(a.bias)[p.k * a.bias_stride]);
   S rounded;
   narrow(rounded, sum);
@@ -204,12 +165,52 @@ __global__ void __launch_bounds__(kThreads, 2) logits_kernel(Args a, int64_t cou
     narrow(static_cast<S*>(a.loss_value)[logit], each);
 }
 
+// W warps a logit: all of the block, or one.
+template <class S, class Loss, int W>
+__global__ void __launch_bounds__(kThreads, 2) logits_kernel(Args a, int64_t count) {
+  using T = Accumulate<S>;
+  SharedMemory shared;
+  T* memory = W > 1 ? shared.take<T>(kWarps) : nullptr;
+  int thread = int(threadIdx.x), part = thread % (W * kWarp);
+  int64_t logit = int64_t(blockIdx.x) * (kWarps / W) + thread / (W * kWarp);
+  bool is_inside = logit < count;
+  Place p = place_of(a, is_inside ? logit : 0);
+  T sum = is_inside ? dot<S>(a, p, part, W * kWarp) : T(0);
+  sum = W > 1 ? sum_of_block(sum, memory) : sum_of_warp(sum);
+  if (!is_inside || part != 0) return;
+  finish<S, Loss>(a, p, logit, sum);
+}
+
+// The same from what patch_products left: a thread a logit, which gathers its taps' products.
+template <class S, class Loss>
+__global__ void __launch_bounds__(kPatchLogits) patch_logits_kernel(Args a, Patches patches, int64_t count) {
+  using T = Accumulate<S>;
+  int64_t logit = int64_t(blockIdx.x) * kPatchLogits + threadIdx.x;
+  if (logit >= count) return;
+  Place p = place_of(a, logit);
+  const T* products = static_cast<const T*>(a.workspace) + patches.offset;
+  int64_t y0 = p.y * a.stride[0] - a.padding[0], x0 = p.x * a.stride[1] - a.padding[1];
+  int taps = int(a.kernel_height * a.kernel_width);
+  T sum = 0;
+  for (int64_t split_of = 0; split_of < patches.products.splits; ++split_of) {
+    const T* from = products + (split_of * patches.columns + p.k * taps) * patches.pixels;
+#pragma unroll 8
+    for (int t = 0; t < taps; ++t) {
+      int64_t j, i = split(t, a.kernel_width, j), y = y0 + i, x = x0 + j;
+      bool is_inside = y >= 0 && y < a.height && x >= 0 && x < a.width;
+      sum += is_inside ? from[t * patches.pixels + (p.n * a.height + y) * a.width + x] : T(0);
+    }
+  }
+  finish<S, Loss>(a, p, logit, sum);
+}
+
 template <class S>
 __global__ void __launch_bounds__(kThreads, 2) loss_kernel(Args a, int64_t count) {
   using T = Accumulate<S>;
   SharedMemory shared;
   double* memory = shared.take<double>(kWarps);
   double sum = 0;
+#pragma unroll 8
   for (int64_t i = threadIdx.x; i < count; i += kThreads)
     sum += double(static_cast<const T*>(a.workspace)[i]);
   sum = sum_of_block(sum, memory);
@@ -312,20 +313,6 @@ FASTGAN_DEVICE void weight_gradient(const Args& a, int64_t block, Accumulate<S>*
 }
 
 template <class S>
-FASTGAN_DEVICE void bias_gradient(const Args& a, int64_t k, double* memory) {
-  using T = Accumulate<S>;
-  const T* gradients = static_cast<const T*>(a.workspace);
-  int64_t per_image = a.out_height * a.out_width;
-  double sum = 0;
-  for (int64_t place = threadIdx.x; place < a.batch * per_image; place += kThreads) {
-    int64_t rest, n = split(place, per_image, rest);
-    sum += double(gradients[(n * a.outputs + k) * per_image + rest]);
-  }
-  sum = sum_of_block(sum, memory);
-  if (threadIdx.x == 0) narrow(static_cast<S*>(a.grad_bias)[k], T(sum));
-}
-
-template <class S>
 __global__ void __launch_bounds__(kThreads, 2) backward_kernel(Args a, Tasks tasks) {
   SharedMemory shared;
   Accumulate<S>* memory = shared.take<Accumulate<S>>(kThreads);
@@ -352,10 +339,16 @@ Error forward(const Args& a, void* stream) {
   using T = Accumulate<S>;
   int64_t count = count_of(a);
   size_t shared = SharedMemory::bytes<T>(kWarps);
-  Error error =
-      count <= kFewLogits
-          ? launch(logits_kernel<S, Loss, kWarps>, count, kThreads, shared, stream, a, count)
-          : launch(logits_kernel<S, Loss, 1>, ceil_div(count, kWarps), kThreads, 0, stream, a, count);
+  Patches patches = patches_of(a);
+  Error error = patches.is_chosen ? patch_products(a, patches, stream) : nullptr;
+  if (error) return error;
+  if (patches.is_chosen)
+    error = launch(patch_logits_kernel<S, Loss>, ceil_div(count, kPatchLogits), kPatchLogits, 0, stream, a,
+                   patches, count);
+  else if (count <= kFewLogits)
+    error = launch(logits_kernel<S, Loss, kWarps>, count, kThreads, shared, stream, a, count);
+  else
+    error = launch(logits_kernel<S, Loss, 1>, ceil_div(count, kWarps), kThreads, 0, stream, a, count);
   if (error || a.reduction == Reduction::none) return error;
   return launch(loss_kernel<S>, 1, kThreads, SharedMemory::bytes<double>(kWarps), stream, a, count);
 }
@@ -366,6 +359,8 @@ Error backward(const Args& a, void* stream) {
   int64_t count = count_of(a);
   Error error = launch(gradient_kernel<S, Loss>, ceil_div(count, kThreads), kThreads, 0, stream, a, count);
   if (error) return error;
+  Patches patches = patches_of(a);
+  if (patches.is_chosen) return patch_gradients(a, patches, stream);
   Tasks tasks{};
   if (a.grad_input) tasks.input_blocks = a.batch * ceil_div(a.channels * a.height * a.width, kThreads);
   if (a.grad_weight)
@@ -416,6 +411,15 @@ Error by_dtype(const Args& a, void* stream, bool is_backward) {
 
 extern "C" const char* fastgan_gan_loss_forward_cuda(const fastgan::GanLossArgs& args, void* stream) {
   return fastgan::by_dtype(args, stream, false);
+}
+
+extern "C" int64_t fastgan_gan_loss_workspace_cuda(const fastgan::GanLossArgs& args, bool is_backward) {
+  using namespace fastgan;
+  int64_t count = count_of(args);
+  Patches p = patches_of(args);
+  if (!p.is_chosen) return count;
+  int64_t sums = is_backward ? p.weights.splits * args.channels : p.products.splits * p.pixels;
+  return p.offset + p.columns * sums;
 }
 
 extern "C" const char* fastgan_gan_loss_backward_cuda(const fastgan::GanLossArgs& args, void* stream) {

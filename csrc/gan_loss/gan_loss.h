@@ -35,8 +35,9 @@ struct GanLossArgs {
   const void* bias;
   int64_t bias_stride;
   Strided target, sample_weight, pos_weight;
-  void* logits;         // (N, K, out_height, out_width), contiguous: written by forward, read by backward
-  void* workspace;      // gan_loss_workspace() elements of the accumulate type
+  void* logits;  // (N, K, out_height, out_width), contiguous: written by forward, read by backward
+  // gan_loss_workspace() elements of the accumulate type; on CUDA fastgan_gan_loss_workspace_cuda()
+  void* workspace;
   bool* out_of_memory;  // set if a thread found none for its scratch: the results are then worth nothing
 
   // forward
@@ -66,3 +67,4 @@ FASTGAN_DECLARE_KERNEL(gan_loss_forward, fastgan::GanLossArgs)
 FASTGAN_DECLARE_KERNEL(gan_loss_backward, fastgan::GanLossArgs)
 FASTGAN_DECLARE_CUDA_KERNEL(gan_loss_forward, fastgan::GanLossArgs)
 FASTGAN_DECLARE_CUDA_KERNEL(gan_loss_backward, fastgan::GanLossArgs)
+extern "C" int64_t fastgan_gan_loss_workspace_cuda(const fastgan::GanLossArgs&, bool is_backward);

@@ -79,6 +79,16 @@ GanLossArgs arguments(const Tensor& input, const Tensor& weight, const std::opti
   return a;
 }
 
+Tensor workspace_of(const GanLossArgs& a, bool is_backward, ScalarType accumulate, const Tensor& input) {
+#if defined(FASTGAN_CUDA)
+  int64_t size = fastgan_gan_loss_workspace_cuda(a, is_backward);
+#else
+  int64_t size = fastgan::gan_loss_workspace(a);
+  static_cast<void>(is_backward);
+#endif
+  return fastgan::empty({size}, accumulate, input);
+}
+
 std::tuple<Tensor, Tensor> conv_gan_loss(Tensor input, Tensor weight, std::optional<Tensor> bias,
                                          std::optional<Tensor> target, double target_value,
                                          std::optional<Tensor> sample_weight,
@@ -93,7 +103,7 @@ std::tuple<Tensor, Tensor> conv_gan_loss(Tensor input, Tensor weight, std::optio
   Tensor logits = fastgan::empty(shape, type, input);
   Tensor value = fastgan::empty(a.reduction == fastgan::Reduction::none ? shape : std::vector<int64_t>{},
                                 float32_loss ? accumulate : type, input);
-  Tensor workspace = fastgan::empty({fastgan::gan_loss_workspace(a)}, accumulate, input);
+  Tensor workspace = workspace_of(a, false, accumulate, input);
   Tensor partial = fastgan::empty({a.batch * a.out_height}, ScalarType::Double, input);
   int32_t bad_target = 0;
   a.logits = logits.data_ptr(), a.loss_value = value.data_ptr(), a.loss_accumulates = float32_loss;
@@ -164,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor> conv_gan_loss_backward(
     grad_bias = fastgan::empty({a.outputs}, type, input);
     a.grad_bias = grad_bias.data_ptr();
   }
-  Tensor workspace = fastgan::empty({fastgan::gan_loss_workspace(a)}, accumulate, input);
+  Tensor workspace = workspace_of(a, true, accumulate, input);
   a.logits = dense_logits.data_ptr(), a.workspace = workspace.data_ptr();
   bool out_of_memory = false;
   a.out_of_memory = &out_of_memory;

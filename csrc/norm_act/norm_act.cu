@@ -8,14 +8,22 @@
 // Work is in two phases, sums over the items of a channel and then a value for each item. Where a channel is
 // small (up to kWholeItems items a thread) one block does both, one launch in all, the second read from the
 // cache. Elsewhere the items are cut into splits: a first launch leaves the sums of each split in scratch, a
-// second adds them again in every block, in the order of the splits, and writes. That costs a few kilobytes a
-// block, and needs neither atomics nor a cleared counter: the bits are the same in every run.
+// second adds them again in every block, in the order of the splits, and writes. That costs a few kilobytes
+// and some microseconds a block, so that there are no more blocks than fill a GPU a few times, and needs
+// neither atomics nor a cleared counter: the bits are the same in every run. The second launch goes through
+// the blocks backwards, from what the first has left in the cache.
+//
+// Bytes, forward and backward, of a tensor larger than the cache: x is read twice and y written, then x and
+// dy read twice and dx written, eight passes. A thread has eight loads of 16 bytes under way, 64 KB a
+// processor; 4 TB/s at 600 ns take 19 KB of each of 132.
 //
 // Numerics: as the CPU kernel (norm_act_cpu.cpp). A thread takes a chunk of values into registers, and sums
-// squares about the chunk's own mean; chunks, threads and splits are joined in double by Chan's formula, in
-// which nothing cancels. The sums of a backward are in the accumulate type within a chunk, double beyond it.
-// The output is fma(x - float(mean), scale, shift) with the mean's rest in the shift; the mask is recomputed
-// by the same two instructions.
+// squares about the chunk's own mean; beyond a chunk all sums are in double and about one pivot, the
+// channel's first value, so that they are simply added. That value being one of n, the variance is at least
+// its distance from the mean squared over n, and the final difference loses no more than log2(n) of 53 bits.
+// The sums of a backward are in the accumulate type within a chunk, double beyond it. The output is fma(x -
+// float(mean), scale, shift) with the mean's rest in the shift; the mask is recomputed by the same two
+// instructions.
 #include "norm_act/norm_act.h"
 
 #include "common/cuda_block.h"
@@ -25,9 +33,9 @@ namespace fastgan {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kWholeItems = 32;  // items a thread, up to which one block does a channel alone
-constexpr int kSplitItems = 16;  // items a thread, of a split
-constexpr int kMostSplits = 256;
+constexpr int kWholeItems = 32;   // items a thread, up to which one block does a channel alone
+constexpr int kSplitItems = 16;   // items a thread, of a split, at least
+constexpr int kBlocks = 1056;     // of a launch, at most: four for each place that 132 processors have
 constexpr int kMostChannels = 4;  // of a thread
 
 // How a call is cut; from shapes and alignment alone. An item is a vector of V elements.
@@ -49,37 +57,21 @@ constexpr int vector_width(bool channels_last) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Which phases a launch has, and whether the second needs the sums.
+// Which phases a launch has, and whether the second needs the sums. A second launch goes through the blocks
+// from `last` to 0: of a tensor larger than the cache, that still has what the first read last.
 struct Phases {
   bool sums, values, needs_sums;
+  int last = -1;
+  FASTGAN_DEVICE int block() const { return last < 0 ? int(blockIdx.x) : last - int(blockIdx.x); }
 };
 
-// Count, mean and second moment about it.
-struct Moments {
-  double count, mean, square;
-  // The share of what comes is found in precision T: in float its rounding is 6e-8 of the distance of two
-  // means.
-  template <class T = double>
-  FASTGAN_DEVICE void merge(const Moments& other) {
-    if (other.count == 0) return;
-    if (count == 0) {  // the distance would be the whole mean
-      *this = other;
-      return;
-    }
-    double all = count + other.count, delta = other.mean - mean,
-           share = double(quick_divide(T(other.count), T(all)));
-    square += other.square + delta * delta * (count * share);
-    mean += delta * share;
-    count = all;
-  }
-};
-
-// The two sums of a backward: of dz, and of dz (x - T(mean)).
+// Two sums over a channel. Forward: of x - pivot and of its square, the pivot being the channel's first value
+// in the group. Backward: of dz, and of dz (x - T(mean)).
 struct Sums {
-  double dz, along;
+  double first, second;
   FASTGAN_DEVICE void merge(const Sums& other) {
-    dz += other.dz;
-    along += other.along;
+    first += other.first;
+    second += other.second;
   }
 };
 
@@ -93,27 +85,32 @@ template <class T>
 FASTGAN_DEVICE T preactivation(T x, const Coefficients<T>& c) {
   return fma(x - c.mean, c.scale, c.shift);
 }
-// The negated comparisons keep a NaN.
+// By selections alone: a branch for each value, though all threads take the same, costs more than it skips.
+// `none` is a slope of one. The comparisons keep a NaN.
 template <class T>
-FASTGAN_DEVICE T activate(T z, Activation act, T slope) {
-  if (act == Activation::relu) return z < T(0) ? T(0) : z;
-  if (act == Activation::leaky_relu) return z > T(0) ? z : z * slope;
-  return z;
-}
-template <class T>
-FASTGAN_DEVICE T masked(T grad, T z, Activation act, T slope) {
-  if (act == Activation::relu) return z <= T(0) ? T(0) : grad;
-  if (act == Activation::leaky_relu) return z > T(0) ? grad : grad * slope;
-  return grad;
-}
+struct Act {
+  bool is_relu;
+  T slope;
+  FASTGAN_DEVICE explicit Act(const NormActArgs& args)
+      : is_relu(args.act == Activation::relu),
+        slope(args.act == Activation::leaky_relu ? T(args.negative_slope) : T(1)) {}
+  FASTGAN_DEVICE T operator()(T z) const {
+    T other = z > T(0) ? z : z * slope;
+    return is_relu & (z < T(0)) ? T(0) : other;
+  }
+  FASTGAN_DEVICE T masked(T grad, T z) const {
+    T other = z > T(0) ? grad : grad * slope;
+    return is_relu & (z <= T(0)) ? T(0) : other;
+  }
+};
 
 // What one thread sees of a call: its channels, its items, and the ways to their memory.
 template <class S, int V, bool Last>
 struct Walk {
   using T = Accumulate<S>;
-  static constexpr int K = Last ? V : 1;  // channels of a thread
-  static constexpr int U = (V == 1 ? 8 : (Last ? 8 : 16) / V) / (sizeof(T) == 8 ? 2 : 1);  // items of a chunk
-  static constexpr int G = U > 1 ? U / 2 : 1;  // where two tensors are read
+  static constexpr int K = Last ? V : 1;                                              // channels of a thread
+  static constexpr int U = 8 / (sizeof(T) == 8 ? 2 : 1) / (!Last && V == 8 ? 2 : 1);  // items of a chunk
+  static constexpr int G = !Last && V == 4 ? 3 : U > 1 ? U / 2 : 1;  // where two tensors are read
   static_assert(K <= kMostChannels);
 
   const NormActArgs& args;
@@ -139,6 +136,12 @@ struct Walk {
            int64_t(uint32_t(item) - plane * per_plane) * V;
   }
 
+  // The channel's first value in a group, about which the sums of a forward are.
+  FASTGAN_DEVICE double pivot(int64_t group, int64_t c) const {
+    int64_t image = group * group_images() * args.channels * args.spatial;
+    return double(widen(static_cast<const S*>(args.input)[image + (Last ? c : c * args.spatial)]));
+  }
+
   // Which of the thread's channels element e of a vector belongs to.
   static FASTGAN_DEVICE int owner(int e) { return Last ? e : 0; }
 
@@ -147,77 +150,89 @@ struct Walk {
     end = begin + plan.split_items < plan.items ? begin + plan.split_items : plan.items;
   }
 
-  // The offsets of up to N items from `first` on, a block's rows apart, and how many there are.
+  // Where up to N items from `first` on lie, a block's rows apart, and how many there are: in (batch,
+  // spatial, channels) a step apart, otherwise anywhere.
   template <int N>
-  FASTGAN_DEVICE int chunk(int64_t group, int64_t first, int64_t end, int64_t (&at)[N]) const {
-    int items = 0;
+  struct Chunk {
+    int items;
+    int64_t at[Last ? 1 : N], step;
+    FASTGAN_DEVICE Chunk(const Walk& walk, int64_t group, int64_t first, int64_t end) {
+      step = walk.plan.rows * walk.args.channels, items = 0;
+      if (Last) at[0] = walk.offset(group, first);
 #pragma unroll
-    for (int u = 0; u < N; ++u) {
-      int64_t item = first + int64_t(u) * plan.rows;
-      if (item < end) at[u] = offset(group, item), items = u + 1;
+      for (int u = 0; u < N; ++u) {
+        int64_t item = first + int64_t(u) * walk.plan.rows;
+        if (item >= end) continue;
+        if (!Last) at[Last ? 0 : u] = walk.offset(group, item);
+        items = u + 1;
+      }
     }
-    return items;
-  }
-  // All loads of a chunk come before the first use: enough are under way to fill the memory's latency.
-  template <int N>
-  static FASTGAN_DEVICE void load_chunk(const S* from, const int64_t (&at)[N], int items, T (&values)[N][V]) {
+    FASTGAN_DEVICE int64_t operator[](int u) const { return Last ? at[0] + u * step : at[Last ? 0 : u]; }
+    // All loads of a chunk come before the first use: enough are under way to fill the memory's latency.
+    FASTGAN_DEVICE void load(const S* from, T (&values)[N][V]) const {
 #pragma unroll
-    for (int u = 0; u < N; ++u)
-      if (u < items) load_vector<V>(from + at[u], values[u]);
-  }
+      for (int u = 0; u < N; ++u)
+        if (u < items) load_vector<V>(from + (*this)[u], values[u]);
+    }
+  };
 
-  FASTGAN_DEVICE void moments(int64_t group, int split, Moments (&out)[K]) const {
+  // Of the values about the pivots; each chunk about its own mean first, in which nothing cancels.
+  FASTGAN_DEVICE void moments(int64_t group, int split, Sums (&out)[K]) const {
     const S* x = static_cast<const S*>(args.input);
+    T pivots[V];
+    load_vector<V>(x + offset(group, 0), pivots);
     int64_t begin, end;
     range(split, begin, end);
+#pragma unroll 1
     for (int64_t first = begin + row; first < end; first += int64_t(U) * plan.rows) {
-      int64_t at[U];
       T values[U][V];
-      int items = chunk(group, first, end, at);
-      load_chunk(x, at, items, values);
-      T number = T(items * (Last ? 1 : V)), inverse = quick_divide(T(1), number);
+      const Chunk<U> at(*this, group, first, end);
+      at.load(x, values);
+      T number = T(at.items * (Last ? 1 : V)), inverse = quick_divide(T(1), number);
 #pragma unroll
       for (int k = 0; k < K; ++k) {
-        T pivot = values[0][k], sum = 0, s1 = 0, s2 = 0;
+        T mean = values[0][k], sum = 0, s1 = 0, s2 = 0;
 #pragma unroll
         for (int u = 0; u < U; ++u)
 #pragma unroll
           for (int e = 0; e < V; ++e)
-            if (owner(e) == k && u < items) sum += values[u][e] - pivot;
-        pivot += sum * inverse;
+            if (owner(e) == k && u < at.items) sum += values[u][e] - mean;
+        mean += sum * inverse;
 #pragma unroll
         for (int u = 0; u < U; ++u)
 #pragma unroll
           for (int e = 0; e < V; ++e)
-            if (owner(e) == k && u < items) {
-              T d = values[u][e] - pivot;
+            if (owner(e) == k && u < at.items) {
+              T d = values[u][e] - mean;
               s1 += d;
               s2 = fma(d, d, s2);
             }
-        T rest = s1 * inverse;  // pivot is rounded: what is left of the mean
-        out[k].template merge<T>({double(number), double(pivot) + double(rest), double(s2 - s1 * rest)});
+        // The mean is rounded; s1 is what is left of it, `number` times.
+        double apart = double(mean) - double(pivots[k]), along = double(s1);
+        out[k].first += fma(double(number), apart, along);
+        out[k].second += fma(apart, fma(double(number), apart, 2 * along), double(s2));
       }
     }
   }
 
   FASTGAN_DEVICE void sums(int64_t group, int split, const Coefficients<T> (&c)[K], Sums (&out)[K]) const {
     const S *x = static_cast<const S*>(args.input), *dy = static_cast<const S*>(args.grad_output);
-    T slope = T(args.negative_slope);
+    const Act<T> act(args);
     int64_t begin, end;
     range(split, begin, end);
+#pragma unroll 1
     for (int64_t first = begin + row; first < end; first += int64_t(G) * plan.rows) {
-      int64_t at[G];
       T values[G][V], grads[G][V], dz[K] = {}, along[K] = {};
-      int items = chunk(group, first, end, at);
-      load_chunk(x, at, items, values);
-      load_chunk(dy, at, items, grads);
+      const Chunk<G> at(*this, group, first, end);
+      at.load(x, values);
+      at.load(dy, grads);
 #pragma unroll
       for (int u = 0; u < G; ++u)
 #pragma unroll
         for (int e = 0; e < V; ++e) {
           const int k = owner(e);
-          if (u >= items) continue;
-          T d = masked(grads[u][e], preactivation(values[u][e], c[k]), args.act, slope);
+          if (u >= at.items) continue;
+          T d = act.masked(grads[u][e], preactivation(values[u][e], c[k]));
           dz[k] += d;
           along[k] = fma(d, values[u][e] - c[k].mean, along[k]);
         }
@@ -229,21 +244,20 @@ struct Walk {
   FASTGAN_DEVICE void outputs(int64_t group, int split, const Coefficients<T> (&c)[K]) const {
     const S* x = static_cast<const S*>(args.input);
     S* y = static_cast<S*>(args.output);
-    T slope = T(args.negative_slope);
+    const Act<T> act(args);
     int64_t begin, end;
     range(split, begin, end);
+#pragma unroll 1
     for (int64_t first = begin + row; first < end; first += int64_t(U) * plan.rows) {
-      int64_t at[U];
       T values[U][V];
-      int items = chunk(group, first, end, at);
-      load_chunk(x, at, items, values);
+      const Chunk<U> at(*this, group, first, end);
+      at.load(x, values);
 #pragma unroll
       for (int u = 0; u < U; ++u) {
-        if (u >= items) continue;
+        if (u >= at.items) continue;
 #pragma unroll
-        for (int e = 0; e < V; ++e)
-          values[u][e] = activate(preactivation(values[u][e], c[owner(e)]), args.act, slope);
-        store_vector<V>(y + at[u], values[u]);
+        for (int e = 0; e < V; ++e) values[u][e] = act(preactivation(values[u][e], c[owner(e)]));
+        store_global<V>(y + at[u], values[u]);
       }
     }
   }
@@ -251,28 +265,28 @@ struct Walk {
   FASTGAN_DEVICE void gradients(int64_t group, int split, const Coefficients<T> (&c)[K]) const {
     const S *x = static_cast<const S*>(args.input), *dy = static_cast<const S*>(args.grad_output);
     S* dx = static_cast<S*>(args.grad_input);
-    T slope = T(args.negative_slope);
+    const Act<T> act(args);
     int64_t begin, end;
     range(split, begin, end);
+#pragma unroll 1
     for (int64_t first = begin + row; first < end; first += int64_t(G) * plan.rows) {
-      int64_t at[G];
       T values[G][V], grads[G][V];
-      int items = chunk(group, first, end, at);
-      load_chunk(x, at, items, values);
-      load_chunk(dy, at, items, grads);
+      const Chunk<G> at(*this, group, first, end);
+      at.load(x, values);
+      at.load(dy, grads);
 #pragma unroll
       for (int u = 0; u < G; ++u) {
-        if (u >= items) continue;
+        if (u >= at.items) continue;
 #pragma unroll
         for (int e = 0; e < V; ++e) {
           const Coefficients<T>& of = c[owner(e)];
-          T dz = masked(grads[u][e], preactivation(values[u][e], of), args.act, slope);
+          T dz = act.masked(grads[u][e], preactivation(values[u][e], of));
           // In evaluation x - mean has no part in it: infinity times the zero coefficient would be NaN.
           values[u][e] = args.batch_statistics
                              ? dz * of.scale - (values[u][e] - of.mean) * of.along - of.constant
                              : dz * of.scale;
         }
-        store_vector<V>(dx + at[u], values[u]);
+        store_global<V>(dx + at[u], values[u]);
       }
     }
   }
@@ -293,21 +307,29 @@ struct Walk {
     return {high, T(scale), T(rest == rest ? shift - rest * scale : shift), T(0), T(0)};
   }
 
+  // The pivot is one of the values, so that at most log2(count) bits of the second sum cancel.
+  FASTGAN_DEVICE void statistics(int64_t group, int64_t c, const Sums& sums, double& mean,
+                                 double& var) const {
+    double apart = sums.first / count(), square = sums.second / count() - apart * apart;
+    mean = pivot(group, c) + apart;
+    var = square < 0 ? 0 : square;  // NaN stays
+  }
+
   FASTGAN_DEVICE void gradient(Coefficients<T>& c, int64_t channel_of, double mean, double var,
                                const Sums& sums) const {
     if (!args.batch_statistics) return;
     double inverse = invstd(var), scale = parameter<T>(args.weight, channel_of, 1.0) * inverse;
     double rest = mean - double(T(mean));
-    double along = scale * inverse * inverse * (sums.along - rest * sums.dz) / count();
+    double along = scale * inverse * inverse * (sums.second - rest * sums.first) / count();
     c.along = T(along);
-    c.constant = T(scale * sums.dz / count() - rest * along);
+    c.constant = T(scale * sums.first / count() - rest * along);
   }
 };
 
 // All rows' values of each column and channel, joined: a tree in shared memory, the same in every run. What
 // comes out is memory[joined_at(i)] for channel i of the tile.
-template <class Value, int K>
-FASTGAN_DEVICE void join_rows(const Value (&values)[K], int columns, int rows, Value* memory) {
+template <int K>
+FASTGAN_DEVICE void join_rows(const Sums (&values)[K], int columns, int rows, Sums* memory) {
   int thread = int(threadIdx.x);
   block_sync();  // the memory may still be read from a former call
 #pragma unroll
@@ -317,7 +339,7 @@ FASTGAN_DEVICE void join_rows(const Value (&values)[K], int columns, int rows, V
     if (thread < half * columns)
 #pragma unroll 1
       for (int k = 0; k < K; ++k) {
-        Value mine = memory[k * kThreads + thread];
+        Sums mine = memory[k * kThreads + thread];
         mine.merge(memory[k * kThreads + thread + half * columns]);
         memory[k * kThreads + thread] = mine;
       }
@@ -329,40 +351,28 @@ FASTGAN_DEVICE int joined_at(int channel) {
   return channel % K * kThreads + channel / K;
 }
 
-// Scratch: for each group and split a row of numbers for the channels, three of moments or two of sums.
-template <class Value>
-FASTGAN_DEVICE double* partial(const NormActArgs& args, const Plan& plan, int64_t group, int split,
-                               int64_t channel) {
-  constexpr int numbers = int(sizeof(Value) / sizeof(double));
-  return args.scratch + ((group * plan.splits + split) * args.channels + channel) * numbers;
+// Scratch: for each group and split a row of two sums for each channel.
+FASTGAN_DEVICE Sums* partial(const NormActArgs& args, const Plan& plan, int64_t group, int split,
+                             int64_t channel) {
+  return reinterpret_cast<Sums*>(args.scratch) + (group * plan.splits + split) * args.channels + channel;
 }
 
-template <class Value, class W>
-FASTGAN_DEVICE void store_partial(const W& walk, int64_t group, int split, int tile, const Value* memory) {
-  constexpr int numbers = int(sizeof(Value) / sizeof(double));
+template <class W>
+FASTGAN_DEVICE void store_partial(const W& walk, int64_t group, int split, int tile, const Sums* memory) {
   int i = int(threadIdx.x);
   int64_t channel = walk.first_channel(tile) + i;
   if (i >= walk.plan.columns * W::K || channel >= walk.args.channels) return;
-  double* to = partial<Value>(walk.args, walk.plan, group, split, channel);
-  const double* from = reinterpret_cast<const double*>(&memory[joined_at<W::K>(i)]);
-#pragma unroll
-  for (int n = 0; n < numbers; ++n) to[n] = from[n];
+  *partial(walk.args, walk.plan, group, split, channel) = memory[joined_at<W::K>(i)];
 }
 
-template <class Value, class W>
-FASTGAN_DEVICE void join_partials(const W& walk, int64_t group, Value (&values)[W::K], Value* memory) {
-  constexpr int numbers = int(sizeof(Value) / sizeof(double));
+template <class W>
+FASTGAN_DEVICE void join_partials(const W& walk, int64_t group, Sums (&values)[W::K], Sums* memory) {
   if (walk.is_inside())
+#pragma unroll 2
     for (int split = walk.row; split < walk.plan.splits; split += walk.plan.rows)
 #pragma unroll
-      for (int k = 0; k < W::K; ++k) {
-        const double* from = partial<Value>(walk.args, walk.plan, group, split, walk.channel + k);
-        Value value;
-        double* to = reinterpret_cast<double*>(&value);
-#pragma unroll
-        for (int i = 0; i < numbers; ++i) to[i] = from[i];
-        values[k].merge(value);
-      }
+      for (int k = 0; k < W::K; ++k)
+        values[k].merge(*partial(walk.args, walk.plan, group, split, walk.channel + k));
   join_rows(values, walk.plan.columns, walk.plan.rows, memory);
 }
 
@@ -382,12 +392,13 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(NormActArgs args, 
   constexpr int K = W::K;
   SharedMemory shared;
   Coefficients<T>* of_tile = shared.take<Coefficients<T>>(plan.columns * K);
-  Moments* memory = args.batch_statistics ? shared.take<Moments>(K * kThreads) : nullptr;
-  int tile = int(blockIdx.x) % plan.tiles, split = int(blockIdx.x) / plan.tiles % plan.splits;
-  int64_t group = int(blockIdx.x) / plan.tiles / plan.splits;
+  Sums* memory = args.batch_statistics ? shared.take<Sums>(K * kThreads) : nullptr;
+  int block = phases.block();
+  int tile = block % plan.tiles, split = block / plan.tiles % plan.splits;
+  int64_t group = block / plan.tiles / plan.splits;
   W walk(args, plan, tile);
   if (args.batch_statistics) {
-    Moments moments[K] = {};
+    Sums moments[K] = {};
     if (phases.sums) {
       if (walk.is_inside()) walk.moments(group, split, moments);
       join_rows(moments, plan.columns, plan.rows, memory);
@@ -400,8 +411,8 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(NormActArgs args, 
   int64_t c = walk.first_channel(tile) + i, at = group * args.channels + c;
   if (i < plan.columns * K && c < args.channels) {
     if (args.batch_statistics) {
-      const Moments& moments = memory[joined_at<K>(i)];
-      double mean = moments.mean, var = moments.square / walk.count();
+      double mean, var;
+      walk.statistics(group, c, memory[joined_at<K>(i)], mean, var);
       if (split == 0) args.mean[at] = mean, args.var[at] = var;
       of_tile[i] = walk.affine(c, mean, var);
     } else {
@@ -425,8 +436,9 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(NormActArgs args,
   SharedMemory shared;
   Coefficients<T>* of_tile = shared.take<Coefficients<T>>(plan.columns * K);
   Sums* memory = shared.take<Sums>(K * kThreads);
-  int tile = int(blockIdx.x) % plan.tiles, split = int(blockIdx.x) / plan.tiles % plan.splits;
-  int64_t begin = int(blockIdx.x) / plan.tiles / plan.splits, end = begin + 1;
+  int block = phases.block();
+  int tile = block % plan.tiles, split = block / plan.tiles % plan.splits;
+  int64_t begin = block / plan.tiles / plan.splits, end = begin + 1;
   bool parameters = plan.whole || begin == args.groups, values = args.grad_input && begin < args.groups;
   if (parameters) begin = 0, end = args.groups;
   W walk(args, plan, tile);
@@ -458,9 +470,10 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(NormActArgs args,
         const Sums& joined = memory[joined_at<K>(i)];
         walk.gradient(of_tile[i], c, *mean, *var, joined);
         if (parameters) {  // what the groups before gave is this thread's own
-          double along = (joined.along - (*mean - double(of_tile[i].mean)) * joined.dz) * walk.invstd(*var);
+          double along =
+              (joined.second - (*mean - double(of_tile[i].mean)) * joined.first) * walk.invstd(*var);
           if (args.grad_weight) args.grad_weight[c] = (group == begin ? 0 : args.grad_weight[c]) + along;
-          if (args.grad_bias) args.grad_bias[c] = (group == begin ? 0 : args.grad_bias[c]) + joined.dz;
+          if (args.grad_bias) args.grad_bias[c] = (group == begin ? 0 : args.grad_bias[c]) + joined.first;
         }
       }
       block_sync();
@@ -509,7 +522,8 @@ Plan plan_of(const NormActArgs& args, bool may_use_vectors) {
   plan.items = args.channels_last ? rows_of_group : rows_of_group / width;
   plan.whole = plan.items <= int64_t(kWholeItems) * plan.rows;
   int64_t splits = plan.whole ? 1 : ceil_div(plan.items, int64_t(kSplitItems) * plan.rows);
-  if (splits > kMostSplits) splits = kMostSplits;
+  int64_t most = kBlocks / (plan.tiles * args.groups);
+  if (splits > most) splits = most < 1 ? 1 : most;
   plan.split_items = ceil_div(plan.items, splits);
   plan.splits = int(ceil_div(plan.items, plan.split_items));
   return plan;
@@ -522,11 +536,12 @@ Error forward(const NormActArgs& args, const Plan& plan, void* stream) {
   bool needs_sums = args.batch_statistics, whole = plan.whole || !needs_sums;
   using W = Walk<S, V, Last>;
   size_t shared = SharedMemory::bytes<Coefficients<typename W::T>>(plan.columns * W::K) +
-                  (needs_sums ? SharedMemory::bytes<Moments>(W::K * kThreads) : size_t(0));
+                  (needs_sums ? SharedMemory::bytes<Sums>(W::K * kThreads) : size_t(0));
   Error error = nullptr;
   if (!whole) error = launch(kernel, grid, kThreads, shared, stream, args, plan, Phases{true, false, true});
   if (error) return error;
-  return launch(kernel, grid, kThreads, shared, stream, args, plan, Phases{whole, true, needs_sums});
+  Phases second{whole, true, needs_sums, whole ? -1 : int(grid - 1)};
+  return launch(kernel, grid, kThreads, shared, stream, args, plan, second);
 }
 
 template <class S, int V, bool Last>
@@ -544,8 +559,9 @@ Error backward(const NormActArgs& args, const Plan& plan, void* stream) {
   if (needs_sums)
     error = launch(kernel, grid, kThreads, shared, stream, args, plan, Phases{true, false, true});
   if (error) return error;
-  return launch(kernel, grid + (parameters ? plan.tiles : 0), kThreads, shared, stream, args, plan,
-                Phases{false, true, needs_sums});
+  grid += parameters ? plan.tiles : 0;
+  Phases second{false, true, needs_sums, int(grid - 1)};
+  return launch(kernel, grid, kThreads, shared, stream, args, plan, second);
 }
 
 template <class S>
@@ -593,10 +609,14 @@ extern "C" const char* fastgan_norm_act_move_cuda(const fastgan::NormActMoveArgs
 }
 
 extern "C" int64_t fastgan_norm_act_scratch_cuda(const fastgan::NormActArgs& args) {
-  // Three numbers for each channel of each split. Without vectors there are at least as many splits as with.
-  bool half = args.dtype == fastgan::Dtype::bfloat16 || args.dtype == fastgan::Dtype::float16;
-  fastgan::Plan plan = args.dtype == fastgan::Dtype::float64 ? fastgan::plan_of<double>(args, false)
-                       : half ? fastgan::plan_of<fastgan::bfloat16>(args, false)
-                              : fastgan::plan_of<float>(args, false);
-  return plan.whole ? 0 : args.groups * plan.splits * args.channels * 3;
+  using namespace fastgan;
+  int64_t splits = 0;  // of the plan with or without vectors: which it will be, the pointers tell
+  for (bool vectors : {false, true}) {
+    bool half = args.dtype == Dtype::bfloat16 || args.dtype == Dtype::float16;
+    Plan plan = args.dtype == Dtype::float64 ? plan_of<double>(args, vectors)
+                : half                       ? plan_of<bfloat16>(args, vectors)
+                                             : plan_of<float>(args, vectors);
+    if (!plan.whole && plan.splits > splits) splits = plan.splits;
+  }
+  return args.groups * splits * args.channels * 2;
 }

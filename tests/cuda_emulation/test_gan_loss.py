@@ -91,6 +91,54 @@ def test_many_logits_have_a_warp_each(cuda_kernels):
     _check(cuda_kernels, (2, 5, 68, 40, 1, (3, 3), (1, 1), (0, 0)), torch.float32, True, 2, 1)
 
 
+# Many logits a picture, J = outputs * taps <= 16 and 2 J channels or more: sums of all pixels with all taps. Pixels and
+# channels of several blocks, splits of both, a stage's rest, strides and paddings, windows that no pixel fills.
+PATCHES = [
+    (2, 33, 9, 8, 1, (4, 4), (1, 1), (0, 0)),
+    (1, 130, 8, 7, 1, (4, 4), (1, 1), (1, 1)),
+    (3, 32, 5, 11, 1, (3, 4), (1, 1), (2, 0)),
+    (2, 40, 9, 9, 2, (3, 2), (2, 1), (1, 2)),
+    (5, 70, 6, 6, 3, (1, 1), (1, 1), (0, 0)),
+    (2, 36, 13, 7, 4, (2, 2), (1, 2), (3, 1)),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_many_logits_a_picture(cuda_kernels, dtype, channels_last):
+    for i, shape in enumerate(PATCHES):
+        _check(
+            cuda_kernels, shape, dtype, channels_last, i % 3, (i + 1) % 3, whole=i % 2 == 0
+        )  # sums that do not cancel
+
+
+def test_more_stages_than_blocks(cuda_kernels):
+    """A block goes through several stages: of channels where pixels alone fill the GPU, and of pixels."""
+    for channels_last in (False, True):
+        _check(cuda_kernels, (1, 66, 130, 131, 1, (1, 1), (1, 1), (0, 0)), torch.float32, channels_last, 0, 1)
+
+
+def test_many_logits_of_a_view(cuda_kernels):
+    """Strides that are neither layout's: every other channel of a wider tensor, and images a margin apart."""
+    weight, settings = torch.randn(1, 32, 4, 4) / 20, (None, None, 1.0, None, None, 0, (1, 1), (1, 1), 0.0, 1, False)
+    x = torch.randn(2, 64, 10, 9)[:, ::2, 1:, :-1]
+    for got, cpu in zip(
+        cuda_kernels.conv_gan_loss(x, weight, *settings), torch.ops.fastgan.conv_gan_loss(x, weight, *settings),
+        strict=True,
+    ):  # fmt: skip
+        torch.testing.assert_close(got, cpu, rtol=1e-5, atol=1e-5)
+    one, logits = torch.ones(()), torch.ops.fastgan.conv_gan_loss(x, weight, *settings)[1]
+    arguments = (one, None, x, weight, None, logits, *settings[1:-1])
+    for needs in ([True, True, False], [True, False, False], [False, True, False]):
+        pairs = zip(
+            cuda_kernels.conv_gan_loss_backward(*arguments, needs),
+            torch.ops.fastgan.conv_gan_loss_backward(*arguments, needs),
+            strict=True,
+        )
+        for got, cpu in pairs:
+            torch.testing.assert_close(got, cpu, rtol=1e-5, atol=1e-6)
+
+
 def test_confident_logits_lose_no_digits_and_nan_stays(cuda_kernels):
     x = torch.tensor([-200.0, -40.0, -1e-4, 0.0, 1e-4, 40.0, 200.0]).view(-1, 1, 1, 1)
     weight = torch.ones(1, 1, 1, 1)

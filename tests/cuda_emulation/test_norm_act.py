@@ -101,6 +101,19 @@ def test_statistics_of_a_large_mean_keep_their_digits(cuda_kernels, channels_las
         assert _error(output, exact) < 5e-7
 
 
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_pivot_may_be_any_of_the_values(cuda_kernels, channels_last):
+    """Sums are about each channel's first value: alone far from the others, beside one that is, or equal to all."""
+    for shape in [(2, 4, 7, 6), (2, 4, 96, 96)]:  # one launch and two
+        x, _, weight, bias = _case(shape, torch.float32, channels_last, 0.1)
+        x[0, 0, 0, 0], x[1, 1, 2, 3], x[:, 2] = 1e4, -1e4, 3.3
+        _, mean, var = cuda_kernels.norm_act(x, weight, bias, EPS, "none", SLOPE, 1)
+        wide = x.double().movedim(1, 0).reshape(4, -1)
+        torch.testing.assert_close(mean[0], wide.mean(1), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(var[0], wide.var(1, correction=0), rtol=1e-6, atol=0)
+        assert var[0, 2] == 0
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_evaluation(cuda_kernels, dtype, channels_last):

@@ -40,6 +40,14 @@ FASTGAN_DEVICE uint32_t narrow_pair(float low, float high) {
   return uint32_t(pair[0].bits) | uint32_t(pair[1].bits) << 16;
 }
 
+template <int N>
+FASTGAN_DEVICE void store_words(void* p, const uint32_t (&words)[N]) {
+  struct alignas(4 * N) All {
+    uint32_t words[N];
+  };
+  *static_cast<All*>(p) = __builtin_bit_cast(All, words);
+}
+
 }  // namespace fastgan
 
 #include "common/cuda_vectors.h"
