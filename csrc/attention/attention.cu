@@ -103,23 +103,43 @@ FASTGAN_DEVICE void attend(const AttentionArgs& given, const AttentionArgs& args
   for (int t = 0; t < R; ++t) maximum[t][0] = maximum[t][1] = -T(INFINITY);
   load_tile<S, D, Tiling::rows, threads, panels>(queries, args.query, head_of<S>(args.query, batch, head), of.row0,
                                          args.rows, args.width, plan.vectors);
-  go_through<Tiling>(tiles, load, [&](int tile, int stage, bool look) {
-    const AttentionArgs& now = sequence_of<Packed, S>(given, batch);
-    const S* keys = pairs + stage * 2 * N * D;
-    // Whose rows end before the diagonal has nothing to do here, nor a warp of few rows that has none.
-    if (Few ? warp_row < args.rows : !args.is_causal || tile < behind + int(now.diagonal)) {
+  // Whose rows end before the diagonal has nothing to do with a tile, nor a warp of few rows that has none.
+  auto takes_part = [&](const AttentionArgs& now, int tile) {
+    return Few ? warp_row < args.rows : !args.is_causal || tile < behind + int(now.diagonal);
+  };
+  auto weigh = [&](const AttentionArgs& now, int tile, bool look, T(&scores)[R][N / 8][4]) {
+    const T factor = finish_scores<false, S>(now, batch, head, warp_row, tile, look, scores);
+    soften(scores, factor, maximum, total, output);
+    if (args.has_dropout)
+      for_each_kept<false, N, R>(args, batch, head, warp_row, tile, [&](int t, int j, int i, bool kept) {
+        if (!kept) scores[t][j][i] = 0;
+      });
+  };
+  if constexpr (stages == 3) {
+    T scores[R][N / 8][4], coming[R][N / 8][4] = {};
+    auto start = [&](int, int stage) {
+      start_products<S, D, Tiling>(coming, queries, pairs + stage * 2 * N * D);
+    };
+    auto take = [&] {
+      finish_products<Tiling>(coming);
+      for_each_place<N, R>([&](int t, int j, int i) { scores[t][j][i] = coming[t][j][i]; });
+    };
+    go_ahead<Tiling>(tiles, load, start, take, [&](int tile, int stage, bool look) {
+      weigh(sequence_of<Packed, S>(given, batch), tile, look, scores);
+      add_weighted<S, D, Tiling>(output, scores, pairs + (2 * stage + 1) * N * D, memory);
+    });
+  } else {
+    go_through<Tiling>(tiles, load, [&](int tile, int stage, bool look) {
+      const AttentionArgs& now = sequence_of<Packed, S>(given, batch);
+      if (!takes_part(now, tile)) return;
+      const S* keys = pairs + stage * 2 * N * D;
       T scores[R][N / 8][4];
       start_products<S, D, Tiling>(scores, queries, keys);
       finish_products<Tiling>(scores);
-      const T factor = finish_scores<false, S, true>(now, batch, head, warp_row, tile, look, scores);
-      soften(scores, factor, maximum, total, output);
-      if (args.has_dropout)
-        for_each_kept<false, N, R>(args, batch, head, warp_row, tile, [&](int t, int j, int i, bool kept) {
-          if (!kept) scores[t][j][i] = 0;
-        });
+      weigh(now, tile, look, scores);
       add_weighted<S, D, Tiling>(output, scores, keys + N * D, memory);
-    }
-  });
+    });
+  }
 }
 
 // A row's sum over its four lanes.

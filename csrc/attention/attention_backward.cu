@@ -140,7 +140,7 @@ FASTGAN_DEVICE void weights_of_queries(const AttentionArgs& args, const Memory<S
   start_products<S, D, Tiling>(weights, memory.rows(0), memory.tile(stage, 0));
   if (beside) start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1));
   finish_products<Tiling, beside>(weights);
-  const T factor = finish_scores<false, S, true>(args, batch, head, row, key, look, weights);
+  const T factor = finish_scores<false, S>(args, batch, head, row, key, look, weights);
   for_each_place<N, R>([&](int t, int j, int i) {
     weights[t][j][i] = quick_exp2(fma(weights[t][j][i], factor, -lse[t][i / 2]) - rest[t][i / 2]);
   });
@@ -298,40 +298,44 @@ FASTGAN_DEVICE void keys_of_block(const AttentionArgs& given, const Plan& plan) 
       start_products<S, D, Tiling>(scores, memory.rows(0), memory.tile(stage, 0));
       if (Key && panels) start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1));
       finish_products<Tiling, Key && panels>(scores);
-      const T factor = finish_scores<true, S, true>(args, batch, head, warp_key, at.tile, look, scores);
+      const T factor = finish_scores<true, S>(args, batch, head, warp_key, at.tile, look, scores);
       for_each_place<N, R>([&](int t, int j, int i) {
         scores[t][j][i] =
             quick_exp2(fma(scores[t][j][i], factor, -numbers[8 * j + i % 2]) - numbers[N + 8 * j + i % 2]);
       });
       if (Key && !panels) start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1));
-      if (Key) finish_products<Tiling>(grads);
+      // Dropped: P has no part in dV, and dS = P (0 − D). What is kept is one bit of each place.
+      uint32_t kept[R][N / 32 ? N / 32 : 1] = {};
+      auto is_kept = [&](int t, int j, int i) { return kept[t][j / 4] >> (j % 4 * 4 + i) & 1; };
+      Fragments<S, Tiling> from_scores;
       if (args.has_dropout) {
-        // Dropped: P has no part in dV, and dS = P (0 − D). What is kept is one bit of each place.
-        uint32_t kept[R][N / 32 ? N / 32 : 1] = {};
         for_each_kept<true, N, R>(args, batch, head, warp_key, at.tile,
                                   [&](int t, int j, int i, bool is_kept) {
                                     kept[t][j / 4] |= uint32_t(is_kept) << (j % 4 * 4 + i);
                                   });
-        auto is_kept = [&](int t, int j, int i) { return kept[t][j / 4] >> (j % 4 * 4 + i) & 1; };
-        const T kept_scale = T(args.kept_scale);
         if (Value) {
           T kept_scores[R][N / 8][4];
           for_each_place<N, R>(
               [&](int t, int j, int i) { kept_scores[t][j][i] = is_kept(t, j, i) ? scores[t][j][i] : T(0); });
-          add_weighted<S, D, Tiling>(value_sums, kept_scores, memory.tile(stage, 1), memory.weights);
+          start_weighted<S, D, Tiling>(value_sums, kept_scores, memory.tile(stage, 1), memory.weights,
+                                       from_scores);
         }
-        if (Key)
+      } else if (Value) {
+        start_weighted<S, D, Tiling>(value_sums, scores, memory.tile(stage, 1), memory.weights, from_scores);
+      }
+      if (Value && D == 128) finish_products<Tiling>(value_sums);  // or registers would lack
+      if (Key) {  // beside the products for dV
+        finish_products<Tiling, Value>(grads);
+        const T kept_scale = T(args.kept_scale);
+        if (args.has_dropout)
           for_each_place<N, R>([&](int t, int j, int i) {
             grads[t][j][i] = is_kept(t, j, i) ? grads[t][j][i] * kept_scale : T(0);
           });
-      } else if (Value) {
-        add_weighted<S, D, Tiling>(value_sums, scores, memory.tile(stage, 1), memory.weights);
-      }
-      if (Key) {
         for_each_place<N, R>(
             [&](int t, int j, int i) { scores[t][j][i] *= grads[t][j][i] - numbers[2 * N + 8 * j + i % 2]; });
         add_weighted<S, D, Tiling>(key_sums, scores, memory.tile(stage, 0), memory.weights);
       }
+      if (Value) finish_products<Tiling>(value_sums);
     }
   });
   T factor[R][2];

@@ -17,22 +17,22 @@ constexpr int kPanel = 64;  // columns of a panel; rows of a warpgroup as well
 template <class S, int D>
 constexpr bool kWarpgroups = sizeof(S) == 2 && D <= 128;
 
-template <int Warps, int Keys, int Blocks>
+template <int Warps, int Keys, int Blocks, int Stages = 2>
 struct Warpgroups {
   static constexpr bool warpgroups = true, split = false;
-  static constexpr int warps = Warps, R = 1, N = Keys, stages = 2, blocks = Blocks;
+  static constexpr int warps = Warps, R = 1, N = Keys, stages = Stages, blocks = Blocks;
   static constexpr int threads = warps * kWarp, rows = 16 * warps;
 };
 template <int D, int V=0>
-struct ForwardWarpgroups : Warpgroups<8, 128, 1> {};
+struct ForwardWarpgroups : Warpgroups<8, 64, 1, 3> {};
 template <>
-struct ForwardWarpgroups<128,1> : Warpgroups<12, 64, 1> {};
+struct ForwardWarpgroups<128,1> : Warpgroups<8, 128, 1> {};
 template <>
-struct ForwardWarpgroups<128,2> : Warpgroups<8, 64, 1> {};
+struct ForwardWarpgroups<128,2> : Warpgroups<12, 64, 1> {};
 template <>
-struct ForwardWarpgroups<64> : Warpgroups<12, 128, 1> {};
+struct ForwardWarpgroups<64> : Warpgroups<8, 64, 1, 3> {};
 template <>
-struct ForwardWarpgroups<64,1> : Warpgroups<12, 64, 1> {};
+struct ForwardWarpgroups<64,1> : Warpgroups<12, 64, 1, 3> {};
 template <>
 struct ForwardWarpgroups<64,2> : Warpgroups<8, 64, 2> {};
 template <int D,int V=0>
@@ -85,15 +85,18 @@ FASTGAN_DEVICE void finish_products(T (&sums)[R][N8][4]) {
   }
 }
 
-// sums (16 R, D) += weights (16 R, N) B; `memory` as in attention_cuda_products.h.
+// sums (16 R, D) += weights (16 R, N) B; `memory` as in attention_cuda_products.h. Not there before
+// finish_products; the weights may change at once, for the products have `from_a`.
+template <class S, class Tiling>
+using Fragments = uint32_t[Tiling::warpgroups ? Tiling::N / 16 : 1][4];
 template <class S, int D, class Tiling>
-FASTGAN_DEVICE void add_weighted(Accumulate<S> (&sums)[Tiling::R][D / 8][4],
-                                 const Accumulate<S> (&weights)[Tiling::R][Tiling::N / 8][4], const S* b,
-                                 Accumulate<S>* memory) {
+FASTGAN_DEVICE void start_weighted(Accumulate<S> (&sums)[Tiling::R][D / 8][4],
+                                   const Accumulate<S> (&weights)[Tiling::R][Tiling::N / 8][4], const S* b,
+                                   Accumulate<S>* memory, Fragments<S, Tiling>& from_a) {
   constexpr int N = Tiling::N;
   if constexpr (Tiling::warpgroups) {
     (void)memory;
-    uint32_t from_a[N / 16][4];  // a tile of sums is half a fragment of the next product
+    // a tile of sums is half a fragment of the next product
 #pragma unroll
     for (int k = 0; k < N / 16; ++k)
 #pragma unroll
@@ -107,10 +110,18 @@ FASTGAN_DEVICE void add_weighted(Accumulate<S> (&sums)[Tiling::R][D / 8][4],
     for (int k = 0; k < N / 16; ++k)
       multiply_registers<S, D>(sums[0], from_a[k], advanced<S>(from_b, k * 16 * kPanel), true);
     commit_products();
-    finish_products<Tiling>(sums);
   } else {
+    (void)from_a;
     add_weighted_rows<S, D, N, Tiling::R>(sums, weights, b, memory);
   }
+}
+template <class S, int D, class Tiling>
+FASTGAN_DEVICE void add_weighted(Accumulate<S> (&sums)[Tiling::R][D / 8][4],
+                                 const Accumulate<S> (&weights)[Tiling::R][Tiling::N / 8][4], const S* b,
+                                 Accumulate<S>* memory) {
+  Fragments<S, Tiling> from_a;
+  start_weighted<S, D, Tiling>(sums, weights, b, memory, from_a);
+  finish_products<Tiling>(sums);
 }
 
 }  // namespace

@@ -93,9 +93,9 @@ FASTGAN_DEVICE void weights_and_tangents(const AttentionArgs& args, int batch, i
   using T = Accumulate<S>;
   constexpr int N = SecondTiling<S, D>::N;
   products_of_rows<S, D, N, 1>(weights, a, b);
-  finish_scores<Transposed, S>(args, batch, head, a0, b0, look, weights);
+  const T factor = finish_scores<Transposed, S>(args, batch, head, a0, b0, look, weights);
   for_each_place<N, 1>([&](int, int j, int i) {
-    weights[0][j][i] = quick_exp2(weights[0][j][i] - number(j, i, 0) - number(j, i, 1));
+    weights[0][j][i] = quick_exp2(fma(weights[0][j][i], factor, -number(j, i, 0)) - number(j, i, 1));
     tangents[0][j][i] = 0;
   });
   const AttentionInput &of_a = Transposed ? args.tangent_key : args.tangent_query,

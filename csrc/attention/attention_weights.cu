@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(WeightsTiling<S, D>::threads, 2)
     T scores[R][N / 8][4];
     products_of_rows<S, D, N, R>(scores, queries + (stage * Tiling::rows + warp * 16 * R) * D,
                                  keys + stage * N * D);
-    finish_scores<false, S>(args, batch, at, warp_row, key0, look, scores);
+    const T factor = finish_scores<false, S>(args, batch, at, warp_row, key0, look, scores);
     const double* logsumexp = args.logsumexp + (int64_t(batch) * heads + at) * args.rows;
 #pragma unroll
     for (int t = 0; t < R; ++t)
@@ -93,11 +93,11 @@ __global__ void __launch_bounds__(WeightsTiling<S, D>::threads, 2)
 #pragma unroll
         for (int j = 0; j < N / 8; ++j)
 #pragma unroll
-          for (int i = 2 * h; i < 2 * h + 2; ++i) sums[t][j][i] += quick_exp2(scores[t][j][i] - lse - rest);
+          for (int i = 2 * h; i < 2 * h + 2; ++i) sums[t][j][i] += quick_exp2(fma(scores[t][j][i], factor, -lse) - rest);
       }
   });
 
-  const T factor = T(1) / T(end - begin);
+  const T share = T(1) / T(end - begin);
   const AttentionOutput& x = args.weights;
   S* to = static_cast<S*>(x.data) + int64_t(batch) * x.stride[0] + int64_t(head) * x.stride[1];
   const bool pairs = args.columns % 2 == 0;  // neighbours lie together, aligned
@@ -111,7 +111,7 @@ __global__ void __launch_bounds__(WeightsTiling<S, D>::threads, 2)
 #pragma unroll
       for (int j = 0; j < N / 8; ++j) {
         const int key = key0 + 8 * j + 2 * lane_column();
-        const T pair[2] = {sums[t][j][2 * h] * factor, sums[t][j][2 * h + 1] * factor};
+        const T pair[2] = {sums[t][j][2 * h] * share, sums[t][j][2 * h + 1] * share};
         if (pairs) {
           if (key < args.columns) store_vector<2>(of_row + key, pair);
         } else {
