@@ -403,7 +403,7 @@ def language(table: Table) -> None:
     """Steps with AdamW in bfloat16 autocast, batches as in pretraining."""
     import transformers
 
-    import fastgan.hf  # registers what replace_modules sets
+    import fastgan.hf  # noqa: F401, which registers what replace_modules sets
     from fastgan.replace import replace_modules
 
     gpt2 = transformers.GPT2Config(n_layer=4)
