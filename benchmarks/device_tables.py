@@ -73,7 +73,8 @@ def graph_milliseconds(
 
     def all_of_them() -> Any:
         for call in calls:
-            call()
+            result = call()
+        return result  # the last alone: what a graph returns keeps its memory
 
     try:
         # A failed recording leaves its stream the current one; garbage with a graph in it would end a recording.
