@@ -273,11 +273,17 @@ def _loss(batch, channels, size, dtype) -> Iterator[Case]:
     count = batch * out * out
     tile, logits = x.numel() * x.element_size(), count * x.element_size()
     product = 2.0 * count * 16 * channels
+    patches = 2.0 * batch * size * size * 16 * channels  # of all pixels with all taps, where logits are many
+    pixels = 4 * 16 * batch * size * size  # the sums of one split of the channels
     settings = (None, None, 1.0, None, None, 0, (1, 1), (0, 0), 0.0, 1, False)
 
     def work(launch: Launch, *_: int) -> Work:
         return {
             "logits_kernel": Work(tile + logits, product),
+            "products_kernel": Work(tile + pixels, patches),
+            "patch_logits_kernel": Work(pixels + logits),
+            "gradients_kernel": Work(2 * tile + logits, 2 * patches),
+            "weights_kernel": Work(4 * 16 * channels),
             "loss_kernel": Work(4 * count),
             "gradient_kernel": Work(2 * logits),
             "backward_kernel": Work(2 * tile + logits, 2 * product),
@@ -317,6 +323,7 @@ def cases() -> Iterator[Case]:
         yield from _norm(64, 256, 64, dtype)
         yield from _loss(64, 512, 4, dtype)
         yield from _loss(1024, 512, 4, dtype)
+        yield from _loss(16, 512, 31, dtype)
     yield from _rows(634, 50257)
 
 

@@ -73,7 +73,8 @@ def graph_milliseconds(
 
     def all_of_them() -> Any:
         for call in calls:
-            call()
+            result = call()
+        return result  # the last alone: what a graph returns keeps its memory
 
     try:
         # A failed recording leaves its stream the current one; garbage with a graph in it would end a recording.
@@ -403,7 +404,7 @@ def language(table: Table) -> None:
     """Steps with AdamW in bfloat16 autocast, batches as in pretraining."""
     import transformers
 
-    import fastgan.hf  # registers what replace_modules sets
+    import fastgan.hf  # noqa: F401, which registers what replace_modules sets
     from fastgan.replace import replace_modules
 
     gpt2 = transformers.GPT2Config(n_layer=4)

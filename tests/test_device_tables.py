@@ -42,9 +42,10 @@ class _Graph:
         self.collects.append(gc.isenabled())
         if self.fails == "capture":
             raise RuntimeError("operation not permitted\nand more")
-        self.call = call
+        self.call, self.result = call, call()
 
     def replay(self):
+        assert self.result is not None  # as CUDAGraph's
         self.call()
 
 
@@ -63,9 +64,9 @@ def no_device(monkeypatch):
 
 def test_a_graph_of_several_calls_is_timed_by_the_call(no_device):
     made, graph = [], _Graph()
-    calls = [lambda i=i: made.append(i) for i in range(3)]
+    calls = [lambda i=i: made.append(i) or made for i in range(3)]
     assert tables.graph_milliseconds(calls, None, 5, graph) == (4.0, "")
-    assert made == [0, 1, 2] * 3  # two warm-ups and a replay
+    assert made == [0, 1, 2] * 4  # two warm-ups, the recording and a replay
     assert graph.collects == [False]
     assert gc.isenabled()
 

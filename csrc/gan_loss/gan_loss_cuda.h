@@ -41,8 +41,9 @@ inline Patches patches_of(const GanLossArgs& a) {
   p.columns = a.outputs * a.kernel_height * a.kernel_width, p.pixels = a.batch * image;
   // Products of all pixels with all taps: worth it where most are wanted, and are few beside the channels.
   // One or two logits a picture have gan_loss.cu's kernels, in which a block sums one.
-  p.is_chosen = p.columns <= kColumns && a.channels >= 2 * p.columns && logits >= 16 && 4 * logits >= image &&
-                p.pixels <= most && a.channels <= most && p.pixels * a.channels <= most && last <= most;
+  p.is_chosen = p.pixels > 0 && p.columns <= kColumns && a.channels >= 2 * p.columns && logits >= 16 &&
+                4 * logits >= image && p.pixels <= most && a.channels <= most &&
+                p.pixels * a.channels <= most && last <= most;
   if (!p.is_chosen) return p;
   p.offset = (a.batch * a.outputs * logits + 15) / 16 * 16;
   int lanes = patch_lanes(a.dtype == Dtype::float64 ? 8 : 4);

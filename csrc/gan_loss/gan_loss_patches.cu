@@ -140,8 +140,10 @@ FASTGAN_DEVICE void tile_sums(const Args& a, const Patches& patches, const Patch
   for (int stage = first; stage < end; stage += kStage) {
     block_sync();  // what the former stage reads
 #pragma unroll
-    for (int r = thread / kColumns; r < kStage; r += kThreads / kColumns)
+    for (int i = 0; i < kStage * kColumns / kThreads; ++i) {
+      int r = thread / kColumns + i * (kThreads / kColumns);
       coefficients[r * kColumns + thread % kColumns] = Row::coefficient(a, column, stage + r);
+    }
     if (thread < kStage) row_at[thread] = Row::at(a, a.input.stride, stage + thread);
     block_sync();
     if constexpr (!Direct) {
@@ -198,7 +200,8 @@ FASTGAN_DEVICE void tile_sums(const Args& a, const Patches& patches, const Patch
     for (int j = 0; j < kColumns; ++j) tile[j * kThreads + thread] = out[v][j];
     block_sync();
 #pragma unroll
-    for (int j = warp; j < kColumns; j += kWarps) {
+    for (int i = 0; i < kColumns / kWarps; ++i) {
+      int j = warp + i * kWarps;
       T sum = tile[j * kThreads + lane];
 #pragma unroll
       for (int other = 1; other < kWarps; ++other) sum += tile[j * kThreads + other * kWarp + lane];
