@@ -54,6 +54,8 @@ CHUNK_BYTES = 30 << 20
 CUDA_CHUNK_BYTES = 40 << 20
 #: of 16 bits there: one block's logits of all tokens, at most so many tokens; 3,072 classes of 8,192 tokens
 BLOCK_BYTES, BLOCK_TOKENS = 96 << 20, 16384
+#: rows and columns that a multiprocessor takes of a product, and how many multiprocessors an H100 or H200 has
+_TILE, _MULTIPROCESSORS = 128, 132
 #: rows of logits on a GPU begin at multiples of so many entries, for its matrix products and kernels that read vectors:
 #: a row of 50,257 would not, and cuBLAS takes kernels of a fraction of the speed
 _ALIGNED = 64
@@ -242,11 +244,23 @@ def _rows_per_chunk(tokens: int, classes: int, dtype: torch.dtype, device: str =
     return _equal_parts(tokens, max(16, budget // max(1, classes * dtype.itemsize)))
 
 
-def _tokens_and_classes_per_block(tokens: int, classes: int) -> tuple[int, int]:
-    """Of equal size within the budget; by shape only."""
+def _tokens_and_classes_per_block(tokens: int, classes: int, features: int) -> tuple[int, int]:
+    """Within the budget; by shape only."""
     chunk = _equal_parts(tokens, BLOCK_TOKENS)
     most = max(_ALIGNED, BLOCK_BYTES // (4 * chunk) // _ALIGNED * _ALIGNED)
-    return chunk, min(max(1, classes), -(-_equal_parts(classes, most) // _ALIGNED) * _ALIGNED)
+    if classes <= most:
+        return chunk, max(1, classes)
+    if classes <= 4 * most:  # of a few blocks the last, which is made once, should not be small
+        return chunk, -(-_equal_parts(classes, most) // _ALIGNED) * _ALIGNED
+    # A block's weight gradient is few tiles, 144 of 3,072 classes and 768 features: two rounds, and one nearly idle.
+    across = -(-features // _TILE)
+
+    def busy(block: int) -> float:
+        tiles = block // _TILE * across
+        return tiles / (-(-tiles // _MULTIPROCESSORS) * _MULTIPROCESSORS)
+
+    least = -(-most // 2 // _TILE) * _TILE
+    return chunk, max(range(least, most + 1, _TILE), default=most, key=lambda block: (busy(block), block))
 
 
 def _equal_parts(whole: int, most: int) -> int:
@@ -490,7 +504,7 @@ def _by_blocks(
     wants_input, wants_weight, wants_bias = gradients
     if weight.stride(0) != 1 and weight.stride(1) != 1:
         weight = weight.contiguous()
-    chunk, block = _tokens_and_classes_per_block(rows, classes)
+    chunk, block = _tokens_and_classes_per_block(rows, classes, features)
     buffer = _buffer(input, chunk, block, dtype)
     blocks = [slice(begin, min(begin + block, classes)) for begin in range(0, classes, block)]
     if wants_weight:
