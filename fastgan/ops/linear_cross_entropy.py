@@ -402,20 +402,23 @@ def _chunked(
 
 def _kept_tokens(kept: Tensor, target: Tensor, classes: int) -> tuple[Tensor | None, Tensor]:
     """Which tokens count, None if all do, and their targets; IndexError for a target that is no class."""
-    tokens = target.numel()
-    if target.device.type == "cpu":
-        index = kept.nonzero().squeeze(-1)
-        if index.numel() < tokens:
-            target = target[index]
-        _check_targets(target, classes)
-        return index if index.numel() < tokens else None, target
-    if tokens == 0:
+    if target.device.type != "cpu":
+        return _kept_by_one_question(kept, target, classes)
+    index = kept.nonzero().squeeze(-1)
+    all_count = index.numel() == target.numel()
+    target = target if all_count else target[index]
+    _check_targets(target, classes)
+    return None if all_count else index, target
+
+
+def _kept_by_one_question(kept: Tensor, target: Tensor, classes: int) -> tuple[Tensor | None, Tensor]:
+    """The same: the host waits for the device once, for three numbers."""
+    if target.numel() == 0:
         return None, target
-    # The host waits for the device once, for three numbers.
     count, low, high = torch.stack((kept.sum(), *torch.where(kept, target, 0).aminmax())).tolist()
     if count > 0:
         _check_range(low, high, classes)
-    if count == tokens:
+    if count == target.numel():
         return None, target
     index = torch.nonzero_static(kept, size=count).squeeze(-1)
     return index, target[index]
