@@ -308,6 +308,20 @@ def _rows(rows, classes) -> Iterator[Case]:
                Work(2 * size), lambda *_: Work(2 * size))  # fmt: skip
 
 
+def _blocks(rows, columns, classes, dtype) -> Iterator[Case]:
+    ops = torch.ops.fastgan_emulated
+    logits, target, one = torch.empty(rows, columns), torch.zeros(rows, dtype=torch.int64), torch.empty(rows)
+    state, size = torch.empty(rows, 4, dtype=torch.float64), 4 * logits.numel()
+    where = (logits, 0, classes, target, None, None, state)
+    yield Case("linear_cross_entropy", f"statistics {rows}x{columns}", torch.float32,
+               lambda: ops.linear_cross_entropy_statistics(*where, None, 0.0, 0.0),
+               Work(size), lambda *_: Work(size))  # fmt: skip
+    to = logits.view(dtype)[:, :columns]
+    yield Case("linear_cross_entropy", f"gradient {rows}x{columns}, in place", dtype,
+               lambda: ops.linear_cross_entropy_gradient(*where, one, to, 0.0),
+               Work(1.5 * size), lambda *_: Work(1.5 * size))  # fmt: skip
+
+
 def cases() -> Iterator[Case]:
     yield from _attention(8, 16, 2048, 64, torch.bfloat16)
     yield from _attention(8, 16, 2048, 128, torch.bfloat16)
@@ -324,7 +338,8 @@ def cases() -> Iterator[Case]:
         yield from _loss(64, 512, 4, dtype)
         yield from _loss(1024, 512, 4, dtype)
         yield from _loss(16, 512, 31, dtype)
-    yield from _rows(634, 50257)
+    yield from _rows(1099, 30522)
+    yield from _blocks(8192, 3008, 50257, torch.bfloat16)
 
 
 # ---- the table ----

@@ -153,6 +153,7 @@ FASTGAN_DEVICE void go_ahead(const Tiles& tiles, Load load, Start start, Take ta
   fence_shared();
   block_sync();
   start(at, 0);
+  wait_for_products<0>();
   while (tiles.has(next)) {
     async_wait<0>();
     fence_shared();

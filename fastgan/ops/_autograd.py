@@ -206,7 +206,11 @@ def define(
             needs = _gradients_asked_for(ctx, args)
             # Called inside autocast's region or outside, the bits are the same.
             with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
-                return _pull_back(ctx, args, outputs, grads, needs)
+                if backward is None or torch.is_grad_enabled() or not is_plain(()):
+                    return _pull_back(ctx, args, outputs, grads, needs)
+                # Nothing differentiates this backward: its operators go without their Autograd keys.
+                with torch._C._AutoDispatchBelowAutograd():
+                    return _pull_back(ctx, args, outputs, grads, needs)
 
         @staticmethod
         def jvp(ctx, *tangents):

@@ -50,10 +50,12 @@ NONE, MEAN, SUM = range(3)
 #: bytes of one chunk's logits. Below the 32 MiB from which malloc returns memory to the system at every free (and pays
 #: for its pages at every call), and enough tokens for the matrix products to run at their full rate.
 CHUNK_BYTES = 30 << 20
-#: on a GPU, of float32 and float64
-CUDA_CHUNK_BYTES = 40 << 20
+#: on a GPU, of float32 and float64: of fewer rows the products are slower
+CUDA_CHUNK_BYTES = 128 << 20
 #: of 16 bits there: one block's logits of all tokens, at most so many tokens; 3,072 classes of 8,192 tokens
 BLOCK_BYTES, BLOCK_TOKENS = 96 << 20, 16384
+#: rows and columns that a multiprocessor takes of a product, and how many multiprocessors an H100 or H200 has
+_TILE, _MULTIPROCESSORS = 128, 132
 #: rows of logits on a GPU begin at multiples of so many entries, for its matrix products and kernels that read vectors:
 #: a row of 50,257 would not, and cuBLAS takes kernels of a fraction of the speed
 _ALIGNED = 64
@@ -242,11 +244,38 @@ def _rows_per_chunk(tokens: int, classes: int, dtype: torch.dtype, device: str =
     return _equal_parts(tokens, max(16, budget // max(1, classes * dtype.itemsize)))
 
 
-def _tokens_and_classes_per_block(tokens: int, classes: int) -> tuple[int, int]:
-    """Of equal size within the budget; by shape only."""
+def _tokens_and_classes_per_block(tokens: int, classes: int, features: int) -> tuple[int, int]:
+    """Within the budget; by shape only."""
     chunk = _equal_parts(tokens, BLOCK_TOKENS)
     most = max(_ALIGNED, BLOCK_BYTES // (4 * chunk) // _ALIGNED * _ALIGNED)
-    return chunk, min(max(1, classes), -(-_equal_parts(classes, most) // _ALIGNED) * _ALIGNED)
+    if classes <= most:
+        return chunk, max(1, classes)
+    if classes <= 4 * most:  # of a few blocks the last, which is made once, should not be small
+        return chunk, -(-_equal_parts(classes, most) // _ALIGNED) * _ALIGNED
+    # A block's weight gradient is few tiles, 144 of 3,072 classes and 768 features: two rounds, and one nearly idle.
+    across = -(-features // _TILE)
+
+    def busy(block: int) -> float:
+        tiles = block // _TILE * across
+        return tiles / (-(-tiles // _MULTIPROCESSORS) * _MULTIPROCESSORS)
+
+    least = -(-most // 2 // _TILE) * _TILE
+    return chunk, max(range(least, most + 1, _TILE), default=most, key=lambda block: (busy(block), block))
+
+
+def _blocks_of_classes(classes: int, block: int) -> list[slice]:
+    """Blocks of a large vocabulary; what is left over of a multiple of _ALIGNED is one by itself.
+
+    A product that is an odd number wide runs at a fraction of the speed: better one of 17 classes than one of 2,385.
+    """
+    ends = {*range(block, classes, block), classes}
+    if classes >= _TILE * _ALIGNED:
+        ends.add(classes // _ALIGNED * _ALIGNED)
+    begin, blocks = 0, []
+    for end in sorted(ends):
+        blocks.append(slice(begin, end))
+        begin = end
+    return blocks
 
 
 def _equal_parts(whole: int, most: int) -> int:
@@ -388,20 +417,23 @@ def _chunked(
 
 def _kept_tokens(kept: Tensor, target: Tensor, classes: int) -> tuple[Tensor | None, Tensor]:
     """Which tokens count, None if all do, and their targets; IndexError for a target that is no class."""
-    tokens = target.numel()
-    if target.device.type == "cpu":
-        index = kept.nonzero().squeeze(-1)
-        if index.numel() < tokens:
-            target = target[index]
-        _check_targets(target, classes)
-        return index if index.numel() < tokens else None, target
-    if tokens == 0:
+    if target.device.type != "cpu":
+        return _kept_by_one_question(kept, target, classes)
+    index = kept.nonzero().squeeze(-1)
+    all_count = index.numel() == target.numel()
+    target = target if all_count else target[index]
+    _check_targets(target, classes)
+    return None if all_count else index, target
+
+
+def _kept_by_one_question(kept: Tensor, target: Tensor, classes: int) -> tuple[Tensor | None, Tensor]:
+    """The same: the host waits for the device once, for three numbers."""
+    if target.numel() == 0:
         return None, target
-    # The host waits for the device once, for three numbers.
     count, low, high = torch.stack((kept.sum(), *torch.where(kept, target, 0).aminmax())).tolist()
     if count > 0:
         _check_range(low, high, classes)
-    if count == tokens:
+    if count == target.numel():
         return None, target
     index = torch.nonzero_static(kept, size=count).squeeze(-1)
     return index, target[index]
@@ -490,9 +522,9 @@ def _by_blocks(
     wants_input, wants_weight, wants_bias = gradients
     if weight.stride(0) != 1 and weight.stride(1) != 1:
         weight = weight.contiguous()
-    chunk, block = _tokens_and_classes_per_block(rows, classes)
+    chunk, block = _tokens_and_classes_per_block(rows, classes, features)
     buffer = _buffer(input, chunk, block, dtype)
-    blocks = [slice(begin, min(begin + block, classes)) for begin in range(0, classes, block)]
+    blocks = _blocks_of_classes(classes, block)
     if wants_weight:
         # Of one chunk each block of it is written once.
         out[1] = input.new_empty((classes, features), dtype=out[1].dtype if chunk == rows else dtype)

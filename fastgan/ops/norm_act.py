@@ -158,7 +158,8 @@ def move_running_statistics(
     ):
         move_reference(running_mean, running_var, mean, var, momentum, factor)
         return
-    torch.ops.fastgan.norm_act_move.default(running_mean.detach(), running_var.detach(), mean, var, momentum, factor)
+    moved = [each.detach() if each.requires_grad else each for each in (running_mean, running_var)]
+    torch.ops.fastgan.norm_act_move.default(*moved, mean, var, momentum, factor)
     torch.autograd.graph.increment_version([running_mean, running_var])
 
 

@@ -269,6 +269,105 @@ def test_a_gpus_gradients_of_bfloat16_are_of_its_memory(as_on_a_gpu):
     assert [each.dtype for each in out] == [torch.float32, torch.bfloat16, torch.bfloat16, torch.float32]
 
 
+def _on_a_device(dtype, with_bias):
+    if not ops.has_kernel("cuda"):
+        pytest.skip(f"no CUDA kernels on a device: {fastgan._cuda.status()}")
+    input, weight, bias = torch.randn(300, 48), torch.randn(1001, 48), torch.randn(1001)
+    target = torch.randint(0, 1001, (300,))
+    target[::7] = -100
+    leaves = [t.cuda().to(dtype).requires_grad_() for t in (input, weight, bias)[: 2 + with_bias]]
+    return leaves, target.cuda()
+
+
+def _values(leaves, target, **settings):
+    loss = linear_cross_entropy(leaves[0], leaves[1], target, *leaves[2:], **settings)
+    scale = torch.full_like(loss, 1024.0)  # float16 has no numbers for a mean's gradient
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, scale)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("radius", [0.0, 0.3])
+def test_the_whole_operator_on_a_device(monkeypatch, dtype, with_bias, radius):
+    leaves, target = _on_a_device(dtype, with_bias)
+    settings = {"label_smoothing": 0.1, "z_loss": 1e-3, "adversarial_radius": radius}
+    exactly = [t.detach().cpu().double().requires_grad_() for t in leaves]
+    with fastgan.use("reference"):
+        want = _values(exactly, target.cpu(), **settings)
+    monkeypatch.setattr(ops, "CUDA_CHUNK_BYTES", 100 * 4 * 1001)  # several chunks, several blocks
+    for block, tokens in ((1 << 28, 1 << 20), (300 * 4 * 256, 1 << 20), (300 * 4 * 256, 100)):
+        monkeypatch.setattr(ops, "BLOCK_BYTES", block)
+        monkeypatch.setattr(ops, "BLOCK_TOKENS", tokens)
+        got, again = _values(leaves, target, **settings), _values(leaves, target, **settings)
+        assert all(map(torch.equal, got, again))
+        for a, b in zip(got, want, strict=True):
+            assert error(a.cpu(), b) < 2 * torch.finfo(dtype).eps + (1e-14 if dtype == torch.float64 else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_whole_operator_in_a_graph(monkeypatch, dtype):
+    leaves, target = _on_a_device(dtype, True)
+    monkeypatch.setattr(ops, "BLOCK_BYTES", 300 * 4 * 256)
+    want = _values(leaves, target)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        _values(leaves, target)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = _values(leaves, target)
+    graph.replay()
+    for a, b in zip(got, want, strict=True):
+        assert error(a, b.double()) < 2 * torch.finfo(dtype).eps + 1e-6
+
+
+def test_a_target_out_of_range_is_refused_on_a_device():
+    leaves, target = _on_a_device(torch.bfloat16, False)
+    target[5] = 1001
+    with pytest.raises(IndexError, match="Target 1001 is out of bounds"):
+        linear_cross_entropy(*leaves, target)
+    target[:] = -100
+    assert linear_cross_entropy(*leaves, target).isnan()
+
+
+@pytest.mark.parametrize("ignored", [(), (0, 3), (0, 1, 2, 3)])
+def test_a_gpus_tokens_that_count_by_one_question(ignored):
+    target = torch.tensor([4, 1, 0, 2])
+    target[list(ignored)] = -100
+    kept = target != -100
+    index, targets = ops._kept_by_one_question(kept, target, 5)
+    assert targets.equal(target[kept])
+    assert index is None if not ignored else index.tolist() == kept.nonzero()[:, 0].tolist()
+    for wrong, said in ((5, "Target 5 is"), (-1, "Target -1 is")):
+        if not kept.any():
+            break
+        target[kept] = torch.where(torch.arange(kept.sum()) == 0, wrong, 1)
+        with pytest.raises(IndexError, match=said):
+            ops._kept_by_one_question(kept, target, 5)
+
+
+def test_blocks_cover_the_classes_within_the_budget():
+    for tokens, classes, features in ((8192, 50257, 768), (8192, 128256, 2048), (3, 50257, 768), (70000, 1000, 8)):
+        chunk, block = ops._tokens_and_classes_per_block(tokens, classes, features)
+        assert 4 * chunk * block <= ops.BLOCK_BYTES
+        assert 1 <= block <= classes
+        assert chunk <= ops.BLOCK_TOKENS
+        assert block == classes or block % ops._ALIGNED == 0
+    assert ops._tokens_and_classes_per_block(8192, 50257, 768) == (8192, 2816)  # 22 x 6 tiles, one round
+    assert ops._tokens_and_classes_per_block(300, 50257, 768) == (300, 50257)
+    for classes, block, sizes in (
+        (50257, 50257, [50240, 17]),
+        (20000, 9984, [9984, 9984, 32]),
+        (16384, 8192, [8192] * 2),
+        (100, 64, [64, 36]),
+        (7, 7, [7]),
+    ):
+        blocks = ops._blocks_of_classes(classes, block)
+        assert [b.stop - b.start for b in blocks] == sizes
+        assert [b.start for b in blocks] == [0, *(b.stop for b in blocks[:-1])]
+
+
 def test_the_same_bits_again(cuda_kernels):
     arguments = (torch.randn(5, 1237), torch.randint(0, 1237, (5,)), None, None, torch.rand(5), 0.1, 1e-4)
     first, second = run(cuda_kernels, *arguments), run(cuda_kernels, *arguments)
