@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as T
 
 from benchmarks import gan_steps
+from fastgan import _cuda
 from fastgan.nn import functional as F
 from fastgan.training import step_graph
 
@@ -257,7 +258,15 @@ def attention_calls(case: Case, compiles: bool) -> Iterator[tuple[str, Callable[
             return lambda: (run(*tensors),)
         return forward_and_backward(run, tensors, grad)
 
-    yield "fastgan", calling(F.scaled_dot_product_attention)
+    if options.get("forward"):
+        # The operator itself: the function leaves half precision without gradients to PyTorch.
+        operator, plain = torch.ops.fastgan.attention, tensors
+        assert _cuda.has_kernel("attention"), _cuda.status()
+        yield "fastgan", lambda: operator(
+            *(t.transpose(1, 2) for t in plain), None, None, None, 0.0, causal, width**-0.5
+        )[:1]  # fmt: skip
+    else:
+        yield "fastgan", calling(F.scaled_dot_product_attention)
     yield "PyTorch", calling(T.scaled_dot_product_attention)
     for backend in ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION", "MATH"):
 

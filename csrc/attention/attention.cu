@@ -302,7 +302,7 @@ Error launch_forward(const AttentionArgs& args, Plan plan, void* stream) {
 template <class S, int D, bool Packed>
 Error whole_forward(const AttentionArgs& args, const Plan& plan, void* stream) {
   if constexpr (kWarpgroups<S, D>) {
-    const char*e=getenv("TUNE_F"); int v=e?atoi(e):0;
+    const char*e=getenv(D == 64 ? "TUNE_F64" : "TUNE_F128"); int v=e?atoi(e):0;
     if(v==1&&!Packed) return launch_forward<S, D, ForwardWarpgroups<D,1>, Packed>(args, plan, stream);
     if(v==2&&!Packed) return launch_forward<S, D, ForwardWarpgroups<D,2>, Packed>(args, plan, stream);
     if(v==3&&!Packed) return launch_forward<S, D, ForwardTiling<S, D>, Packed>(args, plan, stream);

@@ -429,7 +429,7 @@ template <class S, int D, bool Packed>
 Error backward_by_gpu(const AttentionArgs& args, const Plan& plan, void* stream) {
   if constexpr (kWarpgroups<S, D>) {
     using Tiling = BackwardWarpgroups<D>;
-    const char*e=getenv("TUNE_B"); int v=e?atoi(e):0;
+    const char*e=getenv(D == 64 ? "TUNE_B64" : "TUNE_B128"); int v=e?atoi(e):0;
     if constexpr(!Packed&&D==64) if(v==1) return launch_backward<S, D, BackwardWarpgroups<D,1>,Tiling, Packed>(args, plan, stream);
     if(v==2&&!Packed) return launch_backward<S, D, BackwardWarpgroups<D,2>,BackwardWarpgroups<D,2>, Packed>(args, plan, stream);
     if(v==3&&!Packed) return launch_backward<S, D, QueriesTiling<S, D>, KeysTiling<S, D>, Packed>(args, plan, stream);
