@@ -93,7 +93,9 @@ def _for_all(test):
 
 @_for_all
 def test_no_spills_and_the_registers_that_the_header_states(source, architecture, compiled):
-    check(compiled(source, architecture)[0], stated_registers(source))
+    report = compiled(source, architecture)[0]
+    check(report, stated_registers(source))
+    assert "wgmma" not in report  # products that ptxas makes one after the other, as it says
 
 
 def instructions(cubin: Path) -> dict[str, set[str]]:
@@ -131,8 +133,13 @@ def test_no_local_memory_and_tensor_cores_where_they_belong(source, architecture
         assert "EXIT" in found
         assert not found & {"LDL", "STL"}, name
         if source.parent.name == "attention" and any(kernel in name for kernel in PRODUCTS):
-            assert ("HMMA" in found) == ("float16" in name), name
-            assert "LDGSTS" in found, name  # cp.async
+            by_warpgroups = "Warpgroups" in name  # of which sm_90a alone has any, and the others an empty kernel
+            if not by_warpgroups or architecture == "90a":
+                assert ("HMMA" in found) == ("float16" in name and not by_warpgroups), name
+                assert ("HGMMA" in found) == by_warpgroups, name
+                assert "LDGSTS" in found, name  # cp.async
+            else:
+                assert found <= {"MOV", "LDC", "NOP", "EXIT", "BRA"}, name
         if source.parent.name == "norm_act" and re.search(r"ward_kernelI\w+?Li[248]E", name):  # vectors, stored whole
             assert not whole & {"STG.E", "STG.E.U16"}, name
 

@@ -23,7 +23,6 @@
 //
 // Packed sequences (attention.h) have instances of the kernels of their own, with a grid for the longest: a
 // block beyond the end of its sequence leaves at once.
-#include <cstdlib>
 #include "attention/attention_cuda_blocks.h"
 #include "attention/attention_cuda_parts.h"
 
@@ -38,8 +37,8 @@ constexpr size_t forward_shared_bytes() {
          SharedMemory::bytes<T>(Tiling::warps * kWeightsSize<S, Tiling::N, Tiling::R>);
 }
 
-// P = 2^(s factor − maximum) in place of the scores s; the row's maximum, its sum (of this lane's columns) and
-// the output follow.
+// P = 2^(s factor − maximum) in place of the scores s; the row's maximum, its sum (of this lane's columns)
+// and the output follow.
 template <class T, int N8, int R, int D8>
 FASTGAN_DEVICE void soften(T (&scores)[R][N8][4], T factor, T (&maximum)[R][2], T (&total)[R][2],
                            T (&output)[R][D8][4]) {
@@ -94,52 +93,33 @@ FASTGAN_DEVICE void attend(const AttentionArgs& given, const AttentionArgs& args
   auto load = [&](int tile, int stage) {
     const AttentionArgs& now = sequence_of<Packed, S>(given, batch);
     S* to = pairs + stage * 2 * N * D;
-    load_tile<S, D, N, threads, panels>(to, now.key, head_of<S>(now.key, batch, of.kv_head), tile, now.columns,
-                                now.width, plan.vectors);
+    load_tile<S, D, N, threads, panels>(to, now.key, head_of<S>(now.key, batch, of.kv_head), tile,
+                                        now.columns, now.width, plan.vectors);
     load_tile<S, D, N, threads, panels>(to + N * D, now.value, head_of<S>(now.value, batch, of.kv_head), tile,
-                                now.columns, now.value_width, plan.vectors);
+                                        now.columns, now.value_width, plan.vectors);
   };
 #pragma unroll
   for (int t = 0; t < R; ++t) maximum[t][0] = maximum[t][1] = -T(INFINITY);
-  load_tile<S, D, Tiling::rows, threads, panels>(queries, args.query, head_of<S>(args.query, batch, head), of.row0,
-                                         args.rows, args.width, plan.vectors);
-  // Whose rows end before the diagonal has nothing to do with a tile, nor a warp of few rows that has none.
-  auto takes_part = [&](const AttentionArgs& now, int tile) {
-    return Few ? warp_row < args.rows : !args.is_causal || tile < behind + int(now.diagonal);
-  };
-  auto weigh = [&](const AttentionArgs& now, int tile, bool look, T(&scores)[R][N / 8][4]) {
-    const T factor = finish_scores<false, S>(now, batch, head, warp_row, tile, look, scores);
-    soften(scores, factor, maximum, total, output);
-    if (args.has_dropout)
-      for_each_kept<false, N, R>(args, batch, head, warp_row, tile, [&](int t, int j, int i, bool kept) {
-        if (!kept) scores[t][j][i] = 0;
-      });
-  };
-  if constexpr (stages == 3) {
-    T scores[R][N / 8][4], coming[R][N / 8][4] = {};
-    auto start = [&](int, int stage) {
-      start_products<S, D, Tiling>(coming, queries, pairs + stage * 2 * N * D);
-    };
-    auto take = [&] {
-      finish_products<Tiling>(coming);
-      for_each_place<N, R>([&](int t, int j, int i) { scores[t][j][i] = coming[t][j][i]; });
-    };
-    go_ahead<Tiling>(tiles, load, start, take, [&](int tile, int stage, bool look) {
-      weigh(sequence_of<Packed, S>(given, batch), tile, look, scores);
-      add_weighted<S, D, Tiling>(output, scores, pairs + (2 * stage + 1) * N * D, memory);
-    });
-  } else {
-    go_through<Tiling>(tiles, load, [&](int tile, int stage, bool look) {
-      const AttentionArgs& now = sequence_of<Packed, S>(given, batch);
-      if (!takes_part(now, tile)) return;
-      const S* keys = pairs + stage * 2 * N * D;
+  load_tile<S, D, Tiling::rows, threads, panels>(queries, args.query, head_of<S>(args.query, batch, head),
+                                                 of.row0, args.rows, args.width, plan.vectors);
+  go_through<Tiling>(tiles, load, [&](int tile, int stage, bool look) {
+    const AttentionArgs& now = sequence_of<Packed, S>(given, batch);
+    const S* keys = pairs + stage * 2 * N * D;
+    // Whose rows end before the diagonal has nothing to do here, nor a warp of few rows that has none.
+    if (Few ? warp_row < args.rows : !args.is_causal || tile < behind + int(now.diagonal)) {
       T scores[R][N / 8][4];
       start_products<S, D, Tiling>(scores, queries, keys);
       finish_products<Tiling>(scores);
-      weigh(now, tile, look, scores);
+      const T factor = finish_scores < false, S,
+              panels || !kTensorCores < S >> (now, batch, head, warp_row, tile, look, scores);
+      soften(scores, factor, maximum, total, output);
+      if (args.has_dropout)
+        for_each_kept<false, N, R>(args, batch, head, warp_row, tile, [&](int t, int j, int i, bool kept) {
+          if (!kept) scores[t][j][i] = 0;
+        });
       add_weighted<S, D, Tiling>(output, scores, keys + N * D, memory);
-    });
-  }
+    }
+  });
 }
 
 // A row's sum over its four lanes.
@@ -302,10 +282,6 @@ Error launch_forward(const AttentionArgs& args, Plan plan, void* stream) {
 template <class S, int D, bool Packed>
 Error whole_forward(const AttentionArgs& args, const Plan& plan, void* stream) {
   if constexpr (kWarpgroups<S, D>) {
-    const char*e=getenv(D == 64 ? "TUNE_F64" : "TUNE_F128"); int v=e?atoi(e):0;
-    if(v==1&&!Packed) return launch_forward<S, D, ForwardWarpgroups<D,1>, Packed>(args, plan, stream);
-    if(v==2&&!Packed) return launch_forward<S, D, ForwardWarpgroups<D,2>, Packed>(args, plan, stream);
-    if(v==3&&!Packed) return launch_forward<S, D, ForwardTiling<S, D>, Packed>(args, plan, stream);
     if (has_warpgroups(forward_kernel<S, D, ForwardWarpgroups<D>, Packed>))
       return launch_forward<S, D, ForwardWarpgroups<D>, Packed>(args, plan, stream);
   }

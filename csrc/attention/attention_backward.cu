@@ -19,7 +19,6 @@
 // summed up from P ∘ dP instead (delta_kernel), the numbers that it is subtracted from: a weight of 1 then
 // has a gradient of exactly 0, as it must, and a row's dS sum to 0. Short rows wait for launches, not for
 // products.
-#include <cstdlib>
 #include "attention/attention_cuda_blocks.h"
 
 namespace fastgan {
@@ -129,8 +128,8 @@ using OfRows = Accumulate<S>[Tiling::R][2];
 // P and dO Vᵀ of a warp's queries, rows `row` on, and the keys of a tile, `key` on. What is dropped of the
 // second is 0.
 template <class S, int D, class Tiling>
-FASTGAN_DEVICE void weights_of_queries(const AttentionArgs& args, const Memory<S, D, Tiling>& memory, int batch,
-                                       int head, int row, int key, int stage, bool look,
+FASTGAN_DEVICE void weights_of_queries(const AttentionArgs& args, const Memory<S, D, Tiling>& memory,
+                                       int batch, int head, int row, int key, int stage, bool look,
                                        const OfRows<S, Tiling>& lse, const OfRows<S, Tiling>& rest,
                                        OfTile<S, Tiling>& weights, OfTile<S, Tiling>& grads) {
   using T = Accumulate<S>;
@@ -140,7 +139,8 @@ FASTGAN_DEVICE void weights_of_queries(const AttentionArgs& args, const Memory<S
   start_products<S, D, Tiling>(weights, memory.rows(0), memory.tile(stage, 0));
   if (beside) start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1));
   finish_products<Tiling, beside>(weights);
-  const T factor = finish_scores<false, S>(args, batch, head, row, key, look, weights);
+  const T factor = finish_scores < false, S,
+          beside || !kTensorCores < S >> (args, batch, head, row, key, look, weights);
   for_each_place<N, R>([&](int t, int j, int i) {
     weights[t][j][i] = quick_exp2(fma(weights[t][j][i], factor, -lse[t][i / 2]) - rest[t][i / 2]);
   });
@@ -185,8 +185,8 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
     async_wait<0>();
     block_sync();
     T weights[R][N / 8][4], grads[R][N / 8][4];
-    weights_of_queries<S, D, Tiling>(args, memory, batch, head, warp_row, tile, 0, args.mask.data && seen == kSome,
-                             lse, rest, weights, grads);
+    weights_of_queries<S, D, Tiling>(args, memory, batch, head, warp_row, tile, 0,
+                                     args.mask.data && seen == kSome, lse, rest, weights, grads);
     for_each_place<N, R>([&](int t, int j, int i) {
       delta[t][i / 2] = fma(weights[t][j][i], grads[t][j][i], delta[t][i / 2]);
     });
@@ -233,8 +233,8 @@ FASTGAN_DEVICE void queries_of_block(const AttentionArgs& given, const Plan& pla
   go_through<Tiling>(TilesOfKeys<Tiling>(args, plan, of), load, [&](int tile, int stage, bool look) {
     if (!args.is_causal || tile < behind) {
       T scores[R][N / 8][4], grads[R][N / 8][4];
-      weights_of_queries<S, D, Tiling>(args, memory, batch, head, warp_row, tile, stage, look, lse, rest, scores,
-                               grads);
+      weights_of_queries<S, D, Tiling>(args, memory, batch, head, warp_row, tile, stage, look, lse, rest,
+                                       scores, grads);
       for_each_place<N, R>([&](int t, int j, int i) { scores[t][j][i] *= grads[t][j][i] - delta[t][i / 2]; });
       add_weighted<S, D, Tiling>(sums, scores, memory.tile(stage, 0), memory.weights);
     }
@@ -262,20 +262,19 @@ FASTGAN_DEVICE void keys_of_block(const AttentionArgs& given, const Plan& plan) 
   const AttentionArgs& args = sequence_of<Packed, S>(given, of.batch);
   if (Packed && of.key0 >= args.columns) return;
   const int batch = of.batch, kv_head = of.kv_head, key0 = of.key0, warp_key = of.warp_key, group = of.group;
-  const int rows = int(args.rows);
   auto load = [&](typename Tiles::At at, int stage) {
     const int head = kv_head * group + at.head;
-    load_tile<S, D, N, threads, panels>(memory.tile(stage, 0), args.query,
-                                        head_of<S>(args.query, batch, head), at.tile, args.rows, args.width,
-                                        plan.vectors);
-    load_tile<S, D, N, threads, panels>(memory.tile(stage, 1), args.grad_output,
-                                        head_of<S>(args.grad_output, batch, head), at.tile, args.rows,
-                                        args.value_width, plan.vectors);
-    const RowNumbers<T> from = row_numbers<T>(args, batch, head);
+    const AttentionArgs& now = sequence_of<Packed, S>(given, batch);
+    load_tile<S, D, N, threads, panels>(memory.tile(stage, 0), now.query, head_of<S>(now.query, batch, head),
+                                        at.tile, now.rows, now.width, plan.vectors);
+    load_tile<S, D, N, threads, panels>(memory.tile(stage, 1), now.grad_output,
+                                        head_of<S>(now.grad_output, batch, head), at.tile, now.rows,
+                                        now.value_width, plan.vectors);
+    const RowNumbers<T> from = row_numbers<T>(now, batch, head);
     T* numbers = memory.numbers + 3 * stage * N;
     for (int i = int(threadIdx.x); i < N; i += threads) {
       const int row = at.tile + i;
-      const bool inside = row < rows;
+      const bool inside = row < int(now.rows);
       numbers[i] = inside ? from.lse[row] : T(INFINITY);
       numbers[N + i] = inside ? from.rest[row] : T(0);
       numbers[2 * N + i] = inside ? from.delta[row] : T(0);
@@ -298,44 +297,41 @@ FASTGAN_DEVICE void keys_of_block(const AttentionArgs& given, const Plan& plan) 
       start_products<S, D, Tiling>(scores, memory.rows(0), memory.tile(stage, 0));
       if (Key && panels) start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1));
       finish_products<Tiling, Key && panels>(scores);
-      const T factor = finish_scores<true, S>(args, batch, head, warp_key, at.tile, look, scores);
+      const T factor = finish_scores < true, S,
+              panels || !kTensorCores < S >> (args, batch, head, warp_key, at.tile, look, scores);
       for_each_place<N, R>([&](int t, int j, int i) {
         scores[t][j][i] =
             quick_exp2(fma(scores[t][j][i], factor, -numbers[8 * j + i % 2]) - numbers[N + 8 * j + i % 2]);
       });
       if (Key && !panels) start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1));
-      // Dropped: P has no part in dV, and dS = P (0 − D). What is kept is one bit of each place.
-      uint32_t kept[R][N / 32 ? N / 32 : 1] = {};
-      auto is_kept = [&](int t, int j, int i) { return kept[t][j / 4] >> (j % 4 * 4 + i) & 1; };
-      Fragments<S, Tiling> from_scores;
+      if (Key) finish_products<Tiling>(grads);
       if (args.has_dropout) {
+        // Dropped: P has no part in dV, and dS = P (0 − D). What is kept is one bit of each place.
+        uint32_t kept[R][N / 32 ? N / 32 : 1] = {};
         for_each_kept<true, N, R>(args, batch, head, warp_key, at.tile,
                                   [&](int t, int j, int i, bool is_kept) {
                                     kept[t][j / 4] |= uint32_t(is_kept) << (j % 4 * 4 + i);
                                   });
+        auto is_kept = [&](int t, int j, int i) { return kept[t][j / 4] >> (j % 4 * 4 + i) & 1; };
+        const T kept_scale = T(args.kept_scale);
         if (Value) {
           T kept_scores[R][N / 8][4];
           for_each_place<N, R>(
               [&](int t, int j, int i) { kept_scores[t][j][i] = is_kept(t, j, i) ? scores[t][j][i] : T(0); });
-          start_weighted<S, D, Tiling>(value_sums, kept_scores, memory.tile(stage, 1), memory.weights,
-                                       from_scores);
+          add_weighted<S, D, Tiling>(value_sums, kept_scores, memory.tile(stage, 1), memory.weights);
         }
-      } else if (Value) {
-        start_weighted<S, D, Tiling>(value_sums, scores, memory.tile(stage, 1), memory.weights, from_scores);
-      }
-      if (Value && D == 128) finish_products<Tiling>(value_sums);  // or registers would lack
-      if (Key) {  // beside the products for dV
-        finish_products<Tiling, Value>(grads);
-        const T kept_scale = T(args.kept_scale);
-        if (args.has_dropout)
+        if (Key)
           for_each_place<N, R>([&](int t, int j, int i) {
             grads[t][j][i] = is_kept(t, j, i) ? grads[t][j][i] * kept_scale : T(0);
           });
+      } else if (Value) {
+        add_weighted<S, D, Tiling>(value_sums, scores, memory.tile(stage, 1), memory.weights);
+      }
+      if (Key) {
         for_each_place<N, R>(
             [&](int t, int j, int i) { scores[t][j][i] *= grads[t][j][i] - numbers[2 * N + 8 * j + i % 2]; });
         add_weighted<S, D, Tiling>(key_sums, scores, memory.tile(stage, 0), memory.weights);
       }
-      if (Value) finish_products<Tiling>(value_sums);
     }
   });
   T factor[R][2];
@@ -351,7 +347,8 @@ FASTGAN_DEVICE void keys_of_block(const AttentionArgs& given, const Plan& plan) 
 }
 
 template <class S, int D, class Tiling, bool Key, bool Value, bool Packed>
-__global__ void __launch_bounds__(Tiling::threads, Tiling::blocks) keys_kernel(AttentionArgs args, Plan plan) {
+__global__ void __launch_bounds__(Tiling::threads, Tiling::blocks)
+    keys_kernel(AttentionArgs args, Plan plan) {
   if constexpr (!Tiling::warpgroups || kHasWarpgroups)
     keys_of_block<S, D, Tiling, Key, Value, Packed>(args, plan);
 }
@@ -396,7 +393,7 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
           T scores[R][N / 8][4], grads[R][N / 8][4], lse[R][2], rest[R][2], delta[R][2];
           load_row_numbers(args, batch, head, warp_row, lse, rest);
           weights_of_queries<S, D, Tiling>(args, memory, batch, head, warp_row, key0, 0,
-                                   args.mask.data && seen == kSome, lse, rest, scores, grads);
+                                           args.mask.data && seen == kSome, lse, rest, scores, grads);
           load_deltas(args, batch, head, warp_row, delta);
           for_each_place<N, R>([&](int t, int j, int i) {
             sums[t][j][i] = fma(scores[t][j][i], grads[t][j][i] - delta[t][i / 2], sums[t][j][i]);
@@ -428,11 +425,7 @@ Error launch_backward(const AttentionArgs& args, Plan plan, void* stream) {
 template <class S, int D, bool Packed>
 Error backward_by_gpu(const AttentionArgs& args, const Plan& plan, void* stream) {
   if constexpr (kWarpgroups<S, D>) {
-    using Tiling = BackwardWarpgroups<D>;
-    const char*e=getenv(D == 64 ? "TUNE_B64" : "TUNE_B128"); int v=e?atoi(e):0;
-    if constexpr(!Packed&&D==64) if(v==1) return launch_backward<S, D, BackwardWarpgroups<D,1>,Tiling, Packed>(args, plan, stream);
-    if(v==2&&!Packed) return launch_backward<S, D, BackwardWarpgroups<D,2>,BackwardWarpgroups<D,2>, Packed>(args, plan, stream);
-    if(v==3&&!Packed) return launch_backward<S, D, QueriesTiling<S, D>, KeysTiling<S, D>, Packed>(args, plan, stream);
+    using Tiling = BackwardWarpgroups;
     if (has_warpgroups(queries_kernel<S, D, Tiling, Packed>))
       return launch_backward<S, D, Tiling, Tiling, Packed>(args, plan, stream);
   }

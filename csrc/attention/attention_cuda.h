@@ -140,7 +140,8 @@ FASTGAN_DEVICE int64_t all_rows(const AttentionArgs& args) {
 template <class S, int D, int Rows, int Threads, bool Panels = false>
 FASTGAN_DEVICE void load_tile(S* to, const AttentionInput& x, const S* head, int first, int64_t count,
                               int64_t width, bool vectors) {
-  constexpr int E = kChunk<S>, chunks = D / E, step = Threads / chunks;  // rows from a thread's chunk to its next
+  constexpr int E = kChunk<S>, chunks = D / E,
+                step = Threads / chunks;  // rows from a thread's chunk to its next
   auto place_of = [](int row, int chunk) {
     return Panels ? place_in_panels<S, Rows>(row, chunk) : place<S, D>(row, chunk);
   };
@@ -158,7 +159,8 @@ FASTGAN_DEVICE void load_tile(S* to, const AttentionInput& x, const S* head, int
       *reinterpret_cast<Packed<S, E>*>(to + place_of(row, chunk)) = values;
     }
   } else if constexpr (Threads % chunks == 0 && step % 8 == 0) {
-    // A thread keeps its chunk, and so its place within eight rows: a copy costs an addition and a comparison.
+    // A thread keeps its chunk, and so its place within eight rows: a copy costs an addition and a
+    // comparison.
     const int row = thread / chunks, chunk = thread % chunks;
     S* at = to + place_of(row, chunk);
     const S* from = head + int64_t(first + row) * x.stride[2] + chunk * E;
@@ -270,15 +272,16 @@ FASTGAN_DEVICE void for_each_element(const AttentionArgs& args, const AttentionI
 
 // From products to scores: scale, bias, and minus infinity where a mask, is_causal or the end of the keys
 // hides something. `mask`: whether the mask has to be looked at. Returns what the scores have yet to be
-// multiplied by: the scale or, where it is in them, 1. exp2's argument takes it by a fused multiplication, in all
-// kernels: rounded in one and not in another, a score of 1000 would differ by 1e-4.
-template <bool Transposed, class S, int N8, int R, class T>
-FASTGAN_DEVICE T finish_scores(const AttentionArgs& args, int64_t batch, int64_t head, int a0, int b0, bool mask,
-                               T (&scores)[R][N8][4]) {
+// multiplied by: 1 or, `Later`, the scale, which exp2's argument takes by a fused multiplication. In float
+// and double all kernels do so: rounded in one and not in another, a score of 1000 would differ by 1e-4. Of
+// 16 bits those that mma.sync makes lack the register.
+template <bool Transposed, class S, bool Later = !kTensorCores<S>, int N8, int R, class T>
+FASTGAN_DEVICE T finish_scores(const AttentionArgs& args, int64_t batch, int64_t head, int a0, int b0,
+                               bool mask, T (&scores)[R][N8][4]) {
   constexpr int N = 8 * N8, keys = Transposed ? 16 * R : N;
   const int query0 = query_of<Transposed>(a0, b0), key0 = key_of<Transposed>(a0, b0);
   const T scale = T(args.scale * kLog2e), hidden = -T(INFINITY);
-  const bool later = !args.bias.data && scale > 0;  // minus infinity stays what it is
+  const bool later = Later && !args.bias.data && scale > 0;  // minus infinity stays what it is
   if (!later) {
 #pragma unroll
     for (int t = 0; t < R; ++t)

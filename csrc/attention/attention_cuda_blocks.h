@@ -135,47 +135,6 @@ FASTGAN_DEVICE void go_through(const Tiles& tiles, Load load, Work work) {
   }
 }
 
-// The same in three stages, with start(at, stage) for the next tile before the work on this one: what it begins
-// runs beside that. take() comes between: it waits for what was started and puts it where work looks for it.
-// No tile is left out on the way: products that are under way where paths part would be made one by one.
-template <class Tiling, class Tiles, class Load, class Start, class Take, class Work>
-FASTGAN_DEVICE void go_ahead(const Tiles& tiles, Load load, Start start, Take take, Work work) {
-  static_assert(Tiling::warpgroups && Tiling::stages == 3);
-  int seen = kAll, seen_next = kAll, stage = 0;
-  typename Tiles::At at = tiles.find(tiles.first(), seen);
-  if (!tiles.has(at)) return;
-  typename Tiles::At next = tiles.find(tiles.after(at), seen_next);
-  load(at, 0);
-  async_commit();
-  if (tiles.has(next)) load(next, 1);
-  async_commit();
-  async_wait<1>();
-  fence_shared();
-  block_sync();
-  start(at, 0);
-  wait_for_products<0>();
-  while (tiles.has(next)) {
-    async_wait<0>();
-    fence_shared();
-    block_sync();  // the next tile is there, and nobody is at the former one any more
-    int seen_following = kAll;
-    const int stage_next = stage == 2 ? 0 : stage + 1;
-    const typename Tiles::At following = tiles.find(tiles.after(next), seen_following);
-    if (tiles.has(following)) {
-      load(following, stage == 0 ? 2 : stage - 1);
-      async_commit();
-    }
-    take();
-    start(next, stage_next);
-    work(at, stage, tiles.args.mask.data && seen == kSome);
-    at = next, next = following;
-    seen = seen_next, seen_next = seen_following;
-    stage = stage_next;
-  }
-  take();
-  work(at, stage, tiles.args.mask.data && seen == kSome);
-}
-
 // ---- host ----
 
 // Launches the keys' kernel: launch(key, value) for both gradients at once or, where the sums of the two do

@@ -1,6 +1,6 @@
 // How the products of attention are made, by the tiling: a warp at a time (attention_cuda_products.h), or by
-// warpgroups, four warps of 16 rows each, on the GPUs that have them (common/cuda_warpgroup.h). A lane has the
-// same places of a tile either way (R = 1), so that softmax, masks, bias and dropout are written once.
+// warpgroups, four warps of 16 rows each, on the GPUs that have them (common/cuda_warpgroup.h). A lane has
+// the same places of a tile either way (R = 1), so that softmax, masks, bias and dropout are written once.
 //
 // For warpgroups a tile of shared memory is panels of 64 columns. An instruction multiplies 64 rows and runs
 // beside what follows; the warps of a warpgroup go the same way, by its rows and not by their own.
@@ -13,36 +13,22 @@ namespace {
 
 constexpr int kPanel = 64;  // columns of a panel; rows of a warpgroup as well
 
-// 16-bit elements of heads up to 128 wide. The rows of a block, 128 or 192, share what is read of memory.
+// 16-bit elements of heads up to 128 wide.
 template <class S, int D>
 constexpr bool kWarpgroups = sizeof(S) == 2 && D <= 128;
 
-template <int Warps, int Keys, int Blocks, int Stages = 2>
+// Measured on an H200: the products of one block run beside another's softmax where two are on a
+// multiprocessor, as two of 64-wide heads are and two of half the rows in the backward. Blocks that begin the
+// next tile's scores before this one's softmax, or of 192 rows, were slower.
+template <int Warps, int Keys, int Blocks>
 struct Warpgroups {
   static constexpr bool warpgroups = true, split = false;
-  static constexpr int warps = Warps, R = 1, N = Keys, stages = Stages, blocks = Blocks;
+  static constexpr int warps = Warps, R = 1, N = Keys, stages = 2, blocks = Blocks;
   static constexpr int threads = warps * kWarp, rows = 16 * warps;
 };
-template <int D, int V=0>
-struct ForwardWarpgroups : Warpgroups<8, 64, 1, 3> {};
-template <>
-struct ForwardWarpgroups<128,1> : Warpgroups<8, 128, 1> {};
-template <>
-struct ForwardWarpgroups<128,2> : Warpgroups<12, 64, 1> {};
-template <>
-struct ForwardWarpgroups<64> : Warpgroups<8, 64, 1, 3> {};
-template <>
-struct ForwardWarpgroups<64,1> : Warpgroups<12, 64, 1, 3> {};
-template <>
-struct ForwardWarpgroups<64,2> : Warpgroups<8, 64, 2> {};
-template <int D,int V=0>
-struct BackwardWarpgroups : Warpgroups<8, 64, 1> {};
-template <>
-struct BackwardWarpgroups<64,1> : Warpgroups<12, 64, 1> {};
-template <>
-struct BackwardWarpgroups<64,2> : Warpgroups<4, 64, 2> {};
-template <>
-struct BackwardWarpgroups<128,2> : Warpgroups<4, 64, 2> {};
+template <int D>
+using ForwardWarpgroups = std::conditional_t<D == 64, Warpgroups<8, 64, 2>, Warpgroups<8, 128, 1>>;
+using BackwardWarpgroups = Warpgroups<4, 64, 2>;
 
 template <class S, int Rows>
 FASTGAN_DEVICE int place_in_panels(int row, int chunk) {
@@ -60,7 +46,8 @@ FASTGAN_DEVICE int together() {
 // sums (16 R, N) = A Bᵀ: `a` is the block's tile of Tiling::rows, `b` one of N. Not there before
 // finish_products.
 template <class S, int D, class Tiling>
-FASTGAN_DEVICE void start_products(Accumulate<S> (&sums)[Tiling::R][Tiling::N / 8][4], const S* a, const S* b) {
+FASTGAN_DEVICE void start_products(Accumulate<S> (&sums)[Tiling::R][Tiling::N / 8][4], const S* a,
+                                   const S* b) {
   constexpr int N = Tiling::N;
   if constexpr (Tiling::warpgroups) {
     const Panels from_a = panels_at(a + together<Tiling>() * kPanel), from_b = panels_at(b);
@@ -85,18 +72,15 @@ FASTGAN_DEVICE void finish_products(T (&sums)[R][N8][4]) {
   }
 }
 
-// sums (16 R, D) += weights (16 R, N) B; `memory` as in attention_cuda_products.h. Not there before
-// finish_products; the weights may change at once, for the products have `from_a`.
-template <class S, class Tiling>
-using Fragments = uint32_t[Tiling::warpgroups ? Tiling::N / 16 : 1][4];
+// sums (16 R, D) += weights (16 R, N) B; `memory` as in attention_cuda_products.h.
 template <class S, int D, class Tiling>
-FASTGAN_DEVICE void start_weighted(Accumulate<S> (&sums)[Tiling::R][D / 8][4],
-                                   const Accumulate<S> (&weights)[Tiling::R][Tiling::N / 8][4], const S* b,
-                                   Accumulate<S>* memory, Fragments<S, Tiling>& from_a) {
+FASTGAN_DEVICE void add_weighted(Accumulate<S> (&sums)[Tiling::R][D / 8][4],
+                                 const Accumulate<S> (&weights)[Tiling::R][Tiling::N / 8][4], const S* b,
+                                 Accumulate<S>* memory) {
   constexpr int N = Tiling::N;
   if constexpr (Tiling::warpgroups) {
     (void)memory;
-    // a tile of sums is half a fragment of the next product
+    uint32_t from_a[N / 16][4];  // a tile of sums is half a fragment of the next product
 #pragma unroll
     for (int k = 0; k < N / 16; ++k)
 #pragma unroll
@@ -110,18 +94,10 @@ FASTGAN_DEVICE void start_weighted(Accumulate<S> (&sums)[Tiling::R][D / 8][4],
     for (int k = 0; k < N / 16; ++k)
       multiply_registers<S, D>(sums[0], from_a[k], advanced<S>(from_b, k * 16 * kPanel), true);
     commit_products();
+    finish_products<Tiling>(sums);
   } else {
-    (void)from_a;
     add_weighted_rows<S, D, N, Tiling::R>(sums, weights, b, memory);
   }
-}
-template <class S, int D, class Tiling>
-FASTGAN_DEVICE void add_weighted(Accumulate<S> (&sums)[Tiling::R][D / 8][4],
-                                 const Accumulate<S> (&weights)[Tiling::R][Tiling::N / 8][4], const S* b,
-                                 Accumulate<S>* memory) {
-  Fragments<S, Tiling> from_a;
-  start_weighted<S, D, Tiling>(sums, weights, b, memory, from_a);
-  finish_products<Tiling>(sums);
 }
 
 }  // namespace

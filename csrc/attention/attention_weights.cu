@@ -93,7 +93,8 @@ __global__ void __launch_bounds__(WeightsTiling<S, D>::threads, 2)
 #pragma unroll
         for (int j = 0; j < N / 8; ++j)
 #pragma unroll
-          for (int i = 2 * h; i < 2 * h + 2; ++i) sums[t][j][i] += quick_exp2(fma(scores[t][j][i], factor, -lse) - rest);
+          for (int i = 2 * h; i < 2 * h + 2; ++i)
+            sums[t][j][i] += quick_exp2(fma(scores[t][j][i], factor, -lse) - rest);
       }
   });
 

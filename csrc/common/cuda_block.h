@@ -23,8 +23,8 @@ FASTGAN_DEVICE T shuffle(T value, int source) {
   return __shfl_sync(0xffffffffu, value, source);
 }
 
-// Cuts a block's dynamic shared memory, which is aligned to 1024 bytes, into arrays, each aligned to 16 bytes;
-// every thread takes the same ones in the same order. What they hold at first is anything.
+// Cuts a block's dynamic shared memory, which is aligned to 1024 bytes, into arrays, each aligned to 16
+// bytes; every thread takes the same ones in the same order. What they hold at first is anything.
 class SharedMemory {
  public:
   template <class T>

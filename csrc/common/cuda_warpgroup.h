@@ -6,9 +6,9 @@
 // A warp has its 16 rows of D as mma.sync has them (cuda_tensor_core.h), and of A in registers too.
 //
 // In shared memory a matrix is in panels of 64 columns: a row of a panel is 128 bytes, in chunks of 16, and
-// chunk c of row i lies where c ^ (i % 8) would; panels begin at multiples of 1024 bytes (PTX ISA, "Asynchronous
-// warpgroup level matrix shared memory layout", swizzling of 128 bytes). The hardware reads it by rows or,
-// transposed, by columns.
+// chunk c of row i lies where c ^ (i % 8) would; panels begin at multiples of 1024 bytes (PTX ISA,
+// "Asynchronous warpgroup level matrix shared memory layout", swizzling of 128 bytes). The hardware reads it
+// by rows or, transposed, by columns.
 #pragma once
 #include <atomic>
 #include <type_traits>
@@ -48,14 +48,14 @@ struct Panels {
   uint64_t descriptor;
 };
 
-// 16-bit elements from `at` on, which is in a row that is a multiple of 8; `next` elements further is the next
-// panel, which is read only by columns.
+// 16-bit elements from `at` on, which is in a row that is a multiple of 8; `next` elements further is the
+// next panel, which is read only by columns.
 template <class S>
 FASTGAN_DEVICE Panels panels_at(const S* at, int next = 0) {
   const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(at));
   // in units of 16 bytes: the address, from panel to panel, from 8 rows to the next; swizzling of 128 bytes
-  return {(address & 0x3ffff) >> 4 | uint64_t(next ? next * sizeof(S) / 16 : 1) << 16 | uint64_t(1024 / 16) << 32 |
-          uint64_t(1) << 62};
+  return {(address & 0x3ffff) >> 4 | uint64_t(next ? next * sizeof(S) / 16 : 1) << 16 |
+          uint64_t(1024 / 16) << 32 | uint64_t(1) << 62};
 }
 
 // The same matrix, `elements` further in the row or, of 64 each, in rows.
