@@ -176,7 +176,7 @@ FASTGAN_DEVICE void forward_of_block(const AttentionArgs& given, const Plan& of_
 template <class S, int D, class Tiling, bool Packed>
 __global__ void __launch_bounds__(Tiling::threads, Tiling::blocks)
     forward_kernel(AttentionArgs args, Plan plan) {
-  if constexpr (!Tiling::warpgroups || kHasWarpgroups) forward_of_block<S, D, Tiling, Packed>(args, plan);
+  if constexpr (kCompiled<S, D, Tiling>) forward_of_block<S, D, Tiling, Packed>(args, plan);
 }
 
 // ---- in parts ----

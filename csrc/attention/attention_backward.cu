@@ -248,7 +248,7 @@ FASTGAN_DEVICE void queries_of_block(const AttentionArgs& given, const Plan& pla
 template <class S, int D, class Tiling, bool Packed>
 __global__ void __launch_bounds__(Tiling::threads, Tiling::blocks)
     queries_kernel(AttentionArgs args, Plan plan) {
-  if constexpr (!Tiling::warpgroups || kHasWarpgroups) queries_of_block<S, D, Tiling, Packed>(args, plan);
+  if constexpr (kCompiled<S, D, Tiling>) queries_of_block<S, D, Tiling, Packed>(args, plan);
 }
 
 template <class S, int D, class Tiling, bool Key, bool Value, bool Packed>
@@ -349,8 +349,7 @@ FASTGAN_DEVICE void keys_of_block(const AttentionArgs& given, const Plan& plan) 
 template <class S, int D, class Tiling, bool Key, bool Value, bool Packed>
 __global__ void __launch_bounds__(Tiling::threads, Tiling::blocks)
     keys_kernel(AttentionArgs args, Plan plan) {
-  if constexpr (!Tiling::warpgroups || kHasWarpgroups)
-    keys_of_block<S, D, Tiling, Key, Value, Packed>(args, plan);
+  if constexpr (kCompiled<S, D, Tiling>) keys_of_block<S, D, Tiling, Key, Value, Packed>(args, plan);
 }
 
 // A block has one tile of the bias.

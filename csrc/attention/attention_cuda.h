@@ -158,20 +158,23 @@ FASTGAN_DEVICE void load_tile(S* to, const AttentionInput& x, const S* head, int
         values.values[e] = inside && chunk * E + e < width ? from[e * x.stride[3]] : S{};
       *reinterpret_cast<Packed<S, E>*>(to + place_of(row, chunk)) = values;
     }
-  } else if constexpr (Threads % chunks == 0 && step % 8 == 0) {
-    // A thread keeps its chunk, and so its place within eight rows: a copy costs an addition and a
-    // comparison.
+  } else if constexpr (Threads % chunks == 0) {
+    // A thread keeps its chunk and, for steps of eight rows, its place within them: a copy costs an addition
+    // and a comparison.
     const int row = thread / chunks, chunk = thread % chunks;
     S* at = to + place_of(row, chunk);
     const S* from = head + int64_t(first + row) * x.stride[2] + chunk * E;
     const int64_t along = step * x.stride[2];
     const int rows = chunk * E < width ? int(count) - first - row : 0;
-#pragma unroll
+    constexpr int unrolled = Rows / step > 8 ? 4 : 8;
+#pragma unroll unrolled
     for (int r = 0; r < Rows; r += step) {
-      if (Rows % step == 0 || row + r < Rows) async_copy16(at + r * (Panels ? kPanel : D), from, r < rows);
+      S* here = step % 8 == 0 ? at + r * (Panels ? kPanel : D) : to + place_of(row + r, chunk);
+      if (Rows % step == 0 || row + r < Rows) async_copy16(here, from, r < rows);
       from += along;
     }
   } else {
+#pragma unroll 1
     for (int i = thread; i < Rows * chunks; i += Threads) {
       const int row = i / chunks, chunk = i % chunks;
       const S* from = head + int64_t(first + row) * x.stride[2] + chunk * E;

@@ -17,6 +17,10 @@ constexpr int kPanel = 64;  // columns of a panel; rows of a warpgroup as well
 template <class S, int D>
 constexpr bool kWarpgroups = sizeof(S) == 2 && D <= 128;
 
+// Whether this compilation has the kernel of a tiling: on a GPU with warpgroups one of the two is launched.
+template <class S, int D, class Tiling>
+constexpr bool kCompiled = Tiling::warpgroups ? kHasWarpgroups : !(kOnlyWarpgroups && kWarpgroups<S, D>);
+
 // Measured on an H200: the products of one block run beside another's softmax where two are on a
 // multiprocessor, as two of 64-wide heads are and two of half the rows in the backward. Blocks that begin the
 // next tile's scores before this one's softmax, or of 192 rows, were slower.

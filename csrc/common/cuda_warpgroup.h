@@ -25,6 +25,8 @@ constexpr bool kHasWarpgroups = true;
 #else
 constexpr bool kHasWarpgroups = false;
 #endif
+// Then what they do need not be compiled in another way as well.
+constexpr bool kOnlyWarpgroups = kHasWarpgroups;
 
 // Host: whether a kernel of warpgroups was compiled for the current GPU. Elsewhere its body is empty, which
 // takes few registers; asked once for each of the first GPUs.

@@ -8,7 +8,7 @@
 namespace fastgan {
 
 constexpr int kWarpgroup = 128;
-constexpr bool kHasWarpgroups = true;
+constexpr bool kHasWarpgroups = true, kOnlyWarpgroups = false;
 
 template <class Kernel>
 bool has_warpgroups(Kernel) {
