@@ -134,7 +134,7 @@ def test_no_local_memory_and_tensor_cores_where_they_belong(source, architecture
         assert not found & {"LDL", "STL"}, name
         if source.parent.name == "attention" and any(kernel in name for kernel in PRODUCTS):
             by_warpgroups = "Warpgroups" in name
-            halves = re.search(r"(forward|queries|keys)_kernelINS_\d+b?float16ELi(64|128)E", name)
+            halves = re.search(r"\d(forward|queries|keys)_kernelINS_\d+b?float16ELi(64|128)E", name)
             if halves is None or by_warpgroups == (architecture == "90a"):  # of two kernels the other is empty
                 assert ("HMMA" in found) == ("float16" in name and not by_warpgroups), name
                 assert ("HGMMA" in found) == by_warpgroups, name
