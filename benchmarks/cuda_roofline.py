@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import os
 import re
 import shutil
 import subprocess
@@ -395,6 +396,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="write the table to this file as well")
     options = parser.parse_args()
+    os.environ["FASTGAN_EMULATED_GPU"] = ARCHITECTURE.removesuffix("a")  # what is launched there
     with tempfile.TemporaryDirectory() as name:
         compiled = compile_all(Path(name))
         recorder = Recorder(build_operators(Path(name)))
