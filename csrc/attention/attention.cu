@@ -1,9 +1,10 @@
 // Attention on CUDA, forward. Registers: at most 255, no spills (nvcc 13: sm_80, sm_90a, sm_100).
 //
 // A block has up to 128 query rows of one head, a warp 16 or 32 of them, and goes through the keys in tiles
-// of 16 to 64: scores (in registers), running row maximum m, P = 2^(s − m), output ← output · 2^(old m − m) +
-// P · values. At the end the output is divided by the row sums. Products are in attention_cuda_products.h:
-// tensor cores for 16-bit elements with float32 sums, fused multiply-adds for float and double. Keys and
+// of 16 to 128: scores (in registers), running row maximum m, P = 2^(s − m), output ← output · 2^(old m − m)
+// + P · values. At the end the output is divided by the row sums. Products are in attention_cuda_products.h:
+// tensor cores for 16-bit elements with float32 sums, fused multiply-adds for float and double; on sm_90a
+// 16-bit heads up to 128 wide go by warpgroups (attention_cuda_warpgroups.h), in the backward too. Keys and
 // values of the next tile come by asynchronous copies while this one is worked on, where two stages fit in
 // shared memory; then a tile costs one barrier.
 //

@@ -1,7 +1,7 @@
 // How a .cu file starts its kernels, and the names that such a kernel is written with. One of the thin
 // headers that stand between the kernels and the toolkit (cuda_launch.h, cuda_block.h, cuda_tensor_core.h,
-// cuda_types.h): tests/cuda_emulation/common has a host version of each, so that the same .cu file runs
-// there.
+// cuda_types.h, cuda_warpgroup.h): tests/cuda_emulation/common has a host version of each, so that the same
+// .cu file runs there.
 #pragma once
 #include <cuda_runtime.h>
 
