@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -78,16 +77,12 @@ def graph_milliseconds(
         return result  # the last alone: what a graph returns keeps its memory
 
     try:
-        # A failed recording leaves its stream the current one; garbage with a graph in it would end a recording.
+        # A failed recording leaves its stream the current one.
         with torch.cuda.stream(torch.cuda.current_stream()):
             for _ in range(2):
                 graph.warm_up(all_of_them)
-            gc.collect()
-            gc.disable()
-            try:
+            with step_graph.nothing_collected():
                 graph.capture(all_of_them)
-            finally:
-                gc.enable()
         return milliseconds(graph.replay, flush, rounds) / len(calls), ""
     except Exception as error:
         torch.cuda.synchronize()
@@ -333,11 +328,24 @@ def peak(call: Callable[[], Any]) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
+BESIDE_PYTORCH = (
+    "milliseconds; MB", "fastgan", "PyTorch", "PyTorch / fastgan", "fastgan, MB", "PyTorch, MB", "difference",
+)  # fmt: skip
+
+
+def row_beside_pytorch(table: Table, case: str, calls: list[Callable[[], Any]], rounds: int, most: float) -> None:
+    """Time, memory and results of our call and PyTorch's; ``most`` is how far these may be apart."""
+    off = difference(calls[0](), calls[1]())
+    times = [table.time(call, rounds) for call in calls]
+    memory = [peak(call) for call in calls]
+    shown = [f"{times[0]:.3f}", f"{times[1]:.3f}", f"{times[1] / times[0]:.2f}x", *(f"{m:.0f}" for m in memory)]
+    numbers = {"fastgan": times[0], "PyTorch": times[1], "megabytes": memory, "difference": off}
+    table.row(case, [*shown, table.judge(off, most)], **numbers)
+
+
 def second(table: Table) -> None:
     """The gradient of a function of the gradients, as a penalty on them asks for."""
-    table.head(
-        "milliseconds; MB", "fastgan", "PyTorch", "PyTorch / fastgan", "fastgan, MB", "PyTorch, MB", "difference"
-    )
+    table.head(*BESIDE_PYTORCH)
     for batch, heads, length, width in SECOND:
         for dtype in (torch.bfloat16, torch.float32):
             tensors = [torch.randn(batch, heads, length, width, device="cuda", dtype=dtype) for _ in range(3)]
@@ -350,28 +358,19 @@ def second(table: Table) -> None:
                         gradients = torch.autograd.grad(output.square().sum(), tensors, create_graph=True)
                         return torch.autograd.grad(sum(g.square().sum() for g in gradients), tensors)
 
-                return call  # noqa: B023, which takes it for the one below
+                return call
 
             calls = [calling(F.scaled_dot_product_attention), calling(T.scaled_dot_product_attention)]
-            off = difference(calls[0](), calls[1]())
-            rounds = max(5, table.rounds // 6)
-            times = [table.time(call, rounds) for call in calls]
-            memory = [peak(call) for call in calls]
-            table.row(
-                f"{batch}x{heads}x{length}x{width}, {str(dtype).removeprefix('torch.')}",
-                [f"{times[0]:.3f}", f"{times[1]:.3f}", f"{times[1] / times[0]:.2f}x", *(f"{m:.0f}" for m in memory),
-                 table.judge(off, 5e-2 if dtype == torch.bfloat16 else 1e-3)],
-                fastgan=times[0], PyTorch=times[1], megabytes=memory, difference=off,
-            )  # fmt: skip
+            case = f"{batch}x{heads}x{length}x{width}, {str(dtype).removeprefix('torch.')}"
+            most = 5e-2 if dtype == torch.bfloat16 else 1e-3
+            row_beside_pytorch(table, case, calls, max(5, table.rounds // 6), most)
 
 
 # ---- the head of a language model ----
 
 
 def head(table: Table) -> None:
-    table.head(
-        "milliseconds; MB", "fastgan", "PyTorch", "PyTorch / fastgan", "fastgan, MB", "PyTorch, MB", "difference"
-    )
+    table.head(*BESIDE_PYTORCH)
     for tokens, features, classes, dtype in HEADS:
         x = torch.randn(tokens, features, device="cuda", dtype=dtype).requires_grad_()
         w = (torch.randn(classes, features, device="cuda") / features**0.5).to(dtype).requires_grad_()
@@ -381,15 +380,9 @@ def head(table: Table) -> None:
             forward_and_backward(lambda x, w, t=target: F.linear_cross_entropy(x, w, t), [x, w], one),
             forward_and_backward(lambda x, w, t=target: T.cross_entropy(T.linear(x, w), t), [x, w], one),
         ]
-        off = difference(calls[0](), calls[1]())
-        times = [table.time(call, max(10, table.rounds // 3)) for call in calls]
-        memory = [peak(call) for call in calls]
-        table.row(
-            f"{tokens} tokens, {features} wide, {classes} words, {str(dtype).removeprefix('torch.')}",
-            [f"{times[0]:.3f}", f"{times[1]:.3f}", f"{times[1] / times[0]:.2f}x", *(f"{m:.0f}" for m in memory),
-             table.judge(off, 2e-2 if dtype == torch.bfloat16 else 1e-3)],
-            fastgan=times[0], PyTorch=times[1], megabytes=memory, difference=off,
-        )  # fmt: skip
+        case = f"{tokens} tokens, {features} wide, {classes} words, {str(dtype).removeprefix('torch.')}"
+        most = 2e-2 if dtype == torch.bfloat16 else 1e-3
+        row_beside_pytorch(table, case, calls, max(10, table.rounds // 3), most)
 
 
 # ---- training steps ----

@@ -26,6 +26,7 @@ from transformers import PreTrainedModel, activations, pytorch_utils
 
 from fastgan._hooks import has_hooks
 from fastgan.nn import functional
+from fastgan.nn._functional._kernels import pays_on_cpu
 from fastgan.nn.dropout import Dropout
 from fastgan.nn.linear import Linear
 from fastgan.ops.linear import few_rows
@@ -49,7 +50,7 @@ class NewGELUActivation(activations.NewGELUActivation):
 def _elsewhere(input: Tensor) -> bool:
     """Where the fused operations do not run, the layer's own text is the faster: a product adds its bias itself, and
     under autocast a bias added after it would make float32 of what follows."""
-    return input.device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    return not pays_on_cpu((input,), 0) or torch.is_autocast_enabled("cpu")
 
 
 def _unseen(*modules: nn.Module) -> bool:

@@ -111,8 +111,8 @@ FASTGAN_DEVICE void attend(const AttentionArgs& given, const AttentionArgs& args
       T scores[R][N / 8][4];
       start_products<S, D, Tiling>(scores, queries, keys);
       finish_products<Tiling>(scores);
-      const T factor = finish_scores < false, S,
-              panels || !kTensorCores < S >> (now, batch, head, warp_row, tile, look, scores);
+      constexpr bool later = kScalesLater<S, Tiling>;
+      const T factor = finish_scores<false, S, later>(now, batch, head, warp_row, tile, look, scores);
       soften(scores, factor, maximum, total, output);
       if (args.has_dropout)
         for_each_kept<false, N, R>(args, batch, head, warp_row, tile, [&](int t, int j, int i, bool kept) {
@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(kJoinThreads) join_kernel(AttentionArgs args, 
 template <class S, int D, class Tiling, bool Packed>
 Error launch_forward(const AttentionArgs& args, Plan plan, void* stream) {
   constexpr size_t shared = forward_shared_bytes<S, D, Tiling>();
-  static_assert(shared <= (Tiling::warpgroups ? kMostSharedOfWarpgroups : kMostShared));
+  static_assert(shared <= kMostSharedOf<Tiling>);
   plan.row_blocks = int(ceil_div(args.rows, Tiling::rows));
   return launch(forward_kernel<S, D, Tiling, Packed>, args.batch * args.heads * plan.row_blocks,
                 Tiling::threads, shared, stream, args, plan);

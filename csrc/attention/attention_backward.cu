@@ -139,8 +139,8 @@ FASTGAN_DEVICE void weights_of_queries(const AttentionArgs& args, const Memory<S
   start_products<S, D, Tiling>(weights, memory.rows(0), memory.tile(stage, 0));
   if (beside) start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1));
   finish_products<Tiling, beside>(weights);
-  const T factor = finish_scores < false, S,
-          beside || !kTensorCores < S >> (args, batch, head, row, key, look, weights);
+  const T factor =
+      finish_scores<false, S, kScalesLater<S, Tiling>>(args, batch, head, row, key, look, weights);
   for_each_place<N, R>([&](int t, int j, int i) {
     weights[t][j][i] = quick_exp2(fma(weights[t][j][i], factor, -lse[t][i / 2]) - rest[t][i / 2]);
   });
@@ -297,8 +297,8 @@ FASTGAN_DEVICE void keys_of_block(const AttentionArgs& given, const Plan& plan) 
       start_products<S, D, Tiling>(scores, memory.rows(0), memory.tile(stage, 0));
       if (Key && panels) start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1));
       finish_products<Tiling, Key && panels>(scores);
-      const T factor = finish_scores < true, S,
-              panels || !kTensorCores < S >> (args, batch, head, warp_key, at.tile, look, scores);
+      constexpr bool later = kScalesLater<S, Tiling>;
+      const T factor = finish_scores<true, S, later>(args, batch, head, warp_key, at.tile, look, scores);
       for_each_place<N, R>([&](int t, int j, int i) {
         scores[t][j][i] =
             quick_exp2(fma(scores[t][j][i], factor, -numbers[8 * j + i % 2]) - numbers[N + 8 * j + i % 2]);
@@ -406,9 +406,8 @@ __global__ void __launch_bounds__(QueriesTiling<S, D>::threads, 2)
 template <class S, int D, class OfQueries, class OfKeys, bool Packed>
 Error launch_backward(const AttentionArgs& args, Plan plan, void* stream) {
   constexpr size_t shared = backward_shared_bytes<S, D, OfQueries>(),
-                   shared_of_keys = backward_shared_bytes<S, D, OfKeys>(),
-                   most = OfKeys::warpgroups ? kMostSharedOfWarpgroups : kMostShared;
-  static_assert(shared <= most && shared_of_keys <= most);
+                   shared_of_keys = backward_shared_bytes<S, D, OfKeys>();
+  static_assert(shared <= kMostSharedOf<OfQueries> && shared_of_keys <= kMostSharedOf<OfKeys>);
   plan.row_blocks = int(ceil_div(args.rows, OfQueries::rows));
   plan.key_blocks = int(ceil_div(args.columns, OfKeys::rows));
   if (Error error = launch(queries_kernel<S, D, OfQueries, Packed>, args.batch * args.heads * plan.row_blocks,

@@ -15,7 +15,8 @@ constexpr double kLog2e = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 constexpr int kCell = 32;  // rows and columns of a cell of the map
 constexpr int kMapThreads = 256;
 constexpr size_t kMostShared = 99 * 1024;  // of a block, on the GPUs that have the least
-constexpr size_t kMostSharedOfWarpgroups = 227 * 1024;
+template <class Tiling>
+constexpr size_t kMostSharedOf = Tiling::warpgroups ? 227 * 1024 : kMostShared;
 enum Seen : uint8_t { kNothing = 0, kSome = 1, kAll = 2 };
 
 // What of a cell of the scores takes part, a byte each; a dimension that mask and bias are broadcast over has

@@ -47,6 +47,10 @@ FASTGAN_DEVICE int together() {
   return int(threadIdx.x) / (Tiling::warpgroups ? kWarpgroup : kWarp) * kTogether<Tiling>;
 }
 
+// Whether finish_scores leaves the scale to exp2: where the register for it is had.
+template <class S, class Tiling>
+constexpr bool kScalesLater = Tiling::warpgroups || !kTensorCores<S>;
+
 // sums (16 R, N) = A Bᵀ: `a` is the block's tile of Tiling::rows, `b` one of N. Not there before
 // finish_products.
 template <class S, int D, class Tiling>

@@ -7,6 +7,8 @@
 
 namespace fastgan {
 
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 // How a call is cut that goes by gan_loss_patches.cu; from shapes and dtype alone. A block has `lanes` of
 // what its threads stand for and a split of what they sum over, in stages of kStage.
 struct Patches {
@@ -25,10 +27,10 @@ constexpr int kStage = 64, kColumns = 16;
 constexpr int patch_lanes(size_t accumulate_size) { return 32 * (16 / int(accumulate_size)); }
 
 inline Patches::Cut patch_cut(int64_t lanes, int64_t rows, int lanes_of_block) {
-  int64_t tiles = (lanes + lanes_of_block - 1) / lanes_of_block, stages = (rows + kStage - 1) / kStage;
+  int64_t tiles = ceil_div(lanes, lanes_of_block), stages = ceil_div(rows, kStage);
   int64_t splits = kPatchBlocks / tiles < 1 ? 1 : kPatchBlocks / tiles;
-  int64_t of_split = (stages + splits - 1) / splits;
-  return {tiles, (stages + of_split - 1) / of_split, of_split * kStage};
+  int64_t of_split = ceil_div(stages, splits);
+  return {tiles, ceil_div(stages, of_split), of_split * kStage};
 }
 
 inline Patches patches_of(const GanLossArgs& a) {
@@ -45,7 +47,7 @@ inline Patches patches_of(const GanLossArgs& a) {
                 4 * logits >= image && p.pixels <= most && a.channels <= most &&
                 p.pixels * a.channels <= most && last <= most;
   if (!p.is_chosen) return p;
-  p.offset = (a.batch * a.outputs * logits + 15) / 16 * 16;
+  p.offset = ceil_div(a.batch * a.outputs * logits, 16) * 16;
   int lanes = patch_lanes(a.dtype == Dtype::float64 ? 8 : 4);
   p.products = patch_cut(p.pixels, a.channels, lanes);
   p.weights = patch_cut(a.channels, p.pixels, lanes);
@@ -60,8 +62,6 @@ const char* patch_gradients(const GanLossArgs& args, const Patches& patches, voi
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / kWarp;
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Quotient and remainder in 32 bits: 64 take several times as long, and a call. What is divided has been
 // bounded on the host (too_large), but for the elements of the whole input.

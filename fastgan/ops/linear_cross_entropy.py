@@ -33,6 +33,7 @@ along with a gradient of zero, and an impossible target makes the loss NaN where
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -404,10 +405,11 @@ def _chunked(
         row_gradient = row_gradient.contiguous() if index is not None else torch.where(kept, row_gradient, 0.0)
     offset = None if bias is None else bias.to(dtype).contiguous()
     by_blocks = _multiplies_16_bits(device.type) and input.dtype != dtype
-    (_by_blocks if by_blocks else _by_chunks)(
+    call = _Call(
         input, index, weight, target, offset, row_gradient, losses if want_loss else None, label_smoothing, z_loss,
         adversarial_radius, gradients, out,
     )  # fmt: skip
+    (_by_blocks if by_blocks else _by_chunks)(call)
     if divide_later:
         out = [gradient.div_(count) for gradient in out]
     if want_loss:
@@ -447,45 +449,65 @@ def _buffer(input: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tenso
     return input.new_empty((rows, stride), dtype=dtype)[:, :columns]
 
 
-def _by_chunks(
-    input: Tensor,
-    index: Tensor | None,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    row_gradient: Tensor | None,
-    losses: Tensor | None,
-    label_smoothing: float,
-    z_loss: float,
-    adversarial_radius: float,
-    gradients: Sequence[bool],
-    out: list[Tensor],
-) -> None:
-    """Chunks of the tokens with all classes. Fills ``losses`` and ``out``; ``target`` is of the tokens at ``index``."""
-    (features, classes), rows, dtype = (input.shape[1], weight.shape[0]), target.numel(), accumulate_dtype(input.dtype)
-    wants_input, wants_weight, wants_bias = gradients
-    products = _Products(weight, dtype)
-    chunk = _rows_per_chunk(rows, classes, dtype, input.device.type)
-    buffer = _buffer(input, chunk, classes, dtype)
+@dataclasses.dataclass
+class _Call:
+    """What both loops are given: they fill ``losses`` and ``out``. ``target`` is of the tokens at ``index``."""
+
+    input: Tensor
+    index: Tensor | None
+    weight: Tensor
+    target: Tensor
+    bias: Tensor | None
+    row_gradient: Tensor | None
+    losses: Tensor | None
+    label_smoothing: float
+    z_loss: float
+    adversarial_radius: float
+    gradients: Sequence[bool]
+    out: list[Tensor]
+
+    def features(self, part: slice) -> Tensor:
+        return self.input[part] if self.index is None else self.input[self.index[part]]
+
+    def margin(self, x: Tensor) -> Tensor | None:
+        if self.adversarial_radius == 0.0:
+            return None
+        dtype = accumulate_dtype(self.input.dtype)
+        return torch.linalg.vector_norm(x, dim=-1, dtype=dtype).mul_(self.adversarial_radius)
+
+    def lower(self, dx: Tensor, at_target: Tensor, margin: Tensor, x: Tensor) -> None:
+        """The margin's part of the gradient of x; ``at_target`` (t, 1) is the gradient of the target's logit."""
+        slope = torch.where(margin == 0, 0.0, self.adversarial_radius**2 / margin)
+        dx.sub_(at_target * slope[:, None] * x)
+
+
+def _by_chunks(c: _Call) -> None:
+    """Chunks of the tokens with all classes."""
+    classes, features = c.weight.shape
+    rows, dtype, out = c.target.numel(), accumulate_dtype(c.input.dtype), c.out
+    wants_input, wants_weight, wants_bias = c.gradients
+    products = _Products(c.weight, dtype)
+    chunk = _rows_per_chunk(rows, classes, dtype, c.input.device.type)
+    buffer = _buffer(c.input, chunk, classes, dtype)
     for begin in range(0, rows, chunk):
         part = slice(begin, min(begin + chunk, rows))
-        x = (input[part] if index is None else input[index[part]]).to(dtype)
+        x = c.features(part).to(dtype)
         logits = buffer[: x.shape[0]]
         products.logits(x, logits)
-        margin = torch.linalg.vector_norm(x, dim=-1).mul_(adversarial_radius) if adversarial_radius != 0.0 else None
-        upstream_part = None if row_gradient is None else row_gradient[part]
-        loss_part = None if losses is None else losses[part]
-        _rows_kernel(logits, target[part], bias, margin, upstream_part, loss_part, label_smoothing, z_loss)
+        margin = c.margin(x)
+        upstream_part = None if c.row_gradient is None else c.row_gradient[part]
+        loss_part = None if c.losses is None else c.losses[part]
+        _rows_kernel(logits, c.target[part], c.bias, margin, upstream_part, loss_part, c.label_smoothing, c.z_loss)
         if wants_input:
-            dx = out[0][part] if index is None else torch.empty_like(x)
+            dx = out[0][part] if c.index is None else torch.empty_like(x)
             products.input_gradient(logits, dx)
             if margin is not None:
-                _lower(dx, logits.gather(1, target[part, None]), margin, adversarial_radius, x)
-            if index is not None:
-                out[0].index_copy_(0, index[part], dx)
+                c.lower(dx, logits.gather(1, c.target[part, None]), margin, x)
+            if c.index is not None:
+                out[0].index_copy_(0, c.index[part], dx)
         if wants_weight:
             if begin == 0:
-                out[1] = new_output(input, (classes, features), dtype=dtype)
+                out[1] = new_output(c.input, (classes, features), dtype=dtype)
             products.weight_gradient(logits, x, out[1], add=begin > 0)
         if wants_bias:
             if begin == 0:
@@ -494,86 +516,62 @@ def _by_chunks(
                 out[2].add_(logits.sum(0))
 
 
-def _lower(dx: Tensor, at_target: Tensor, margin: Tensor, radius: float, x: Tensor) -> None:
-    """The margin's part of the gradient of x; ``at_target`` (t, 1) is the gradient of the target's logit."""
-    slope = torch.where(margin == 0, 0.0, radius**2 / margin)
-    dx.sub_(at_target * slope[:, None] * x)
-
-
-def _by_blocks(
-    input: Tensor,
-    index: Tensor | None,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    row_gradient: Tensor | None,
-    losses: Tensor | None,
-    label_smoothing: float,
-    z_loss: float,
-    adversarial_radius: float,
-    gradients: Sequence[bool],
-    out: list[Tensor],
-) -> None:
-    """As ``_by_chunks``, of 16 bits on a GPU: blocks of the classes with all tokens (or, of very many, a part of them).
+def _by_blocks(c: _Call) -> None:
+    """Of 16 bits on a GPU: blocks of the classes with all tokens (or, of very many, a part of them).
 
     The second time goes backwards: the last block's logits are there already, and of one block nothing is made twice.
     """
-    (features, classes), rows, dtype = (input.shape[1], weight.shape[0]), target.numel(), torch.float32
-    wants_input, wants_weight, wants_bias = gradients
+    classes, features = c.weight.shape
+    rows, dtype, out, new_empty = c.target.numel(), torch.float32, c.out, c.input.new_empty
+    wants_input, wants_weight, wants_bias = c.gradients
+    weight = c.weight
     if weight.stride(0) != 1 and weight.stride(1) != 1:
         weight = weight.contiguous()
     chunk, block = _tokens_and_classes_per_block(rows, classes, features)
-    buffer = _buffer(input, chunk, block, dtype)
+    buffer = _buffer(c.input, chunk, block, dtype)
     blocks = _blocks_of_classes(classes, block)
     if wants_weight:
         # Of one chunk each block of it is written once.
-        out[1] = input.new_empty((classes, features), dtype=out[1].dtype if chunk == rows else dtype)
+        out[1] = new_empty((classes, features), dtype=out[1].dtype if chunk == rows else dtype)
     if wants_bias:
-        out[2] = input.new_empty(classes, dtype=dtype)
+        out[2] = new_empty(classes, dtype=dtype)
     for begin in range(0, rows, chunk):
         part = slice(begin, min(begin + chunk, rows))
-        x = input[part] if index is None else input[index[part]]
-        count = x.shape[0]
-        margin = None
-        if adversarial_radius != 0.0:
-            margin = torch.linalg.vector_norm(x, dim=-1, dtype=dtype).mul_(adversarial_radius)
-        state = torch.empty((count, 4), dtype=torch.float64, device=input.device)
-        loss_part = None if losses is None else losses[part]
+        x = c.features(part)
+        count, margin = x.shape[0], c.margin(x)
+        state = torch.empty((count, 4), dtype=torch.float64, device=x.device)
+        of_rows = (c.target[part], c.bias, margin, state)
+        loss_part = None if c.losses is None else c.losses[part]
         for columns in blocks:
             logits = buffer[:count, : columns.stop - columns.start]
             _product(x, weight[columns].t(), logits)
-            _statistics_kernel(
-                logits, columns.start, classes, target[part], bias, margin, state, loss_part, label_smoothing, z_loss
-            )
-        if row_gradient is None:
+            _statistics_kernel(logits, columns.start, classes, *of_rows, loss_part, c.label_smoothing, c.z_loss)
+        if c.row_gradient is None:
             continue
-        dx = input.new_empty((count, features), dtype=dtype) if wants_input else None
+        dx = new_empty((count, features), dtype=dtype) if wants_input else None
         for columns in reversed(blocks):
             logits = buffer[:count, : columns.stop - columns.start]
             if columns is not blocks[-1]:
                 _product(x, weight[columns].t(), logits)
             # Where the bias has a gradient, that is summed from what is not rounded.
             to = logits if wants_bias else buffer.view(x.dtype)[:count, : logits.shape[1]]
-            upstream = row_gradient[part]
-            _gradient_kernel(
-                logits, columns.start, classes, target[part], bias, margin, state, upstream, to, label_smoothing
-            )
+            _gradient_kernel(logits, columns.start, classes, *of_rows, c.row_gradient[part], to, c.label_smoothing)
             if wants_bias:
                 torch.sum(logits, 0, out=out[2][columns]) if begin == 0 else out[2][columns].add_(logits.sum(0))
-                to = _buffer(input, count, logits.shape[1], x.dtype).copy_(logits)
+                to = _buffer(c.input, count, logits.shape[1], x.dtype).copy_(logits)
             if dx is not None:
                 _product(to, weight[columns], dx, add=columns is not blocks[-1])
             if wants_weight:
                 _product(to.t(), x, out[1][columns], add=begin > 0)
         if dx is not None:
             if margin is not None:
-                _lower(dx, state[:, 3:].to(dtype), margin, adversarial_radius, x)
-            if index is None:
+                c.lower(dx, state[:, 3:].to(dtype), margin, x)
+            if c.index is None:
                 out[0][part] = dx
             else:
-                out[0].index_copy_(0, index[part], dx.to(out[0].dtype))
+                out[0].index_copy_(0, c.index[part], dx.to(out[0].dtype))
     if wants_weight:
-        out[1] = out[1].to(gradient_dtype(input.dtype, input.device.type))
+        out[1] = out[1].to(gradient_dtype(c.input.dtype, c.input.device.type))
 
 
 def has_kernel(device: str) -> bool:

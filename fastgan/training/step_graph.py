@@ -191,7 +191,7 @@ class GraphedStep:
         self._rates.fill()
         static = [None if tensor is None else torch.empty_like(tensor).copy_(tensor.detach()) for tensor in inputs]
         try:
-            with self._rates.in_place(), _nothing_collected():
+            with self._rates.in_place(), nothing_collected():
                 self._graph.capture(lambda: self._step(*static))
         except Exception as error:
             self._forget()
@@ -288,7 +288,7 @@ class _Rates:
 
 
 @contextmanager
-def _nothing_collected() -> Iterator[None]:
+def nothing_collected() -> Iterator[None]:
     """Python's garbage is collected before, and none meanwhile.
 
     What it holds may not be let go of while a stream records: another recording's graph, as one of a trainer that was
