@@ -38,6 +38,7 @@ ARCHITECTURE = "90a"
 PROCESSORS, BLOCKS, THREADS, REGISTERS = 132, 32, 2048, 65536
 SHARED, RESERVED = 228 * 1024, 1024  # bytes; of each block the driver keeps 1 KiB
 BANDWIDTH = 3.35e12
+TF32_PEAK = 495e12
 PEAK = {torch.bfloat16: 989e12, torch.float16: 989e12, torch.float32: 67e12, torch.float64: 34e12}
 
 
@@ -196,8 +197,10 @@ class Case:
 
     @property
     def peak(self) -> float:
-        """Only attention's products are the tensor cores'."""
-        return PEAK[self.dtype if self.stem == "attention" else torch.float32]
+        """Only attention's products are the tensor cores'; of float32 they are three each of TF32."""
+        if self.stem != "attention":
+            return PEAK[torch.float32]
+        return TF32_PEAK / 3 if self.dtype == torch.float32 else PEAK[self.dtype]
 
 
 def _attention(batch, heads, length, width, dtype, causal=False, second=False) -> Iterator[Case]:

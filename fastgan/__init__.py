@@ -21,6 +21,7 @@ from fastgan import nn, ops  # noqa: E402  the kernels are registered first
 from fastgan._info import info  # noqa: E402
 from fastgan.fold import fold_norms  # noqa: E402
 from fastgan.ops._output import empty_cache  # noqa: E402
+from fastgan.ops.attention_precision import get_attention_precision, set_attention_precision  # noqa: E402
 from fastgan.ops.conv import get_conv_algorithm, set_conv_algorithm  # noqa: E402
 from fastgan.replace import explain, replace_modules  # noqa: E402
 
@@ -31,11 +32,13 @@ __all__ = [
     "empty_cache",
     "explain",
     "fold_norms",
+    "get_attention_precision",
     "get_conv_algorithm",
     "info",
     "nn",
     "ops",
     "replace_modules",
+    "set_attention_precision",
     "set_conv_algorithm",
     "use",
 ]

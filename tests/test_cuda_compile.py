@@ -136,7 +136,9 @@ def test_no_local_memory_and_tensor_cores_where_they_belong(source, architecture
             by_warpgroups = "Warpgroups" in name
             halves = re.search(r"\d(forward|queries|keys)_kernelINS_\d+b?float16ELi(64|128)E", name)
             if halves is None or by_warpgroups == (architecture == "90a"):  # of two kernels the other is empty
-                assert ("HMMA" in found) == ("float16" in name and not by_warpgroups), name
+                in_terms = "4tf32" in name
+                assert ("HMMA" in found) == (("float16" in name and not by_warpgroups) or in_terms), name
+                assert ("HMMA.1688.F32.TF32" in whole) == in_terms, name
                 assert ("HGMMA" in found) == by_warpgroups, name
                 assert "LDGSTS" in found, name  # cp.async
             else:
@@ -186,6 +188,7 @@ __global__ void kernel(const S* x, float* y) {
   uint32_t b[2] = {t[0], t[1]};
   float c[4] = {};
   mma_m16n8k16<S>(c, a, b);
+  mma_m16n8k8(c, a, b);
   y[lane] = c[0] + c[1] + c[2] + c[3];
 }
 template __global__ void kernel(const bfloat16*, float*);
@@ -203,6 +206,7 @@ template __global__ void kernel(const float16*, float*);
     for name in (
         "m16n8k16.row.col.f32.bf16",
         "m16n8k16.row.col.f32.f16",
+        "m16n8k8.row.col.f32.tf32",
         "ldmatrix",
         "x4.trans",
         "cp.async.cg",

@@ -3,7 +3,8 @@
 // A block has up to 128 query rows of one head, a warp 16 or 32 of them, and goes through the keys in tiles
 // of 16 to 128: scores (in registers), running row maximum m, P = 2^(s − m), output ← output · 2^(old m − m)
 // + P · values. At the end the output is divided by the row sums. Products are in attention_cuda_products.h:
-// tensor cores for 16-bit elements with float32 sums, fused multiply-adds for float and double; on sm_90a
+// tensor cores for 16-bit elements with float32 sums, and for floats in three terms or by choice one; fused
+// multiply-adds for double, and for floats of wide heads or where they shall be exact; on sm_90a
 // 16-bit heads up to 128 wide go by warpgroups (attention_cuda_warpgroups.h), in the backward too. Keys and
 // values of the next tile come by asynchronous copies while this one is worked on, where two stages fit in
 // shared memory; then a tile costs one barrier.
@@ -109,7 +110,7 @@ FASTGAN_DEVICE void attend(const AttentionArgs& given, const AttentionArgs& args
     // Whose rows end before the diagonal has nothing to do here, nor a warp of few rows that has none.
     if (Few ? warp_row < args.rows : !args.is_causal || tile < behind + int(now.diagonal)) {
       T scores[R][N / 8][4];
-      start_products<S, D, Tiling>(scores, queries, keys);
+      start_products<S, D, Tiling>(scores, queries, keys, args.products);
       finish_products<Tiling>(scores);
       constexpr bool later = kScalesLater<S, Tiling>;
       const T factor = finish_scores<false, S, later>(now, batch, head, warp_row, tile, look, scores);
@@ -118,7 +119,7 @@ FASTGAN_DEVICE void attend(const AttentionArgs& given, const AttentionArgs& args
         for_each_kept<false, N, R>(args, batch, head, warp_row, tile, [&](int t, int j, int i, bool kept) {
           if (!kept) scores[t][j][i] = 0;
         });
-      add_weighted<S, D, Tiling>(output, scores, keys + N * D, memory);
+      add_weighted<S, D, Tiling>(output, scores, keys + N * D, memory, args.products);
     }
   });
 }
@@ -309,7 +310,7 @@ Error forward(const AttentionArgs& args, void* stream) {
   if (Error error = launch(parts_kernel<S, D>, args.batch * args.heads * plan.row_blocks * parts.count,
                            OfParts::threads, shared_of_parts, stream, args, plan))
     return error;
-  return launch(join_kernel<S>, args.batch * args.heads * args.rows, kJoinThreads,
+  return launch(join_kernel<InMemory<S>>, args.batch * args.heads * args.rows, kJoinThreads,
                 SharedMemory::bytes<Accumulate<S>>(int(kMostParts)), stream, args, plan);
 }
 

@@ -8,6 +8,10 @@
 
 namespace fastgan {
 
+// On CUDA, how products of float32 are made: by fused multiply-adds, or on tensor cores of one or three terms
+// (attention_cuda_tf32.h).
+enum class Float32Products : int32_t { exact, one_term, three_terms };
+
 struct AttentionInput {
   const void* data = nullptr;  // null: absent (mask and bias only)
   int64_t stride[4] = {};      // batch, head, row, column
@@ -20,6 +24,7 @@ struct AttentionOutput {
 
 struct AttentionArgs {
   Dtype dtype = Dtype::float32, bias_dtype = Dtype::float32;  // of bias: dtype, or float32
+  Float32Products products = Float32Products::three_terms;
   int64_t batch = 0, heads = 0, kv_heads = 0;                 // kv_heads divides heads
   int64_t rows = 0, columns = 0, width = 0, value_width = 0;  // L, S, E, V
   AttentionInput query, key, value;

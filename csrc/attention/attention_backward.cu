@@ -136,15 +136,15 @@ FASTGAN_DEVICE void weights_of_queries(const AttentionArgs& args, const Memory<S
   constexpr int N = Tiling::N, R = Tiling::R;
   // Warpgroups make the second product while the first goes through exp2; others would lack the registers.
   constexpr bool beside = Tiling::warpgroups;
-  start_products<S, D, Tiling>(weights, memory.rows(0), memory.tile(stage, 0));
-  if (beside) start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1));
+  start_products<S, D, Tiling>(weights, memory.rows(0), memory.tile(stage, 0), args.products);
+  if (beside) start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1), args.products);
   finish_products<Tiling, beside>(weights);
   const T factor =
       finish_scores<false, S, kScalesLater<S, Tiling>>(args, batch, head, row, key, look, weights);
   for_each_place<N, R>([&](int t, int j, int i) {
     weights[t][j][i] = quick_exp2(fma(weights[t][j][i], factor, -lse[t][i / 2]) - rest[t][i / 2]);
   });
-  if (!beside) start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1));
+  if (!beside) start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1), args.products);
   finish_products<Tiling>(grads);
   if (!args.has_dropout) return;
   const T kept_scale = T(args.kept_scale);
@@ -236,7 +236,7 @@ FASTGAN_DEVICE void queries_of_block(const AttentionArgs& given, const Plan& pla
       weights_of_queries<S, D, Tiling>(args, memory, batch, head, warp_row, tile, stage, look, lse, rest,
                                        scores, grads);
       for_each_place<N, R>([&](int t, int j, int i) { scores[t][j][i] *= grads[t][j][i] - delta[t][i / 2]; });
-      add_weighted<S, D, Tiling>(sums, scores, memory.tile(stage, 0), memory.weights);
+      add_weighted<S, D, Tiling>(sums, scores, memory.tile(stage, 0), memory.weights, args.products);
     }
   });
   T factor[R][2];
@@ -294,8 +294,9 @@ FASTGAN_DEVICE void keys_of_block(const AttentionArgs& given, const Plan& plan) 
     if (!args.is_causal || at.tile + N > first_key) {
       const T* numbers = memory.numbers + 3 * stage * N + 2 * lane_column();
       T scores[R][N / 8][4], grads[R][N / 8][4];
-      start_products<S, D, Tiling>(scores, memory.rows(0), memory.tile(stage, 0));
-      if (Key && panels) start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1));
+      start_products<S, D, Tiling>(scores, memory.rows(0), memory.tile(stage, 0), args.products);
+      if (Key && panels)
+        start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1), args.products);
       finish_products<Tiling, Key && panels>(scores);
       constexpr bool later = kScalesLater<S, Tiling>;
       const T factor = finish_scores<true, S, later>(args, batch, head, warp_key, at.tile, look, scores);
@@ -303,7 +304,8 @@ FASTGAN_DEVICE void keys_of_block(const AttentionArgs& given, const Plan& plan) 
         scores[t][j][i] =
             quick_exp2(fma(scores[t][j][i], factor, -numbers[8 * j + i % 2]) - numbers[N + 8 * j + i % 2]);
       });
-      if (Key && !panels) start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1));
+      if (Key && !panels)
+        start_products<S, D, Tiling>(grads, memory.rows(1), memory.tile(stage, 1), args.products);
       if (Key) finish_products<Tiling>(grads);
       if (args.has_dropout) {
         // Dropped: P has no part in dV, and dS = P (0 − D). What is kept is one bit of each place.
@@ -318,19 +320,20 @@ FASTGAN_DEVICE void keys_of_block(const AttentionArgs& given, const Plan& plan) 
           T kept_scores[R][N / 8][4];
           for_each_place<N, R>(
               [&](int t, int j, int i) { kept_scores[t][j][i] = is_kept(t, j, i) ? scores[t][j][i] : T(0); });
-          add_weighted<S, D, Tiling>(value_sums, kept_scores, memory.tile(stage, 1), memory.weights);
+          add_weighted<S, D, Tiling>(value_sums, kept_scores, memory.tile(stage, 1), memory.weights,
+                                     args.products);
         }
         if (Key)
           for_each_place<N, R>([&](int t, int j, int i) {
             grads[t][j][i] = is_kept(t, j, i) ? grads[t][j][i] * kept_scale : T(0);
           });
       } else if (Value) {
-        add_weighted<S, D, Tiling>(value_sums, scores, memory.tile(stage, 1), memory.weights);
+        add_weighted<S, D, Tiling>(value_sums, scores, memory.tile(stage, 1), memory.weights, args.products);
       }
       if (Key) {
         for_each_place<N, R>(
             [&](int t, int j, int i) { scores[t][j][i] *= grads[t][j][i] - numbers[2 * N + 8 * j + i % 2]; });
-        add_weighted<S, D, Tiling>(key_sums, scores, memory.tile(stage, 0), memory.weights);
+        add_weighted<S, D, Tiling>(key_sums, scores, memory.tile(stage, 0), memory.weights, args.products);
       }
     }
   });
@@ -445,7 +448,8 @@ Error backward_of(const AttentionArgs& args, void* stream) {
   if (Packed) in_rows.row_offset = nullptr, in_rows.batch = 1, in_rows.rows = args.packed_rows;
   const int64_t rows = in_rows.batch * args.heads * in_rows.rows;
   if (!error)
-    error = launch(rows_kernel<S>, ceil_div(rows, kRowThreads / kWarp), kRowThreads, 0, stream, in_rows);
+    error = launch(rows_kernel<InMemory<S>>, ceil_div(rows, kRowThreads / kWarp), kRowThreads, 0, stream,
+                   in_rows);
   if (!error && args.columns <= kWholeRow)
     error = launch(delta_kernel<S, D, Packed>, args.batch * args.heads * plan.row_blocks, Tiling::threads,
                    shared, stream, args, plan);

@@ -48,6 +48,12 @@ struct ForwardTiling {
   static constexpr int stages = half || (sizeof(S) == 4 && D == 64) ? 2 : 1;
   static constexpr int threads = warps * kWarp, rows = 16 * R * warps;
 };
+template <int D>
+struct ForwardTiling<tf32, D> {
+  static constexpr bool warpgroups = false;
+  static constexpr int blocks = 2, stages = 2, warps = 4, R = D == 64 ? 2 : 1, N = 16;
+  static constexpr int threads = warps * kWarp, rows = 16 * R * warps;
+};
 template <class S, int D>
 struct QueriesTiling {
   static constexpr bool half = sizeof(S) == 2, wide = D * sizeof(Accumulate<S>) >= 1024;
@@ -58,12 +64,23 @@ struct QueriesTiling {
   static constexpr int stages = (half && D <= 128) || (sizeof(S) == 4 && D == 64) ? 2 : 1;
   static constexpr int threads = warps * kWarp, rows = 16 * R * warps;
 };
+template <int D>
+struct QueriesTiling<tf32, D> {
+  static constexpr bool warpgroups = false;
+  static constexpr int blocks = 2, stages = 2, warps = 4, R = 1, N = D == 64 ? 32 : 16;
+  static constexpr int threads = warps * kWarp, rows = 16 * R * warps;
+};
 // Two sums of D columns: where they do not fit in registers together they have a launch each.
 template <class S, int D>
 struct KeysTiling : QueriesTiling<S, D> {
   using Base = QueriesTiling<S, D>;
   static constexpr int R = 1, rows = 16 * Base::warps;
   static constexpr bool split = Base::wide || sizeof(S) == 8;
+};
+template <int D>
+struct KeysTiling<tf32, D> : QueriesTiling<tf32, D> {
+  static constexpr int N = D == 64 ? 16 : 8;
+  static constexpr bool split = false;
 };
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -197,6 +214,21 @@ FASTGAN_DEVICE void store_tile(const AttentionOutput& x, int64_t batch, int64_t 
       const int row = first + 16 * t + 8 * h + lane_row();
       if (row >= count) continue;
       Out* to = base + int64_t(row) * x.stride[2];
+      if constexpr (kInTerms<S> && sizeof(Out) == 4) {  // a lane has four neighbours
+        if (width % 4 == 0 && reinterpret_cast<uintptr_t>(to) % 16 == 0) {
+#pragma unroll
+          for (int j = 0; j < D / 8; j += 4)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+              const int column = output_column<S>(j, i);
+              float four[4];
+#pragma unroll
+              for (int e = 0; e < 4; ++e) four[e] = sums[t][j + e][2 * h + i] * factor[t][h];
+              if (column < width) store_vector<4>(to + column, four);
+            }
+          continue;
+        }
+      }
 #pragma unroll
       for (int j = 0; j < D / 8; ++j)
 #pragma unroll
@@ -279,7 +311,7 @@ FASTGAN_DEVICE void for_each_element(const AttentionArgs& args, const AttentionI
 // multiplied by: 1 or, `Later`, the scale, which exp2's argument takes by a fused multiplication. In float
 // and double all kernels do so: rounded in one and not in another, a score of 1000 would differ by 1e-4. Of
 // 16 bits those that mma.sync makes lack the register.
-template <bool Transposed, class S, bool Later = !kTensorCores<S>, int N8, int R, class T>
+template <bool Transposed, class S, bool Later = !kHalf<S>, int N8, int R, class T>
 FASTGAN_DEVICE T finish_scores(const AttentionArgs& args, int64_t batch, int64_t head, int a0, int b0,
                                bool mask, T (&scores)[R][N8][4]) {
   constexpr int N = 8 * N8, keys = Transposed ? 16 * R : N;
@@ -569,8 +601,8 @@ Error make_map(const AttentionArgs& args, uint8_t* cells, TileMap& map, void* st
   const int64_t count = map_size(args);
   if (count == 0) return nullptr;
   map.cells = cells;
-  return launch(map_kernel<S>, ceil_div(count, kMapThreads / kWarp), kMapThreads, 0, stream, args, map,
-                count);
+  return launch(map_kernel<InMemory<S>>, ceil_div(count, kMapThreads / kWarp), kMapThreads, 0, stream, args,
+                map, count);
 }
 
 inline Error refuse(const AttentionArgs& args) {
@@ -596,16 +628,23 @@ inline int64_t widest(const AttentionArgs& args) {
   return args.width > args.value_width ? args.width : args.value_width;
 }
 
-// f<S, D>(args, stream), D the narrowest that both widths fit in.
+// f<S, D>(args, stream), D the narrowest that both widths fit in. Heads of floats wider than 128 are exact:
+// their sums leave no registers for the terms.
 #define FASTGAN_ATTENTION_BY_WIDTH(S, f)           \
   (widest(args) <= 64    ? f<S, 64>(args, stream)  \
    : widest(args) <= 128 ? f<S, 128>(args, stream) \
                          : f<S, 256>(args, stream))
-#define FASTGAN_ATTENTION_BY_DTYPE(f)                                        \
-  (args.dtype == Dtype::float32    ? FASTGAN_ATTENTION_BY_WIDTH(float, f)    \
-   : args.dtype == Dtype::bfloat16 ? FASTGAN_ATTENTION_BY_WIDTH(bfloat16, f) \
-   : args.dtype == Dtype::float16  ? FASTGAN_ATTENTION_BY_WIDTH(float16, f)  \
-   : widest(args) <= 64            ? f<double, 64>(args, stream)             \
+#define FASTGAN_ATTENTION_BY_WIDTH_IN_TERMS(f)        \
+  (widest(args) <= 64    ? f<tf32, 64>(args, stream)  \
+   : widest(args) <= 128 ? f<tf32, 128>(args, stream) \
+                         : f<float, 256>(args, stream))
+#define FASTGAN_ATTENTION_BY_DTYPE(f)                                             \
+  (args.dtype == Dtype::float32    ? args.products == Float32Products::exact      \
+                                         ? FASTGAN_ATTENTION_BY_WIDTH(float, f)   \
+                                         : FASTGAN_ATTENTION_BY_WIDTH_IN_TERMS(f) \
+   : args.dtype == Dtype::bfloat16 ? FASTGAN_ATTENTION_BY_WIDTH(bfloat16, f)      \
+   : args.dtype == Dtype::float16  ? FASTGAN_ATTENTION_BY_WIDTH(float16, f)       \
+   : widest(args) <= 64            ? f<double, 64>(args, stream)                  \
                                    : f<double, 128>(args, stream))
 
 }  // namespace

@@ -3,26 +3,28 @@
 //   products_of_rows   sums (16 R, N) = A (16 R, D) Bᵀ, B (N, D)       scores from queries and keys
 //   add_weighted_rows  sums (16 R, D) += weights (16 R, N) B (N, D)    output from weights and values
 //
-// 16-bit elements go through the tensor cores; float and double through fused multiply-adds, in the order of
-// the width. Sums are spread over the lanes as mma.sync spreads them, for all types, so that softmax, masks
-// and dropout are written once: with r = lane / 4 and q = lane % 4 a lane holds of a 16 x 8 tile (t, j)
+// 16-bit elements go through the tensor cores, floats too in terms (attention_cuda_tf32.h) or, where they
+// shall be exact, as doubles always, through fused multiply-adds in the order of the width. Sums are spread
+// over the lanes as mma.sync spreads them, for all types, so that softmax, masks and dropout are written
+// once: with r = lane / 4 and q = lane % 4 a lane holds of a 16 x 8 tile (t, j)
 //
 //   sums[t][j][0], [1]   row 16 t + r,      columns 8 j + 2 q and 8 j + 2 q + 1
 //   sums[t][j][2], [3]   row 16 t + r + 8,  the same columns
 //
-// (of the second product of float, columns as output_column says: four neighbours are one vector).
+// (of the second product of floats, columns as output_column says: four neighbours are one vector).
 //
 // A row of shared memory is D elements in chunks of 16 bytes; chunk c of row i lies where c ^ (i % 8) would:
 // eight rows' reads of one chunk, and a row's reads of eight, meet all banks.
 #pragma once
-#include "common/cuda_tensor_core.h"
-#include "common/cuda_types.h"
+#include "attention/attention_cuda_tf32.h"
 
 namespace fastgan {
 namespace {
 
 template <class S>
-constexpr bool kTensorCores = sizeof(S) == 2;
+constexpr bool kHalf = sizeof(S) == 2;
+template <class S>
+constexpr bool kTensorCores = kHalf<S> || kInTerms<S>;
 template <class S>
 constexpr int kChunk = 16 / int(sizeof(S));  // elements
 
@@ -41,6 +43,7 @@ FASTGAN_DEVICE int swizzled(int c, int x) { return ((c & ~7) + ((c & 7) ^ x)) * 
 // Of sums[t][j][i] or [i + 2] in the second product.
 template <class S>
 FASTGAN_DEVICE int output_column(int j, int i) {
+  if (kInTerms<S>) return column_in_terms(j, i);
   if (sizeof(S) == 4) return j / 2 * 16 + 4 * lane_column() + j % 2 * 2 + i;
   return j * 8 + 2 * lane_column() + i;
 }
@@ -51,8 +54,10 @@ constexpr int kWeightsSize = kTensorCores<S> ? 0 : 16 * R * (N + kChunk<S>);
 
 // `Add`: to what is in sums.
 template <class S, int D, int N, int R, bool Add = false>
-FASTGAN_DEVICE void products_of_rows(Accumulate<S> (&sums)[R][N / 8][4], const S* a, const S* b) {
+FASTGAN_DEVICE void products_of_rows(Accumulate<S> (&sums)[R][N / 8][4], const S* a, const S* b,
+                                     Float32Products products) {
   using T = Accumulate<S>;
+  if constexpr (kInTerms<S>) return products_in_terms<D, N, R, Add>(sums, a, b, products);
   if (!Add) {
 #pragma unroll
     for (int t = 0; t < R; ++t)
@@ -61,7 +66,7 @@ FASTGAN_DEVICE void products_of_rows(Accumulate<S> (&sums)[R][N / 8][4], const S
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[t][j][i] = 0;
   }
-  if constexpr (kTensorCores<S>) {
+  if constexpr (kHalf<S>) {
     const int lane = int(threadIdx.x) % kWarp, xa = lane / 16 ^ lane % 8, xb = lane / 8 % 2 ^ lane % 8;
     const S *rows_a = a + lane % 16 * D, *rows_b = b + (lane % 8 + lane / 16 * 8) * D;
 #pragma unroll 4  // of more, fragments and addresses would be fetched ahead into too many registers
@@ -113,9 +118,10 @@ FASTGAN_DEVICE void products_of_rows(Accumulate<S> (&sums)[R][N / 8][4], const S
 template <class S, int D, int N, int R>
 FASTGAN_DEVICE void add_weighted_rows(Accumulate<S> (&sums)[R][D / 8][4],
                                       const Accumulate<S> (&weights)[R][N / 8][4], const S* b,
-                                      Accumulate<S>* memory) {
+                                      Accumulate<S>* memory, Float32Products products) {
   using T = Accumulate<S>;
-  if constexpr (kTensorCores<S>) {
+  if constexpr (kInTerms<S>) return add_weighted_in_terms<D, N, R>(sums, weights, b, products);
+  if constexpr (kHalf<S>) {
     const int lane = int(threadIdx.x) % kWarp, x = lane / 16 ^ lane % 8;
     const S* rows = b + lane % 16 * D;
     (void)memory;

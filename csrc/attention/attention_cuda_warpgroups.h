@@ -49,13 +49,13 @@ FASTGAN_DEVICE int together() {
 
 // Whether finish_scores leaves the scale to exp2: where the register for it is had.
 template <class S, class Tiling>
-constexpr bool kScalesLater = Tiling::warpgroups || !kTensorCores<S>;
+constexpr bool kScalesLater = Tiling::warpgroups || !kHalf<S>;
 
 // sums (16 R, N) = A Bᵀ: `a` is the block's tile of Tiling::rows, `b` one of N. Not there before
 // finish_products.
 template <class S, int D, class Tiling>
-FASTGAN_DEVICE void start_products(Accumulate<S> (&sums)[Tiling::R][Tiling::N / 8][4], const S* a,
-                                   const S* b) {
+FASTGAN_DEVICE void start_products(Accumulate<S> (&sums)[Tiling::R][Tiling::N / 8][4], const S* a, const S* b,
+                                   Float32Products products) {
   constexpr int N = Tiling::N;
   if constexpr (Tiling::warpgroups) {
     const Panels from_a = panels_at(a + together<Tiling>() * kPanel), from_b = panels_at(b);
@@ -67,7 +67,7 @@ FASTGAN_DEVICE void start_products(Accumulate<S> (&sums)[Tiling::R][Tiling::N / 
                             advanced<S>(from_b, k / 4 * N * kPanel + k % 4 * 16), k > 0);
     commit_products();
   } else {
-    products_of_rows<S, D, N, Tiling::R>(sums, a + together<Tiling>() * D, b);
+    products_of_rows<S, D, N, Tiling::R>(sums, a + together<Tiling>() * D, b, products);
   }
 }
 
@@ -84,7 +84,7 @@ FASTGAN_DEVICE void finish_products(T (&sums)[R][N8][4]) {
 template <class S, int D, class Tiling>
 FASTGAN_DEVICE void add_weighted(Accumulate<S> (&sums)[Tiling::R][D / 8][4],
                                  const Accumulate<S> (&weights)[Tiling::R][Tiling::N / 8][4], const S* b,
-                                 Accumulate<S>* memory) {
+                                 Accumulate<S>* memory, Float32Products products) {
   constexpr int N = Tiling::N;
   if constexpr (Tiling::warpgroups) {
     (void)memory;
@@ -104,7 +104,7 @@ FASTGAN_DEVICE void add_weighted(Accumulate<S> (&sums)[Tiling::R][D / 8][4],
     commit_products();
     finish_products<Tiling>(sums);
   } else {
-    add_weighted_rows<S, D, N, Tiling::R>(sums, weights, b, memory);
+    add_weighted_rows<S, D, N, Tiling::R>(sums, weights, b, memory, products);
   }
 }
 

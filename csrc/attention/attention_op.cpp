@@ -1,5 +1,7 @@
 // torch.ops.fastgan.attention, attention_backward, attention_weights, attention_jvp and
 // attention_double_backward: tensors to the contract of attention.h and back.
+#include <atomic>
+
 #include "attention/attention_op.h"
 
 namespace fastgan {
@@ -52,6 +54,7 @@ AttentionArgs arguments(const Tensor& query, const Tensor& key, const Tensor& va
   args.scale = scale;
   args.is_causal = is_causal;
   add_dropout(args, query, philox, dropout_p);
+  add_products(args);
   return args;
 }
 
@@ -229,7 +232,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attention_double_backward(
   return {tangent_output, grad_query, grad_key, grad_value, grad_bias};
 }
 
+#if defined(FASTGAN_CUDA)
+std::atomic<Float32Products> float32_products{Float32Products::three_terms};
+
+void attention_products(Tensor beside, int64_t products) {
+  (void)beside;
+  FASTGAN_CHECK(products >= 0 && products <= int64_t(Float32Products::three_terms),
+                "attention_products: products must be 0 to 2, got ", products);
+  float32_products = Float32Products(products);
+}
+#endif
+
 }  // namespace
+
+#if defined(FASTGAN_CUDA)
+Float32Products attention_float32_products() { return float32_products; }
+#endif
+
 }  // namespace fastgan
 
 FASTGAN_LIBRARY_IMPL(m) {
@@ -238,4 +257,7 @@ FASTGAN_LIBRARY_IMPL(m) {
   m.impl("attention_jvp", TORCH_BOX(&fastgan::attention_jvp));
   m.impl("attention_double_backward", TORCH_BOX(&fastgan::attention_double_backward));
   m.impl("attention_weights", TORCH_BOX(&fastgan::attention_weights));
+#if defined(FASTGAN_CUDA)
+  m.impl("attention_products", TORCH_BOX(&fastgan::attention_products));
+#endif
 }

@@ -5,6 +5,10 @@
 #include "common/tensor.h"
 
 namespace fastgan {
+
+// What torch.ops.fastgan.attention_products was told last, for the calls to come.
+Float32Products attention_float32_products();
+
 namespace {
 
 inline AttentionInput input(const Tensor& tensor) {
@@ -48,6 +52,14 @@ inline void add_dropout(AttentionArgs& args, const Tensor& query, const std::opt
 #endif
   args.threshold = dropout_threshold(dropout_p);
   args.kept_scale = dropout_p >= 1 ? 0.0 : 1 / (1 - dropout_p);
+}
+
+inline void add_products(AttentionArgs& args) {
+#if defined(FASTGAN_CUDA)
+  args.products = attention_float32_products();
+#else
+  (void)args;
+#endif
 }
 
 // What a kernel needs beside its arguments; lives until it has been started.

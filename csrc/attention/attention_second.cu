@@ -22,7 +22,7 @@ template <class S, int D>
 struct SecondTiling {
   static constexpr int bytes = D * int(sizeof(S));                       // of a row
   static constexpr int warps = bytes <= 256 ? 4 : bytes <= 512 ? 2 : 1;  // of 16 rows
-  static constexpr int N = bytes <= 256 ? 32 : bytes <= 512 ? 16 : 8;
+  static constexpr int N = bytes <= 256 && !kInTerms<S> ? 32 : bytes <= 512 ? 16 : 8;
   static constexpr int threads = warps * kWarp, rows = 16 * warps;
   static constexpr bool split = D * sizeof(Accumulate<S>) >= 512;  // dK' and dV' have a launch each
 };
@@ -92,7 +92,7 @@ FASTGAN_DEVICE void weights_and_tangents(const AttentionArgs& args, int batch, i
                                          OfTile<S, D>& tangents) {
   using T = Accumulate<S>;
   constexpr int N = SecondTiling<S, D>::N;
-  products_of_rows<S, D, N, 1>(weights, a, b);
+  products_of_rows<S, D, N, 1>(weights, a, b, args.products);
   const T factor = finish_scores<Transposed, S>(args, batch, head, a0, b0, look, weights);
   for_each_place<N, 1>([&](int, int j, int i) {
     weights[0][j][i] = quick_exp2(fma(weights[0][j][i], factor, -number(j, i, 0)) - number(j, i, 1));
@@ -100,8 +100,8 @@ FASTGAN_DEVICE void weights_and_tangents(const AttentionArgs& args, int batch, i
   });
   const AttentionInput &of_a = Transposed ? args.tangent_key : args.tangent_query,
                        &of_b = Transposed ? args.tangent_query : args.tangent_key;
-  if (of_a.data) products_of_rows<S, D, N, 1, true>(tangents, tangent_a, b);
-  if (of_b.data) products_of_rows<S, D, N, 1, true>(tangents, a, tangent_b);
+  if (of_a.data) products_of_rows<S, D, N, 1, true>(tangents, tangent_a, b, args.products);
+  if (of_b.data) products_of_rows<S, D, N, 1, true>(tangents, a, tangent_b, args.products);
   const T scale = T(args.scale);
   for_each_place<N, 1>([&](int, int j, int i) { tangents[0][j][i] *= scale; });
   if (!args.tangent_bias.data) return;
@@ -197,8 +197,9 @@ __global__ void __launch_bounds__(SecondTiling<S, D>::threads, 2)
       for_each_kept<false, N, 1>(args, batch, head, warp_row, tile, [&](int, int j, int i, bool kept) {
         if (!kept) weights[0][j][i] = tangents[0][j][i] = 0;
       });
-    add_weighted_rows<S, D, N, 1>(sums, tangents, memory.tile(2), memory.weights);
-    if (args.tangent_value.data) add_weighted_rows<S, D, N, 1>(sums, weights, memory.tile(3), memory.weights);
+    add_weighted_rows<S, D, N, 1>(sums, tangents, memory.tile(2), memory.weights, args.products);
+    if (args.tangent_value.data)
+      add_weighted_rows<S, D, N, 1>(sums, weights, memory.tile(3), memory.weights, args.products);
   }
   const AttentionArgs& now = sequence_of<Packed, S>(given, batch);
   const T kept_scale = args.has_dropout ? T(args.kept_scale) : T(1);
@@ -255,9 +256,10 @@ FASTGAN_DEVICE void gradients_of_queries(const AttentionArgs& args, const M& mem
   OfTile<S, D> weights, tangents;
   weights_and_tangents<false, S, D>(args, batch, head, row, key, look, memory.rows(0), memory.rows(1),
                                     memory.tile(0), memory.tile(1), number, weights, tangents);
-  products_of_rows<S, D, N, 1>(grads, memory.rows(2), memory.tile(2));
+  products_of_rows<S, D, N, 1>(grads, memory.rows(2), memory.tile(2), args.products);
   for_each_place<N, 1>([&](int, int j, int i) { moved[0][j][i] = 0; });
-  if (args.tangent_value.data) products_of_rows<S, D, N, 1, true>(moved, memory.rows(2), memory.tile(3));
+  if (args.tangent_value.data)
+    products_of_rows<S, D, N, 1, true>(moved, memory.rows(2), memory.tile(3), args.products);
   if (args.has_dropout) {
     const T kept_scale = T(args.kept_scale);
     for_each_kept<false, N, 1>(args, batch, head, row, key, [&](int, int j, int i, bool kept) {
@@ -295,8 +297,9 @@ __global__ void __launch_bounds__(SecondTiling<S, D>::threads, 2)
     OfTile<S, D> grads, moved;
     gradients_of_queries<S, D>(args, memory, batch, head, warp_row, tile, args.mask.data && seen == kSome,
                                numbers, grads, moved);
-    add_weighted_rows<S, D, N, 1>(sums, moved, memory.tile(0), memory.weights);
-    if (args.tangent_key.data) add_weighted_rows<S, D, N, 1>(sums, grads, memory.tile(1), memory.weights);
+    add_weighted_rows<S, D, N, 1>(sums, moved, memory.tile(0), memory.weights, args.products);
+    if (args.tangent_key.data)
+      add_weighted_rows<S, D, N, 1>(sums, grads, memory.tile(1), memory.weights, args.products);
   }
   const AttentionArgs& now = sequence_of<Packed, S>(given, batch);
   const T factor[1][2] = {{T(args.scale), T(args.scale)}};
@@ -363,14 +366,14 @@ __global__ void __launch_bounds__(SecondTiling<S, D>::threads, 2)
           used[0][j][i] =
               kept >> (4 * j + i) & 1 ? weights[0][j][i] * (tangents[0][j][i] - number(j, i, 2)) : T(0);
         });
-        add_weighted_rows<S, D, N, 1>(value_sums, used, memory.tile(2), memory.weights);
+        add_weighted_rows<S, D, N, 1>(value_sums, used, memory.tile(2), memory.weights, args.products);
       }
       if (Key) {
         OfTile<S, D> grads, moved;
-        products_of_rows<S, D, N, 1>(grads, memory.rows(2), memory.tile(2));
+        products_of_rows<S, D, N, 1>(grads, memory.rows(2), memory.tile(2), args.products);
         for_each_place<N, 1>([&](int, int j, int i) { moved[0][j][i] = 0; });
         if (args.tangent_value.data)
-          products_of_rows<S, D, N, 1, true>(moved, memory.rows(3), memory.tile(2));
+          products_of_rows<S, D, N, 1, true>(moved, memory.rows(3), memory.tile(2), args.products);
         const T kept_scale = args.has_dropout ? T(args.kept_scale) : T(1);
         for_each_place<N, 1>([&](int, int j, int i) {
           const bool is_kept = kept >> (4 * j + i) & 1;
@@ -378,9 +381,9 @@ __global__ void __launch_bounds__(SecondTiling<S, D>::threads, 2)
           moved[0][j][i] = is_kept ? moved[0][j][i] * kept_scale : T(0);
         });
         score_gradients<S, D>(weights, tangents, number, grads, moved);
-        add_weighted_rows<S, D, N, 1>(key_sums, moved, memory.tile(0), memory.weights);
+        add_weighted_rows<S, D, N, 1>(key_sums, moved, memory.tile(0), memory.weights, args.products);
         if (args.tangent_query.data)
-          add_weighted_rows<S, D, N, 1>(key_sums, grads, memory.tile(1), memory.weights);
+          add_weighted_rows<S, D, N, 1>(key_sums, grads, memory.tile(1), memory.weights, args.products);
       }
     }
   const T scale = T(args.scale), kept_scale = args.has_dropout ? T(args.kept_scale) : T(1);

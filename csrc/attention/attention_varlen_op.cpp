@@ -120,6 +120,7 @@ Packed arguments(const Tensor& query, const Tensor& key, const Tensor& value, co
   args.scale = scale;
   args.is_causal = is_causal;
   add_dropout(args, query, philox, dropout_p);
+  add_products(args);
   Packed out{args, std::move(rows), std::move(columns)};
   out.args.row_offset = numbers(out.rows), out.args.column_offset = numbers(out.columns);
   return out;

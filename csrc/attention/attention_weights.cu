@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(WeightsTiling<S, D>::threads, 2)
     if (args.is_causal && key0 >= warp_row + 16 * R) return;  // this warp's rows end before the diagonal
     T scores[R][N / 8][4];
     products_of_rows<S, D, N, R>(scores, queries + (stage * Tiling::rows + warp * 16 * R) * D,
-                                 keys + stage * N * D);
+                                 keys + stage * N * D, args.products);
     const T factor = finish_scores<false, S>(args, batch, at, warp_row, key0, look, scores);
     const double* logsumexp = args.logsumexp + (int64_t(batch) * heads + at) * args.rows;
 #pragma unroll

@@ -8,6 +8,11 @@
 //   a[0]  A[r][2q], A[r][2q+1]        a[1]  A[r+8][2q], ...     a[2]  A[r][2q+8], ...   a[3]  A[r+8][2q+8],
 //   ... b[0]  B[2q][r], B[2q+1][r]        b[1]  B[2q+8][r], B[2q+9][r] c[0]  C[r][2q]   c[1]  C[r][2q+1] c[2]
 //   C[r+8][2q]   c[3]  C[r+8][2q+1]
+//
+// mma_m16n8k8: the same of floats, of which the upper 19 bits count (TF32: 11 bits of the number, 8 of the
+// exponent), with A (16, 8), B (8, 8); one in a register:
+//
+//   a[0]  A[r][q]   a[1]  A[r+8][q]   a[2]  A[r][q+4]   a[3]  A[r+8][q+4]   b[0]  B[q][r]   b[1]  B[q+4][r]
 #pragma once
 #include "common/cuda_block.h"
 #include "common/types.h"
@@ -35,8 +40,17 @@ FASTGAN_DEVICE void mma_m16n8k16<float16>(float (&c)[4], const uint32_t (&a)[4],
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+FASTGAN_DEVICE void mma_m16n8k8(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
 // Four 8x8 tiles of 16-bit elements: lane i gives the address of row i % 8 of tile i / 8, in shared memory
-// and aligned to 16 bytes; out[t] is elements 2q and 2q+1 of row r of tile t.
+// and aligned to 16 bytes; out[t] is elements 2q and 2q+1 of row r of tile t. Of 32-bit elements that is four
+// 8x4 tiles, and element q.
 FASTGAN_DEVICE void load_matrices(uint32_t (&out)[4], const void* row) {
   uint32_t address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"

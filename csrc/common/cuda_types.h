@@ -10,15 +10,27 @@ namespace fastgan {
 
 FASTGAN_DEVICE float widen(float x) { return x; }
 FASTGAN_DEVICE double widen(double x) { return x; }
+FASTGAN_DEVICE float widen(tf32 x) { return x.value; }
 FASTGAN_DEVICE float widen(bfloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
 FASTGAN_DEVICE float widen(float16 x) { return __half2float(__ushort_as_half(x.bits)); }
 
 FASTGAN_DEVICE void narrow(float& out, float x) { out = x; }
 FASTGAN_DEVICE void narrow(double& out, double x) { out = x; }
+FASTGAN_DEVICE void narrow(tf32& out, float x) { out.value = x; }
 FASTGAN_DEVICE void narrow(bfloat16& out, float x) {
   out.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
 }
 FASTGAN_DEVICE void narrow(float16& out, float x) { out.bits = __half_as_ushort(__float2half_rn(x)); }
+
+FASTGAN_DEVICE uint32_t bits_of(float x) { return __float_as_uint(x); }
+FASTGAN_DEVICE float float_of(uint32_t bits) { return __uint_as_float(bits); }
+
+// x, of which the compiler no longer knows that it has been here before: what follows from it is computed
+// again rather than kept in registers.
+FASTGAN_DEVICE float forget(float x) {
+  asm volatile("" : "+f"(x));
+  return x;
+}
 
 // A quotient to within 2 ulp in float, for 2^-126 <= b <= 2^126: no branch, and no call for rare cases.
 FASTGAN_DEVICE float quick_divide(float a, float b) { return __fdividef(a, b); }

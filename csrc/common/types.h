@@ -14,6 +14,11 @@ struct float16 {
   uint16_t bits;
 };
 
+// A float that CUDA's tensor cores multiply, in terms of 11 bits each (cuda_tensor_core.h).
+struct tf32 {
+  float value;
+};
+
 // What sums are kept in for each storage type.
 template <class Storage>
 struct AccumulateOf {

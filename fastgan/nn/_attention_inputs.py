@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastgan import _cuda
+from fastgan.ops import attention_precision
 from fastgan.ops._autograd import in_functorch
 
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -74,7 +74,7 @@ def has_kernel(query, key, value, attn_mask) -> bool:
         return False
     if query.device.type == "cuda":
         widest = _WIDEST_ON_CUDA.get(query.dtype, 256)
-        return max(query.shape[-1], value.shape[-1]) <= widest and _cuda.has_kernel("attention")
+        return max(query.shape[-1], value.shape[-1]) <= widest and attention_precision.has_kernel("attention", query)
     return query.device.type in ("cpu", "meta")
 
 
@@ -228,7 +228,9 @@ def has_varlen_kernel(query, value) -> bool:
         return False
     if query.device.type == "cuda":
         widest = _WIDEST_ON_CUDA.get(query.dtype, 256)
-        return max(query.shape[-1], value.shape[-1]) <= widest and _cuda.has_kernel("varlen_attention")
+        return max(query.shape[-1], value.shape[-1]) <= widest and attention_precision.has_kernel(
+            "varlen_attention", query
+        )
     return query.device.type in ("cpu", "meta")
 
 

@@ -7,12 +7,12 @@
 #undef FASTGAN_ATTENTION_BY_DTYPE
 #if defined(HARNESS_SECOND_ORDER)
 #define FASTGAN_ATTENTION_BY_DTYPE(f)                              \
-  (args.dtype == Dtype::float32    ? f<float, 64>(args, stream)    \
+  (args.dtype == Dtype::float32    ? f<tf32, 64>(args, stream)     \
    : args.dtype == Dtype::bfloat16 ? f<bfloat16, 64>(args, stream) \
                                    : f<double, 64>(args, stream))
 #else
 #define FASTGAN_ATTENTION_BY_DTYPE(f)                              \
-  (args.dtype == Dtype::float32    ? f<float, 64>(args, stream)    \
+  (args.dtype == Dtype::float32    ? f<tf32, 64>(args, stream)     \
    : args.dtype == Dtype::bfloat16 ? f<bfloat16, 64>(args, stream) \
    : args.dtype == Dtype::float16  ? f<float16, 64>(args, stream)  \
                                    : f<double, 64>(args, stream))

@@ -43,6 +43,7 @@ STEMS = {
         "attention_weights",
         "attention_jvp",
         "attention_double_backward",
+        "attention_products",
         "varlen_attention",
         "varlen_attention_backward",
         "varlen_attention_jvp",

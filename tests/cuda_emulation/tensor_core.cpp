@@ -65,10 +65,43 @@ int check(bool by_hand) {
   return 0;
 }
 
+// Floats of few bits: A (M, 8) by ldmatrix, B (8, N) by hand. `more` is what TF32 does not hold.
+__global__ void product_of_floats(const float* a, const float* b, float* c) {
+  SharedMemory memory;
+  float* sa = memory.take<float>(M * 8);
+  int lane = int(threadIdx.x), r = lane / 4, q = lane % 4;
+  async_copy16(sa + lane * 4, a + lane * 4, true);
+  async_commit();
+  async_wait<0>();
+  block_sync();
+  uint32_t fa[4], fb[2] = {bits_of(b[q * N + r]), bits_of(b[(q + 4) * N + r])};
+  load_matrices(fa, sa + lane % 16 * 8 + lane / 16 * 4);
+  float sums[4] = {1, 1, 1, 1};
+  mma_m16n8k8(sums, fa, fb);
+  for (int i = 0; i < 4; ++i) c[(r + i / 2 * 8) * N + 2 * q + i % 2] = sums[i];
+}
+
+int check_floats() {
+  alignas(16) float a[M * 8], b[8 * N], c[M * N], more = 0x1p-12f;
+  for (int i = 0; i < M * 8; ++i) a[i] = float(i * 7 % 31) / 16 - 1 + (i % 31 == 22 ? more : 0);
+  for (int i = 0; i < 8 * N; ++i) b[i] = float(i * 5 % 23) / 8 - 1;
+  Error error = launch(product_of_floats, 1, kWarp, SharedMemory::bytes<float>(M * 8), nullptr, a, b, &c[0]);
+  if (error) return std::puts(error), 1;
+  for (int i = 0; i < M; ++i)
+    for (int j = 0; j < N; ++j) {
+      double sum = 1;
+      for (int k = 0; k < 8; ++k)
+        sum += (double(a[i * 8 + k]) - ((i * 8 + k) % 31 == 22 ? double(more) : 0)) * double(b[k * N + j]);
+      if (float(sum) != c[i * N + j])
+        return std::printf("floats (%d, %d): %g, not %g\n", i, j, double(c[i * N + j]), sum), 1;
+    }
+  return 0;
+}
+
 }  // namespace
 
 int main() {
-  int wrong = 0;
+  int wrong = check_floats();
   for (bool by_hand : {false, true}) wrong += check<bfloat16>(by_hand) + check<float16>(by_hand);
   return wrong;
 }

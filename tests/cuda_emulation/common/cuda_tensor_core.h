@@ -1,6 +1,8 @@
 // csrc/common/cuda_tensor_core.h for the emulator: fragments by the layout that is documented there, and
 // asynchronous copies as late as they may come, at the wait; before it, the place holds NaNs.
 #pragma once
+#include <cmath>
+
 #include "common/cuda_block.h"
 #include "common/cuda_types.h"
 
@@ -33,6 +35,32 @@ inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (
              double(half_of<S>(from_b.b[k / 8], k % 2));
     }
     c[i] = float(sum);
+  }
+}
+
+// Of a float what TF32 has; the sum cut off, not rounded, as tensor cores do.
+FASTGAN_DEVICE double tf32_of(uint32_t bits) { return double(float_of(bits & 0xffffe000u)); }
+inline float cut_off(double x) {
+  float out = float(x);
+  if (std::isfinite(out) && std::fabs(double(out)) > std::fabs(x)) out = std::nextafter(out, 0.0f);
+  return out;
+}
+inline void mma_m16n8k8(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
+                        emulator::Where where = emulator::Where::current()) {
+  struct Lane {
+    uint32_t a[4], b[2];
+  } mine, all[kWarp];
+  std::memcpy(mine.a, a, sizeof a);
+  std::memcpy(mine.b, b, sizeof b);
+  emulator::gather(&mine, sizeof mine, 0, kWarp, all, where);
+  int lane = int(threadIdx.x % kWarp);
+  for (int i = 0; i < 4; ++i) {
+    int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
+    double sum = double(c[i]);
+    for (int k = 0; k < 8; ++k)
+      sum += tf32_of(all[row % 8 * 4 + k % 4].a[row / 8 + k / 4 * 2]) *
+             tf32_of(all[column * 4 + k % 4].b[k / 4]);
+    c[i] = cut_off(sum);
   }
 }
 

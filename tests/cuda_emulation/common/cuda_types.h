@@ -8,11 +8,13 @@ namespace fastgan {
 // Conversions by the compiler's own half type and by bits: nothing shared with the CPU kernels that judge.
 FASTGAN_DEVICE float widen(float x) { return x; }
 FASTGAN_DEVICE double widen(double x) { return x; }
+FASTGAN_DEVICE float widen(tf32 x) { return x.value; }
 FASTGAN_DEVICE float widen(bfloat16 x) { return __builtin_bit_cast(float, uint32_t(x.bits) << 16); }
 FASTGAN_DEVICE float widen(float16 x) { return float(__builtin_bit_cast(_Float16, x.bits)); }
 
 FASTGAN_DEVICE void narrow(float& out, float x) { out = x; }
 FASTGAN_DEVICE void narrow(double& out, double x) { out = x; }
+FASTGAN_DEVICE void narrow(tf32& out, float x) { out.value = x; }
 FASTGAN_DEVICE void narrow(bfloat16& out, float x) {
   uint32_t bits = __builtin_bit_cast(uint32_t, x);
   out.bits = x != x ? 0x7fff : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
@@ -20,6 +22,11 @@ FASTGAN_DEVICE void narrow(bfloat16& out, float x) {
 FASTGAN_DEVICE void narrow(float16& out, float x) {
   out.bits = __builtin_bit_cast(uint16_t, static_cast<_Float16>(x));
 }
+
+FASTGAN_DEVICE uint32_t bits_of(float x) { return __builtin_bit_cast(uint32_t, x); }
+FASTGAN_DEVICE float float_of(uint32_t bits) { return __builtin_bit_cast(float, bits); }
+
+FASTGAN_DEVICE float forget(float x) { return x; }
 
 // Two units in the last place off, as the device's may be.
 FASTGAN_DEVICE float quick_divide(float a, float b) { return a / b * (1 + 2 * 1.1920929e-7f); }
