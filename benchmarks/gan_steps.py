@@ -140,7 +140,7 @@ def graphed(gan: Any, real: Tensor) -> Step:
     return graph.replay
 
 
-# On a GPU. Ours copies its batch and reads its four results at every step.
+# On a GPU. Ours copies its batch, and reads a step's four results while the next one runs.
 DEVICE_STEPS: dict[str, Callable[..., Step]] = {
     "eager": tutorial,
     "channels_last, bfloat16": functools.partial(best, lower=True),

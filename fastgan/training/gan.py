@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -33,6 +34,7 @@ from fastgan.training.joining import (
 from fastgan.training.outputs import Outputs
 from fastgan.training.penalties import PENALTIES, penalty_points, r1_penalty, wgan_gp_penalty
 from fastgan.training.step_graph import CUDAGraph, Graph, GraphedStep
+from fastgan.training.step_result import NAMES, StepResult, fetching
 from fastgan.training.streams import NOISE, PENALTY, SAMPLES, mixed_seed
 
 PRECISIONS = ("float32", "float64", "bfloat16")
@@ -147,6 +149,7 @@ class GANTrainer:
         self._said = False
         self._range_checked = False
         self._graphed: GraphedStep | None = None
+        self._started: StepResult | None = None  # the last step, of which nobody may have looked at the result yet
         if cuda_graph and self.device.type == "cuda":
             self._graphed = self._graphed_by(CUDAGraph(self.device))
 
@@ -171,10 +174,12 @@ class GANTrainer:
 
         Returns:
             ``loss_d`` (real + fake + penalty), ``loss_g``, and ``d_real``, ``d_fake``: the mean probability that the
-            discriminator gave to each before its update.
+            discriminator gave to each before its update. On a GPU nobody waits for them until they are looked at, or
+            until the next step has been started.
 
         Raises ValueError or TypeError for a batch that is empty or does not fit, FloatingPointError where a loss is not
-        finite; the player whose loss it is has not been updated then.
+        finite. On the CPU the player whose loss it is has not been updated then; on a GPU it has, and the error comes
+        when the result is looked at, from the next step or from ``state_dict``.
         """
         if not torch.is_grad_enabled():
             raise RuntimeError("train_step needs gradients, but was called under torch.no_grad or inference_mode")
@@ -189,12 +194,14 @@ class GANTrainer:
                 points = penalty_points(real, self._generator_of(PENALTY))
         noise = None if noise is None else noise.to(self.device, self.dtype)
         update = self._update if self._graphed is None else self._graphed
-        values = update(real, noise, points).tolist()
+        values = update(real, noise, points)
         self.step += 1
-        result = dict(zip(("loss_d", "loss_g", "d_real", "d_fake"), values, strict=True))
-        if not self._looks_early:
-            for name in ("loss_d", "loss_g"):
-                self._refuse_value(name, result[name])
+        if self._looks_early:
+            return dict(zip(NAMES, values.tolist(), strict=True))
+        result = StepResult(fetching(values), functools.partial(self._refuse_values, self.step))
+        before, self._started = self._started, result
+        if before is not None:
+            before.wait()  # the device has this step to do meanwhile
         return result
 
     @property
@@ -410,19 +417,29 @@ class GANTrainer:
                 raise FloatingPointError(
                     f"{name} is {value} at step {self.step}: real holds values that are not finite"
                 )
-            self._refuse_value(name, value)
+            self._refuse_value(name, value, self.step)
 
-    def _refuse_value(self, name: str, value: float) -> None:
+    def _refuse_values(self, step: int, values: dict[str, float]) -> None:
+        for name in ("loss_d", "loss_g"):
+            self._refuse_value(name, values[name], step)
+
+    def _refuse_value(self, name: str, value: float, step: int) -> None:
         if not math.isfinite(value):
             raise FloatingPointError(
-                f"{name} is {value} at step {self.step}: training has diverged. A lower learning rate, a penalty or "
+                f"{name} is {value} at step {step}: training has diverged. A lower learning rate, a penalty or "
                 "another seed may help"
             )
 
     # ---- saving ----
 
     def state_dict(self) -> dict[str, Any]:
-        """Both modules', both optimizers' and the step: with ``seed`` given, all that the next steps depend on."""
+        """Both modules', both optimizers' and the step: with ``seed`` given, all that the next steps depend on.
+
+        Raises FloatingPointError, once, where a loss of the last step on a GPU was not finite and nobody knows yet.
+        """
+        started, self._started = self._started, None
+        if started is not None:
+            started.wait()
         return {name: getattr(self, name).state_dict() for name in _PARTS} | {"step": self.step}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -434,6 +451,7 @@ class GANTrainer:
         for optimizer in (self.optimizer_g, self.optimizer_d):
             match_layouts(optimizer, states=True)
         self.step = int(state["step"])
+        self._started = None
 
     # ---- many steps ----
 

@@ -7,6 +7,7 @@ that a checkpoint holds weights, optimizer and step, and nothing else is needed 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -36,6 +37,7 @@ from fastgan.training.checkpoint import (
 from fastgan.training.gan import PRECISIONS, GANTrainer
 from fastgan.training.pictures import grid_png
 from fastgan.training.run_folder import RunFolder, changed, config_digest
+from fastgan.training.step_result import StepResult
 from fastgan.training.streams import INIT, mixed_seed
 
 
@@ -347,25 +349,43 @@ def _train(
     saved: int | None = trainer.step if checkpoint is not None else None
     begin = time.monotonic() - folder.seconds
     unread = False
+    unreported: list[Callable[[], None]] = []  # a GPU's last step, until the next one has been started
+
+    def report(step: int, metrics: dict[str, float], wait: float, count: int) -> None:
+        nonlocal unread
+        epoch, _ = batches.order.position(step - 1)
+        metrics["wait"] = round(wait, 6)
+        folder.log({"step": step, "epoch": epoch, **metrics, "seconds": round(time.monotonic() - begin, 3)})
+        try:
+            reporter.update(step, metrics, count)
+        except BrokenPipeError:
+            unread = True
+
+    def finish() -> None:
+        while unreported:
+            unreported.pop()()
+
     try:
         with _stop_when_asked() as stopping:
             for real, wait in _timed(batches.steps(trainer.step, total)):
                 try:
                     metrics = trainer.train_step(real)
+                    finish()
+                    step = trainer.step
+                    unreported.append(functools.partial(report, step, metrics, wait, len(real)))
+                    if not isinstance(metrics, StepResult):
+                        finish()
+                    stop = unread or stopping() or step == total
+                    samples = step % config.sample_every == 0 or step == total
+                    saves = stop or step % config.checkpoint_every == 0
+                    if samples or saves:
+                        finish()
                 except FloatingPointError as error:
                     raise RunError(f"{folder.path}: {error}. {_kept(folder.path, saved)}") from error
-                step = trainer.step
-                epoch, _ = batches.order.position(step - 1)
-                metrics["wait"] = round(wait, 6)
-                folder.log({"step": step, "epoch": epoch, **metrics, "seconds": round(time.monotonic() - begin, 3)})
-                try:
-                    reporter.update(step, metrics, len(real))
-                except BrokenPipeError:
-                    unread = True
-                stop = unread or stopping() or step == total
-                if step % config.sample_every == 0 or step == total:
+                stop = stop or unread
+                if samples:
                     folder.write_sample(step, grid_png(trainer.sample(64, config.seed)))
-                if stop or step % config.checkpoint_every == 0:
+                if stop or saves:
                     _refuse_not_finite(trainer, folder.path, saved)
                     folder.flush()
                     folder.draw_curves(force=stop)

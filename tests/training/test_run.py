@@ -16,6 +16,7 @@ from PIL import Image
 
 from fastgan.training import DCGANConfig, RunError, load_generator, resume_dcgan, run_dcgan
 from fastgan.training import checkpoint as checkpoints
+from fastgan.training.gan import GANTrainer
 from fastgan.training.pictures import grid_png
 from fastgan.training.presets import article, digits_demo
 from fastgan.training.run import Silent
@@ -412,3 +413,46 @@ def test_a_grid_is_laid_out_row_by_row():
     grid = np.asarray(Image.open(io.BytesIO(grid_png(pictures, columns=3))))
     assert grid.shape == (2 * 6 + 2, 3 * 7 + 2, 3)
     assert [int(grid[2 + 6 * (i // 3), 2 + 7 * (i % 3), 0]) for i in range(6)] == [0, 51, 102, 153, 204, 255]
+
+
+class Watching(Silent):
+    def __init__(self):
+        self.seen = []
+
+    def update(self, step, metrics, images):
+        self.seen.append(step)
+
+
+def lines_of(folder):
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [{name: value for name, value in line.items() if name not in ("wait", "seconds")} for line in lines]
+
+
+def test_a_gpus_steps_are_reported_in_order_and_before_the_checkpoint(tmp_path, whole, monkeypatch):
+    """There a step is reported once the next has been started; the lines and the weights are the same."""
+    reporter, reported = Watching(), []
+    monkeypatch.setattr("fastgan.training.gan.GANTrainer._looks_early", False)
+    save = checkpoints.save_checkpoint
+
+    def saving(trainer, *rest):
+        reported.append((trainer.step, list(reporter.seen)))
+        return save(trainer, *rest)
+
+    monkeypatch.setattr("fastgan.training.run.save_checkpoint", saving)
+    begun = []
+    start = GANTrainer.train_step
+    monkeypatch.setattr(GANTrainer, "train_step", lambda *a: begun.append(list(reporter.seen)) or start(*a))
+    assert run_dcgan(CONFIG, tmp_path / "run", data=Pictures(), reporter=reporter).finished
+    assert begun == [[], [], [1, 2], [1, 2, 3], [1, 2, 3, 4], [1, 2, 3, 4]]  # 2, 4 and 6 are saved, 3 and 6 drawn
+    assert reported == [(step, list(range(1, step + 1))) for step in (2, 4, 6)]
+    assert lines_of(tmp_path / "run") == lines_of(whole)
+    assert weights(tmp_path / "run") == weights(whole)
+
+
+@pytest.mark.filterwarnings("ignore:real runs from inf")
+def test_a_gpus_loss_that_is_not_finite_ends_the_run_with_its_step(tmp_path, monkeypatch):
+    monkeypatch.setattr("fastgan.training.gan.GANTrainer._looks_early", False)
+    pictures = Pictures()
+    pictures.pixels[:] = float("inf")
+    with pytest.raises(RunError, match=r"loss_d is nan at step 1: training has diverged.*no checkpoint"):
+        run_dcgan(CONFIG, tmp_path / "run", data=pictures)

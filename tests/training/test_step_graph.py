@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
+import pickle
 import warnings
 from typing import ClassVar
 
@@ -14,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastgan.training import GANTrainer, step_graph
 from fastgan.training.step_graph import CUDAGraph
+from fastgan.training.step_result import NAMES, StepResult
 from tests.training.test_gan import batches, pair
 
 pytestmark = [
@@ -397,14 +400,78 @@ def test_autocast_around_the_step_and_settings_that_never_rest():
         both.train([4] * 14, momentum)
 
 
-def test_a_loss_that_is_not_finite_is_said_after_a_replay():
-    both = Both(seed=1)
-    both.train([4] * 5)
+def spoilt_step(both):
     real, _ = batches([4])
     real[0][0, 0, 0, 0] = float("nan")
-    with pytest.raises(FloatingPointError, match="loss_d is nan"):
-        both.graphed.train_step(real[0])
+    return real[0], both.graphed.train_step(real[0])
+
+
+def test_a_loss_that_is_not_finite_is_said_when_it_is_looked_at():
+    both = Both(seed=1)
+    both.train([4] * 5)
+    step = both.graphed.step
+    _, result = spoilt_step(both)
     assert both.tape.replays == 3
+    for look in (lambda: result["loss_g"], lambda: dict(result), lambda: json.dumps(result)):
+        with pytest.raises(FloatingPointError, match=f"loss_d is nan at step {step + 1}"):
+            look()
+
+
+def test_a_loss_that_nobody_looks_at_is_said_by_the_next_step_or_the_state():
+    both = Both(seed=1)
+    both.train([4] * 5)
+    good = both.graphed.state_dict()
+    step = both.graphed.step
+    real, _ = spoilt_step(both)
+    with pytest.raises(FloatingPointError, match=f"loss_d is nan at step {step + 1}"):
+        both.graphed.train_step(real)
+    with pytest.raises(FloatingPointError, match=f"at step {step + 2}"):
+        both.graphed.state_dict()
+    both.graphed.state_dict()  # it has been said
+    spoilt_step(both)
+    both.graphed.load_state_dict(good)
+    both.graphed.train_step(batches([4])[0][0])
+
+
+def test_results_keep_their_own_numbers_while_steps_go_on():
+    both = Both(seed=1)
+    real, noises = batches([4] * 6)
+    expected, results = ([t.train_step(x, z) for x, z in zip(real, noises, strict=True)] for t in both.trainers)
+    assert type(results[-1]) is StepResult
+    for one, other in zip(results, expected, strict=True):
+        assert list(one) == ["loss_d", "loss_g", "d_real", "d_fake"]
+        torch.testing.assert_close(dict(one), dict(other), rtol=1e-6, atol=1e-6)
+
+
+def unread(values=(1.0, 2.0, 0.5, 0.25)):
+    """A result, and how often it has been read."""
+    reads = []
+    return StepResult(lambda: reads.append(1) or list(values), lambda _: None), reads
+
+
+@pytest.mark.parametrize("look", [
+    lambda r: r["loss_d"], len, list, repr, dict, str, lambda r: dict(**r), lambda r: {**r}, lambda r: r | {},
+    lambda r: r == {}, lambda r: r.get("d_fake"), lambda r: "loss_d" in r, json.dumps, copy.copy, copy.deepcopy,
+    pickle.dumps, lambda r: r.copy(), lambda r: r.update(wait=1), lambda r: r.setdefault("loss_d"),
+    lambda r: list(reversed(r)),
+])  # fmt: skip
+def test_a_result_is_read_at_the_first_look_of_whatever_kind(look):
+    result, reads = unread()
+    assert not reads
+    look(result)
+    assert reads == [1]
+    assert {k: result[k] for k in NAMES} == {"loss_d": 1.0, "loss_g": 2.0, "d_real": 0.5, "d_fake": 0.25}
+    assert reads == [1]
+
+
+def test_a_result_is_a_dict_to_whoever_asks():
+    result, _ = unread()
+    plain = {"loss_d": 1.0, "loss_g": 2.0, "d_real": 0.5, "d_fake": 0.25}
+    assert json.loads(json.dumps(result)) == plain
+    assert pickle.loads(pickle.dumps(result)) == plain == result
+    assert f"{result}" == f"{plain}"
+    result["wait"] = 0.5
+    assert result == plain | {"wait": 0.5}
 
 
 def test_the_cpu_and_a_switch_leave_it_out():
