@@ -144,6 +144,61 @@ def test_a_failed_build_leaves_nothing_and_says_the_compilers_error(tmp_path):
     assert [p.suffix for p in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
+def on_a_disk(kilobytes: int, code: str, where: Path, **environment) -> str:
+    """What is said on stderr where ``where`` is a disk of its own, of that size."""
+    where.mkdir()
+    command = ["unshare", "--map-root-user", "--mount", "sh", "-ec"]
+    mount = f'mount -t tmpfs -o size={kilobytes}k tmpfs "$0"'
+    if subprocess.run([*command, mount, where], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a disk of their own")
+    given = {k: v for k, v in os.environ.items() if k not in ("TORCH_CUDA_ARCH_LIST", "FASTGAN_CUDA")}
+    done = subprocess.run(
+        [*command, f'{mount}; df "$0" >&2; exec "$@"', where, sys.executable, "-c", PRETEND + code],
+        capture_output=True, text=True, timeout=120, cwd=sysconfig.get_path("stdlib"),
+        env={**given, "FASTGAN_CACHE": str(where), **{k: str(v) for k, v in environment.items()}},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"{kilobytes}" in done.stderr  # df's
+    return done.stderr
+
+
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="no unshare on this machine")
+def test_a_disk_that_is_full_is_said_and_nothing_stays_on_it(tmp_path):
+    fill = """
+import pathlib
+cache = pathlib.Path(os.environ["FASTGAN_CACHE"])
+with open(cache / "all of it", "wb", buffering=0) as file:
+    try:
+        while True:
+            file.write(bytes(4096))
+    except OSError as error:
+        assert error.errno == 28
+"""
+    left = "\nprint(sorted(p.suffix for p in cache.iterdir()), file=sys.stderr)"
+    err = on_a_disk(64, fill + ASK + left, tmp_path / "disk", PRETEND_CUDA_HOME=CUDA_HOME or tmp_path)
+    assert err.count("RuntimeWarning") == 1
+    assert "No space left on device" in err or CUDA_HOME is None
+    assert "['', '.lock']" in err
+
+
+@needs_nvcc
+@pytest.mark.skipif(shutil.which("unshare") is None, reason="no unshare on this machine")
+def test_a_disk_that_fills_up_during_the_build_is_said_and_nothing_stays_on_it(tmp_path):
+    (tmp_path / "csrc" / "large").mkdir(parents=True)
+    (tmp_path / "csrc" / "large" / "large.cu").write_text("__device__ int large[1 << 20] = {1};\n")
+    code = f"""
+import pathlib
+_cuda._sources = lambda: pathlib.Path({str(tmp_path / "csrc")!r})
+print(_cuda.has_kernel("norm_act"))
+print([p.suffix for p in pathlib.Path(os.environ["FASTGAN_CACHE"]).iterdir()], file=sys.stderr)
+"""
+    err = on_a_disk(1024, code, tmp_path / "disk", PRETEND_CUDA_HOME=CUDA_HOME, MAX_JOBS="1")
+    assert err.count("RuntimeWarning") == 1
+    assert "building them failed" in err
+    assert "No space left on device" in err
+    assert "['.lock']" in err
+
+
 def test_the_key_follows_sources_and_gpus(tmp_path):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "a.cu").write_text("1")
