@@ -9,6 +9,7 @@ import torch
 
 import fastgan
 from fastgan.nn.functional import linear_cross_entropy
+from fastgan.ops import _linear_cross_entropy_loops as loops
 from fastgan.ops import linear_cross_entropy as ops
 from tests.cuda_emulation.build import needs_compiler
 
@@ -199,13 +200,13 @@ def as_on_a_gpu(emulated, monkeypatch):
         dtypes.add((a.dtype, b.dtype, out.dtype))
         out.add_(a.float() @ b.float()) if add else out.copy_(a.float() @ b.float())
 
-    monkeypatch.setattr(ops, "_multiplies_16_bits", lambda device: True)
-    monkeypatch.setattr(ops, "_widening_product", product)
+    monkeypatch.setattr(loops, "_multiplies_16_bits", lambda device: True)
+    monkeypatch.setattr(loops, "_widening_product", product)
     for name in ("rows", "statistics", "gradient"):
-        monkeypatch.setattr(ops, f"_{name}_kernel", getattr(emulated, f"linear_cross_entropy_{name}"))
+        monkeypatch.setattr(loops, f"_{name}_kernel", getattr(emulated, f"linear_cross_entropy_{name}"))
     monkeypatch.setattr(ops, "autocast_dtype", torch.get_autocast_dtype)
-    monkeypatch.setattr(ops, "_ALIGNED", 16)
-    monkeypatch.setattr(ops, "BLOCK_BYTES", 4 * 16 * 40)
+    monkeypatch.setattr(loops, "_ALIGNED", 16)
+    monkeypatch.setattr(loops, "BLOCK_BYTES", 4 * 16 * 40)
     return dtypes
 
 
@@ -216,7 +217,7 @@ def as_on_a_gpu(emulated, monkeypatch):
 def test_a_gpus_16_bit_factors_give_float32_logits(
     as_on_a_gpu, monkeypatch, reduction, radius, with_bias, tokens, dtype
 ):
-    monkeypatch.setattr(ops, "BLOCK_TOKENS", tokens)
+    monkeypatch.setattr(loops, "BLOCK_TOKENS", tokens)
     input, weight, bias = (torch.randn(*size).requires_grad_() for size in ((40, 8), (50, 8), (50,)))
     target = torch.randint(0, 50, (40,))
     target[[3, 30]] = -100
@@ -294,10 +295,10 @@ def test_the_whole_operator_on_a_device(monkeypatch, dtype, with_bias, radius):
     exactly = [t.detach().cpu().double().requires_grad_() for t in leaves]
     with fastgan.use("reference"):
         want = _values(exactly, target.cpu(), **settings)
-    monkeypatch.setattr(ops, "CUDA_CHUNK_BYTES", 100 * 4 * 1001)  # several chunks, several blocks
+    monkeypatch.setattr(loops, "CUDA_CHUNK_BYTES", 100 * 4 * 1001)  # several chunks, several blocks
     for block, tokens in ((1 << 28, 1 << 20), (300 * 4 * 256, 1 << 20), (300 * 4 * 256, 100)):
-        monkeypatch.setattr(ops, "BLOCK_BYTES", block)
-        monkeypatch.setattr(ops, "BLOCK_TOKENS", tokens)
+        monkeypatch.setattr(loops, "BLOCK_BYTES", block)
+        monkeypatch.setattr(loops, "BLOCK_TOKENS", tokens)
         got, again = _values(leaves, target, **settings), _values(leaves, target, **settings)
         assert all(map(torch.equal, got, again))
         for a, b in zip(got, want, strict=True):
@@ -307,7 +308,7 @@ def test_the_whole_operator_on_a_device(monkeypatch, dtype, with_bias, radius):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_the_whole_operator_in_a_graph(monkeypatch, dtype):
     leaves, target = _on_a_device(dtype, True)
-    monkeypatch.setattr(ops, "BLOCK_BYTES", 300 * 4 * 256)
+    monkeypatch.setattr(loops, "BLOCK_BYTES", 300 * 4 * 256)
     want = _values(leaves, target)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -336,7 +337,7 @@ def test_a_gpus_tokens_that_count_by_one_question(ignored):
     target = torch.tensor([4, 1, 0, 2])
     target[list(ignored)] = -100
     kept = target != -100
-    index, targets = ops._kept_by_one_question(kept, target, 5)
+    index, targets = loops._kept_by_one_question(kept, target, 5)
     assert targets.equal(target[kept])
     assert index is None if not ignored else index.tolist() == kept.nonzero()[:, 0].tolist()
     for wrong, said in ((5, "Target 5 is"), (-1, "Target -1 is")):
@@ -344,18 +345,18 @@ def test_a_gpus_tokens_that_count_by_one_question(ignored):
             break
         target[kept] = torch.where(torch.arange(kept.sum()) == 0, wrong, 1)
         with pytest.raises(IndexError, match=said):
-            ops._kept_by_one_question(kept, target, 5)
+            loops._kept_by_one_question(kept, target, 5)
 
 
 def test_blocks_cover_the_classes_within_the_budget():
     for tokens, classes, features in ((8192, 50257, 768), (8192, 128256, 2048), (3, 50257, 768), (70000, 1000, 8)):
-        chunk, block = ops._tokens_and_classes_per_block(tokens, classes, features)
-        assert 4 * chunk * block <= ops.BLOCK_BYTES
+        chunk, block = loops._tokens_and_classes_per_block(tokens, classes, features)
+        assert 4 * chunk * block <= loops.BLOCK_BYTES
         assert 1 <= block <= classes
-        assert chunk <= ops.BLOCK_TOKENS
-        assert block == classes or block % ops._ALIGNED == 0
-    assert ops._tokens_and_classes_per_block(8192, 50257, 768) == (8192, 2816)  # 22 x 6 tiles, one round
-    assert ops._tokens_and_classes_per_block(300, 50257, 768) == (300, 50257)
+        assert chunk <= loops.BLOCK_TOKENS
+        assert block == classes or block % loops._ALIGNED == 0
+    assert loops._tokens_and_classes_per_block(8192, 50257, 768) == (8192, 2816)  # 22 x 6 tiles, one round
+    assert loops._tokens_and_classes_per_block(300, 50257, 768) == (300, 50257)
     for classes, block, sizes in (
         (50257, 50257, [50240, 17]),
         (20000, 9984, [9984, 9984, 32]),
@@ -363,7 +364,7 @@ def test_blocks_cover_the_classes_within_the_budget():
         (100, 64, [64, 36]),
         (7, 7, [7]),
     ):
-        blocks = ops._blocks_of_classes(classes, block)
+        blocks = loops._blocks_of_classes(classes, block)
         assert [b.stop - b.start for b in blocks] == sizes
         assert [b.start for b in blocks] == [0, *(b.stop for b in blocks[:-1])]
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import fastgan
 from fastgan.nn.functional import linear_cross_entropy
+from fastgan.ops import _linear_cross_entropy_loops as loops
 from fastgan.ops import linear_cross_entropy as ops
 from tests.derivatives import check_derivatives
 
@@ -173,7 +174,7 @@ def test_adversarial_radius_at_zero_features():
 @pytest.fixture
 def small_chunks(monkeypatch):
     """Sixteen tokens a chunk, and blocks of sixteen classes of a 16-bit weight."""
-    monkeypatch.setattr(ops, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(loops, "CHUNK_BYTES", 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -452,8 +453,8 @@ def test_a_batch_of_upstream_gradients(reduction):
 def test_frozen_weight_has_no_gradient_computed(monkeypatch):
     input, weight, target, _ = inputs()
     asked = []
-    chunked = ops._chunked
-    monkeypatch.setattr(ops, "_chunked", lambda *a, **k: asked.append(list(a[10])) or chunked(*a, **k))
+    chunked = loops.chunked
+    monkeypatch.setattr(loops, "chunked", lambda *a, **k: asked.append(list(a[10])) or chunked(*a, **k))
     linear_cross_entropy(input, weight.detach(), target).backward()
     with torch.no_grad():
         linear_cross_entropy(input, weight, target)
