@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastgan.ops import attention_precision
+from fastgan.ops import attention_precision, fused_attention
 from fastgan.ops._autograd import in_functorch
 
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -82,7 +82,7 @@ def torch_takes(query, key, value, mask, bias, philox) -> bool:
     """Whether torch's fused kernel can do all that is asked of this call, on hardware that it uses best.
 
     That is bfloat16 where the CPU has AMX, and half precision on a GPU (FlashAttention, cuDNN). Where gradients are
-    wanted ours stays: torch's refuses the second.
+    wanted it is not: torch's refuses the second (``fused_takes``).
     """
     if query.device.type == "cpu":
         if query.dtype != torch.bfloat16 or not _HAS_AMX:
@@ -91,12 +91,24 @@ def torch_takes(query, key, value, mask, bias, philox) -> bool:
         return False
     if philox is not None:
         return False
-    wanted = torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (query, key, value, bias)
-    )
-    if wanted or query.shape[-1] != value.shape[-1]:
+    if _gradients_wanted(query, key, value, bias) or query.shape[-1] != value.shape[-1]:
         return False
-    return torch.compiler.is_compiling() or not (in_functorch() or forward_ad._current_level >= 0)
+    return not _transformed()
+
+
+def fused_takes(query, key, value, mask, bias, philox) -> bool:
+    """Whether the operator is ``fused_attention``, torch's kernel with a second derivative of ours."""
+    wanted = _gradients_wanted(query, key, value, bias)
+    return fused_attention.takes(query, key, value, mask, bias, philox, wanted) and not _transformed()
+
+
+def _gradients_wanted(*tensors) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _transformed() -> bool:
+    """Whether this call is one of torch.func's or of forward mode."""
+    return not torch.compiler.is_compiling() and (in_functorch() or forward_ad._current_level >= 0)
 
 
 def fold(query, key, value, attn_mask, enable_gqa):

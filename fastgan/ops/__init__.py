@@ -28,4 +28,4 @@ def _tag_compile_caches() -> None:
 
 _tag_compile_caches()
 
-from fastgan.ops import attention, attention_varlen, conv  # noqa: E402, F401  importing them registers their operators
+from fastgan.ops import attention, attention_varlen, conv, fused_attention  # noqa: E402, F401  importing them registers their operators

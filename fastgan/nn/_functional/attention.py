@@ -48,7 +48,8 @@ def scaled_dot_product_attention(
     Source: tiles with a running softmax as in Dao et al., FlashAttention (2022); the log-sum-exp is kept and the
     backward recomputes the tiles. Sparse, nested and complex tensors, and devices without a kernel, go to torch's own;
     so does half precision without gradients and dropout on a GPU, and bfloat16 on a CPU that multiplies it in tiles
-    (AMX).
+    (AMX). With gradients, but without mask and dropout, half precision on a GPU goes to torch's kernel as well, and its
+    second derivative to ours (``fastgan/ops/fused_attention.py``).
     """
     found = _attention_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if found is None or _attention_inputs.torch_takes(*found[1][:6]):
@@ -56,7 +57,11 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     lead, arguments = found
-    output, _ = _attention(arguments)
+    if not _impl.reference_selected() and _attention_inputs.fused_takes(*arguments[:6]):
+        query4, key4, value4, *_, causal, factor = arguments
+        output, _ = torch.ops.fastgan.fused_attention(query4, key4, value4, causal, factor)
+    else:
+        output, _ = _attention(arguments)
     return output if len(lead) == 2 else output.reshape(*lead, query.shape[-2], value.shape[-1])
 
 
