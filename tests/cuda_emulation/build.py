@@ -18,14 +18,14 @@ CXX = os.environ.get("CXX", "g++")
 
 # The emulator's headers are found before those of csrc/; -fno-strict-aliasing because CUDA's vector accesses need it.
 _FLAGS = [
-    "-std=gnu++20", "-O1", "-g", "-Wall", "-Wextra", "-Wno-unused-function", "-Wno-unknown-pragmas", "-Wno-psabi",
+    "-std=gnu++20", "-O1", "-Wall", "-Wextra", "-Wno-unused-function", "-Wno-unknown-pragmas", "-Wno-psabi",
     "-fno-strict-aliasing", "-ffp-contract=off", "-fno-omit-frame-pointer",
     f"-I{HERE}", f"-I{REPOSITORY / 'csrc'}", f"-I{REPOSITORY / 'tests' / 'kernel_harness'}",
 ]  # fmt: skip
 SANITIZERS = {
     "none": [],
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
-    "thread": ["-fsanitize=thread"],
+    "address": ["-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+    "thread": ["-g1", "-fsanitize=thread"],
 }
 
 #: the operators that have a .cu, by their stems
