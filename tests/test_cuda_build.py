@@ -50,11 +50,12 @@ print(_cuda.status())
 """
 
 
-def start(code: str, **environment: str | Path | None) -> subprocess.Popen[str]:
+def start(code: str, *before: str | Path, **environment: str | Path | None) -> subprocess.Popen[str]:
+    """Python with the code, where ``before`` is given as the last arguments of that command."""
     given = {k: str(v) for k, v in environment.items() if v is not None}
     env = {k: v for k, v in os.environ.items() if k not in ("TORCH_CUDA_ARCH_LIST", "FASTGAN_CUDA", "FASTGAN_CACHE")}
     return subprocess.Popen(
-        [sys.executable, "-c", PRETEND + code],
+        [*before, sys.executable, "-c", PRETEND + code],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -151,15 +152,10 @@ def on_a_disk(kilobytes: int, code: str, where: Path, **environment) -> str:
     mount = f'mount -t tmpfs -o size={kilobytes}k tmpfs "$0"'
     if subprocess.run([*command, mount, where], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount a disk of their own")
-    given = {k: v for k, v in os.environ.items() if k not in ("TORCH_CUDA_ARCH_LIST", "FASTGAN_CUDA")}
-    done = subprocess.run(
-        [*command, f'{mount}; df "$0" >&2; exec "$@"', where, sys.executable, "-c", PRETEND + code],
-        capture_output=True, text=True, timeout=120, cwd=sysconfig.get_path("stdlib"),
-        env={**given, "FASTGAN_CACHE": str(where), **{k: str(v) for k, v in environment.items()}},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert f"{kilobytes}" in done.stderr  # df's
-    return done.stderr
+    on_it = (*command, f'{mount}; df "$0" >&2; exec "$@"', where)
+    _, err = finish(start(code, *on_it, FASTGAN_CACHE=where, **environment), 120)
+    assert f"{kilobytes}" in err  # df's
+    return err
 
 
 @pytest.mark.skipif(shutil.which("unshare") is None, reason="no unshare on this machine")

@@ -13,32 +13,12 @@
 //
 // (of the second product of floats, columns as output_column says: four neighbours are one vector).
 //
-// A row of shared memory is D elements in chunks of 16 bytes; chunk c of row i lies where c ^ (i % 8) would:
-// eight rows' reads of one chunk, and a row's reads of eight, meet all banks.
+// Rows of shared memory lie as attention_cuda_lanes.h says.
 #pragma once
 #include "attention/attention_cuda_tf32.h"
 
 namespace fastgan {
 namespace {
-
-template <class S>
-constexpr bool kHalf = sizeof(S) == 2;
-template <class S>
-constexpr bool kTensorCores = kHalf<S> || kInTerms<S>;
-template <class S>
-constexpr int kChunk = 16 / int(sizeof(S));  // elements
-
-FASTGAN_DEVICE int lane_row() { return int(threadIdx.x) % kWarp / 4; }     // r
-FASTGAN_DEVICE int lane_column() { return int(threadIdx.x) % kWarp % 4; }  // q
-
-template <class S, int D>
-FASTGAN_DEVICE int place(int row, int chunk) {
-  return (row * (D / kChunk<S>)+(chunk ^ (row & 7))) * kChunk<S>;
-}
-
-// The same of 16-bit elements within a row, for a chunk c + d with c a constant and even, d 0 or 1, and
-// x = d ^ (row % 8): so that a lane keeps few addresses, not one for each c.
-FASTGAN_DEVICE int swizzled(int c, int x) { return ((c & ~7) + ((c & 7) ^ x)) * 8; }
 
 // Of sums[t][j][i] or [i + 2] in the second product.
 template <class S>
@@ -57,7 +37,6 @@ template <class S, int D, int N, int R, bool Add = false>
 FASTGAN_DEVICE void products_of_rows(Accumulate<S> (&sums)[R][N / 8][4], const S* a, const S* b,
                                      Float32Products products) {
   using T = Accumulate<S>;
-  if constexpr (kInTerms<S>) return products_in_terms<D, N, R, Add>(sums, a, b, products);
   if (!Add) {
 #pragma unroll
     for (int t = 0; t < R; ++t)
@@ -66,18 +45,20 @@ FASTGAN_DEVICE void products_of_rows(Accumulate<S> (&sums)[R][N / 8][4], const S
 #pragma unroll
         for (int i = 0; i < 4; ++i) sums[t][j][i] = 0;
   }
-  if constexpr (kHalf<S>) {
+  if constexpr (kInTerms<S>) {
+    products_in_terms<D, N, R>(sums, a, b, products);
+  } else if constexpr (kHalf<S>) {
     const int lane = int(threadIdx.x) % kWarp, xa = lane / 16 ^ lane % 8, xb = lane / 8 % 2 ^ lane % 8;
     const S *rows_a = a + lane % 16 * D, *rows_b = b + (lane % 8 + lane / 16 * 8) * D;
 #pragma unroll 4  // of more, fragments and addresses would be fetched ahead into too many registers
     for (int k = 0; k < D / 16; ++k) {
       uint32_t from_a[R][4];
 #pragma unroll
-      for (int t = 0; t < R; ++t) load_matrices(from_a[t], rows_a + 16 * t * D + swizzled(2 * k, xa));
+      for (int t = 0; t < R; ++t) load_matrices(from_a[t], rows_a + 16 * t * D + swizzled<S>(2 * k, xa));
 #pragma unroll
       for (int j = 0; j < N / 8; j += 2) {
         uint32_t tiles[4];
-        load_matrices(tiles, rows_b + 8 * j * D + swizzled(2 * k, xb));
+        load_matrices(tiles, rows_b + 8 * j * D + swizzled<S>(2 * k, xb));
         const uint32_t low[2] = {tiles[0], tiles[1]}, high[2] = {tiles[2], tiles[3]};
 #pragma unroll
         for (int t = 0; t < R; ++t) {
@@ -120,8 +101,9 @@ FASTGAN_DEVICE void add_weighted_rows(Accumulate<S> (&sums)[R][D / 8][4],
                                       const Accumulate<S> (&weights)[R][N / 8][4], const S* b,
                                       Accumulate<S>* memory, Float32Products products) {
   using T = Accumulate<S>;
-  if constexpr (kInTerms<S>) return add_weighted_in_terms<D, N, R>(sums, weights, b, products);
-  if constexpr (kHalf<S>) {
+  if constexpr (kInTerms<S>) {
+    add_weighted_in_terms<D, N, R>(sums, weights, b, products);
+  } else if constexpr (kHalf<S>) {
     const int lane = int(threadIdx.x) % kWarp, x = lane / 16 ^ lane % 8;
     const S* rows = b + lane % 16 * D;
     (void)memory;
@@ -137,7 +119,7 @@ FASTGAN_DEVICE void add_weighted_rows(Accumulate<S> (&sums)[R][D / 8][4],
 #pragma unroll
       for (int j = 0; j < D / 8; j += 2) {
         uint32_t tiles[4];
-        load_matrices_transposed(tiles, rows + 16 * k * D + swizzled(j, x));
+        load_matrices_transposed(tiles, rows + 16 * k * D + swizzled<S>(j, x));
         const uint32_t low[2] = {tiles[0], tiles[1]}, high[2] = {tiles[2], tiles[3]};
 #pragma unroll
         for (int t = 0; t < R; ++t) {

@@ -12,19 +12,11 @@
 // A lane has the second product's sums of other columns than with 16 bits: B is read by its rows, four
 // neighbours at a time, and each of the four is a tile's.
 #pragma once
-#include <type_traits>
-
 #include "attention/attention.h"
-#include "common/cuda_tensor_core.h"
-#include "common/cuda_types.h"
+#include "attention/attention_cuda_lanes.h"
 
 namespace fastgan {
 namespace {
-
-template <class S>
-constexpr bool kInTerms = std::is_same_v<S, tf32>;
-template <class S>
-using InMemory = std::conditional_t<kInTerms<S>, float, S>;  // for kernels without products
 
 constexpr int kPart = 16;
 
@@ -57,23 +49,13 @@ FASTGAN_DEVICE void multiply_terms(float (&sums)[R][J][4], const uint32_t (&a)[R
   add(0, 0);
 }
 
-// Of row `row` (its own % 8 added to `x` beforehand: attention_cuda_products.h) the place of a chunk.
-FASTGAN_DEVICE int swizzled_in_terms(int c, int x) { return ((c & ~7) + ((c & 7) ^ x)) * 4; }
-
-template <int D, int N, int R, bool Add>
+// sums (16 R, N) += A Bᵀ
+template <int D, int N, int R>
 FASTGAN_DEVICE void products_in_terms(float (&sums)[R][N / 8][4], const tf32* a, const tf32* b,
                                       Float32Products products) {
   const uint32_t rounding = rounding_of(products);
   const int lane = int(threadIdx.x) % kWarp, xa = lane / 16 ^ lane % 8, xb = lane / 8 % 2 ^ lane % 8;
   const tf32 *rows_a = a + lane % 16 * D, *rows_b = b + (lane % 8 + (N > 8 ? lane / 16 * 8 : 0)) * D;
-  if (!Add) {
-#pragma unroll
-    for (int t = 0; t < R; ++t)
-#pragma unroll
-      for (int j = 0; j < N / 8; ++j)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) sums[t][j][i] = 0;
-  }
 #pragma unroll 1  // of more, fragments and addresses would be fetched ahead into too many registers
   for (int from = 0; from < D; from += 32)
 #pragma unroll
@@ -85,7 +67,7 @@ FASTGAN_DEVICE void products_in_terms(float (&sums)[R][N / 8][4], const tf32* a,
 #pragma unroll
         for (int t = 0; t < R; ++t) {
           uint32_t whole[4];
-          load_matrices(whole, rows_a + 16 * t * D + from + swizzled_in_terms(2 * k, xa));
+          load_matrices(whole, rows_a + 16 * t * D + from + swizzled<tf32>(2 * k, xa));
 #pragma unroll
           for (int i = 0; i < 4; ++i) split(float_of(whole[i]), rounding, from_a[t][0][i], from_a[t][1][i]);
         }
@@ -93,7 +75,7 @@ FASTGAN_DEVICE void products_in_terms(float (&sums)[R][N / 8][4], const tf32* a,
 #pragma unroll
         for (int j = 0; j < N / 8; j += 2) {
           uint32_t whole[4];
-          load_matrices(whole, rows_b + 8 * j * D + from + swizzled_in_terms(2 * k, xb));
+          load_matrices(whole, rows_b + 8 * j * D + from + swizzled<tf32>(2 * k, xb));
 #pragma unroll
           for (int i = 0; i < (N > 8 ? 4 : 2); ++i)
             split(float_of(whole[i]), rounding, from_b[j + i / 2][0][i % 2], from_b[j + i / 2][1][i % 2]);
@@ -114,8 +96,8 @@ template <int D, int N, int R>
 FASTGAN_DEVICE void add_weighted_in_terms(float (&sums)[R][D / 8][4], const float (&weights)[R][N / 8][4],
                                           const tf32* b, Float32Products products) {
   const uint32_t rounding = rounding_of(products);
-  const int r = int(threadIdx.x) % kWarp / 4, q = int(threadIdx.x) % 4;
-  const tf32* lines[2] = {b + 2 * q * D + (r ^ 2 * q) * 4, b + (2 * q + 1) * D + (r ^ (2 * q + 1)) * 4};
+  const int r = lane_row(), q = lane_column();
+  const tf32* lines[2] = {b + place<tf32, D>(2 * q, r), b + place<tf32, D>(2 * q + 1, r)};
   constexpr int part_rows = N < kPart ? N : kPart;
 #pragma unroll
   for (int c = 0; c < D / 32; ++c)
@@ -149,9 +131,7 @@ FASTGAN_DEVICE void add_weighted_in_terms(float (&sums)[R][D / 8][4], const floa
 }
 
 // Of sums[t][j][i] or [i + 2] in the second product.
-FASTGAN_DEVICE int column_in_terms(int j, int i) {
-  return j / 4 * 32 + int(threadIdx.x) % 4 * 8 + 4 * i + j % 4;
-}
+FASTGAN_DEVICE int column_in_terms(int j, int i) { return j / 4 * 32 + lane_column() * 8 + 4 * i + j % 4; }
 
 }  // namespace
 }  // namespace fastgan

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastgan.ops import attention_precision, fused_attention
+from fastgan.ops import attention_precision
 from fastgan.ops._autograd import in_functorch
 
 _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -73,9 +73,13 @@ def has_kernel(query, key, value, attn_mask) -> bool:
     if query.dtype not in _KERNEL_DTYPES:
         return False
     if query.device.type == "cuda":
-        widest = _WIDEST_ON_CUDA.get(query.dtype, 256)
-        return max(query.shape[-1], value.shape[-1]) <= widest and attention_precision.has_kernel("attention", query)
+        return _has_cuda_kernel("attention", query, value)
     return query.device.type in ("cpu", "meta")
+
+
+def _has_cuda_kernel(operator, query, value) -> bool:
+    widest = _WIDEST_ON_CUDA.get(query.dtype, 256)
+    return max(query.shape[-1], value.shape[-1]) <= widest and attention_precision.has_kernel(operator, query)
 
 
 def torch_takes(query, key, value, mask, bias, philox) -> bool:
@@ -98,8 +102,20 @@ def torch_takes(query, key, value, mask, bias, philox) -> bool:
 
 def fused_takes(query, key, value, mask, bias, philox) -> bool:
     """Whether the operator is ``fused_attention``, torch's kernel with a second derivative of ours."""
-    wanted = _gradients_wanted(query, key, value, bias)
-    return fused_attention.takes(query, key, value, mask, bias, philox, wanted) and not _transformed()
+    if query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    if mask is not None or bias is not None or philox is not None or not _gradients_wanted(query, key, value):
+        return False
+    width = query.shape[3]
+    return (
+        query.shape[:2] == key.shape[:2]
+        and value.shape[3] == width
+        and width % 8 == 0
+        and width > 0
+        and min(*query.shape[:3], key.shape[2]) > 0
+        and not torch.are_deterministic_algorithms_enabled()
+        and not _transformed()
+    )
 
 
 def _gradients_wanted(*tensors) -> bool:
@@ -239,10 +255,7 @@ def has_varlen_kernel(query, value) -> bool:
     if query.dtype not in _KERNEL_DTYPES or query.layout != torch.strided:
         return False
     if query.device.type == "cuda":
-        widest = _WIDEST_ON_CUDA.get(query.dtype, 256)
-        return max(query.shape[-1], value.shape[-1]) <= widest and attention_precision.has_kernel(
-            "varlen_attention", query
-        )
+        return _has_cuda_kernel("varlen_attention", query, value)
     return query.device.type in ("cpu", "meta")
 
 

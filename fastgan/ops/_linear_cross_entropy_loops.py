@@ -33,7 +33,7 @@ _TILE, _MULTIPROCESSORS = 128, 132
 _ALIGNED = 64
 
 
-# The row kernel, in place, and CUDA's of blocks of classes; only the two kernels below call them, beneath autograd.
+# The row kernel, in place, and CUDA's of blocks of classes; only the loops below call them, beneath autograd.
 LIBRARY.define(
     "linear_cross_entropy_rows(Tensor(a!) logits, Tensor target, Tensor? bias, Tensor? margin, Tensor? gradient, "
     "Tensor(b!)? loss, float smoothing, float z) -> ()"

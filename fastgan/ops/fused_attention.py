@@ -81,23 +81,6 @@ KERNELS: dict[tuple[str, int], Kernel] = {
 _trusted: dict[tuple[object, ...], bool] = {}
 
 
-def takes(query: Tensor, key: Tensor, value: Tensor, mask, bias, philox, wanted: bool) -> bool:
-    """Whether ``fused_attention`` is for these arguments of ``attention``, of which gradients are ``wanted``."""
-    if not wanted or query.device.type != "cuda" or query.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    if mask is not None or bias is not None or philox is not None:
-        return False
-    width = query.shape[3]
-    return (
-        query.shape[:2] == key.shape[:2]
-        and value.shape[3] == width
-        and width % 8 == 0
-        and width > 0
-        and min(*query.shape[:3], key.shape[2]) > 0
-        and not torch.are_deterministic_algorithms_enabled()
-    )
-
-
 def _kernel_for(query: Tensor, key: Tensor, value: Tensor, is_causal: bool, scale: float) -> Kernel | None:
     """PyTorch's own choice, if that is one of ``KERNELS`` and can be trusted."""
     with torch.enable_grad():  # in the backward too: a choice that has one
@@ -136,7 +119,7 @@ def _agrees(kernel: Kernel, like: Tensor, is_causal: bool) -> bool:
         off = max(((a.double() - b.double()).norm() / b.double().norm()).item() for a, b in pairs)
         reason = None if off < 2e-2 else f"its results are off by {off:.2g}"
     except (RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0][:200]
+        reason = str(error).split("\n", 1)[0][:200]
     if reason is not None:
         warnings.warn(f"attention does not use {kernel.name}, which is faster: {reason}", RuntimeWarning, stacklevel=2)
     return reason is None

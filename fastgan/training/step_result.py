@@ -19,7 +19,8 @@ class StepResult(dict[str, float]):
     """A ``dict`` whose entries are there from the first look at it on.
 
     Args:
-        read: the values, in the order of ``NAMES``; may wait for the device, and is called once.
+        read: the values, in the order of ``NAMES``; may wait for the device, and is not called again once ``check`` has
+            let them pass.
         check: is given the values and may raise: at the first look, and at every further one.
     """
 

@@ -13,24 +13,32 @@ FASTGAN_DEVICE float half_of(uint32_t word, int which) {
   return widen(S{uint16_t(which ? word >> 16 : word)});
 }
 
+// The fragments of all lanes, gathered.
+struct Fragments {
+  uint32_t a[4], b[2];
+};
+inline void gather_fragments(const uint32_t (&a)[4], const uint32_t (&b)[2], Fragments (&all)[kWarp],
+                             emulator::Where where) {
+  Fragments mine;
+  std::memcpy(mine.a, a, sizeof a);
+  std::memcpy(mine.b, b, sizeof b);
+  emulator::gather(&mine, sizeof mine, 0, kWarp, all, where);
+}
+
 // Products in float, summed in double and rounded once: hardware's order is its own, and a test's bound has
 // to hold for any.
 template <class S>
 inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                          emulator::Where where = emulator::Where::current()) {
-  struct Lane {
-    uint32_t a[4], b[2];
-  } mine, all[kWarp];
-  std::memcpy(mine.a, a, sizeof a);
-  std::memcpy(mine.b, b, sizeof b);
-  emulator::gather(&mine, sizeof mine, 0, kWarp, all, where);
+  Fragments all[kWarp];
+  gather_fragments(a, b, all, where);
   int lane = int(threadIdx.x % kWarp);
   for (int i = 0; i < 4; ++i) {
     int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
     double sum = double(c[i]);
     for (int k = 0; k < 16; ++k) {
-      const Lane& from_a = all[row % 8 * 4 + k % 8 / 2];
-      const Lane& from_b = all[column * 4 + k % 8 / 2];
+      const Fragments& from_a = all[row % 8 * 4 + k % 8 / 2];
+      const Fragments& from_b = all[column * 4 + k % 8 / 2];
       sum += double(half_of<S>(from_a.a[row / 8 + k / 8 * 2], k % 2)) *
              double(half_of<S>(from_b.b[k / 8], k % 2));
     }
@@ -47,12 +55,8 @@ inline float cut_off(double x) {
 }
 inline void mma_m16n8k8(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                         emulator::Where where = emulator::Where::current()) {
-  struct Lane {
-    uint32_t a[4], b[2];
-  } mine, all[kWarp];
-  std::memcpy(mine.a, a, sizeof a);
-  std::memcpy(mine.b, b, sizeof b);
-  emulator::gather(&mine, sizeof mine, 0, kWarp, all, where);
+  Fragments all[kWarp];
+  gather_fragments(a, b, all, where);
   int lane = int(threadIdx.x % kWarp);
   for (int i = 0; i < 4; ++i) {
     int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
