@@ -66,7 +66,7 @@ def _capabilities() -> tuple[str, ...]:
     return _C.available_capabilities()
 
 
-@pytest.fixture(params=["baseline", "avx2", "avx512", "neon"])
+@pytest.fixture(params=["baseline", "avx2", "avx512", "amx", "neon"])
 def capability(request):
     """Runs the test once for each instruction set; those that this machine lacks are skipped, and say so."""
     if request.param not in _capabilities():

@@ -144,7 +144,7 @@ def test_the_extension_names_no_folder_of_the_machine_that_built_it():
 @pytest.mark.skipif(shutil.which("nm") is None, reason="binutils are not installed")
 def test_kernel_objects_share_no_symbol_between_instruction_sets():
     repository = Path(__file__).resolve().parent.parent
-    objects = list(repository.glob("build/*/CMakeFiles/*.dir/csrc/*/*_cpu.cpp.o"))
+    objects = [each for kind in ("cpu", "amx") for each in repository.glob(f"build/*/CMakeFiles/*.dir/csrc/*/*_{kind}.cpp.o")]
     if not objects:
         pytest.skip("built elsewhere: no object files beside the sources")
     for each in objects:
@@ -152,7 +152,7 @@ def test_kernel_objects_share_no_symbol_between_instruction_sets():
         weak = [s for s in symbols if re.search(r"^[0-9a-f]+ [WVu] ", s)]
         assert not weak, f"{each.name}: {weak[:5]}"
         assert not [s for s in symbols if "_GLOBAL__sub_I" in s], each.name
-        isa = re.search(r"_(baseline|avx2|avx512|neon)\.dir", str(each)).group(1)
+        isa = re.search(r"_(baseline|avx2|avx512|amx|neon)\.dir", str(each)).group(1)
         exported = [s.split()[-1] for s in symbols if re.search(r"^[0-9a-f]+ T ", s)]
         assert exported, each.name
         assert all(name.endswith(f"_{isa}") for name in exported), (each.name, exported)

@@ -120,8 +120,8 @@ static inline int64_t attention_workspace(const AttentionArgs& a) {
 
 }  // namespace fastgan
 
-FASTGAN_DECLARE_KERNEL(attention_forward, fastgan::AttentionArgs)
-FASTGAN_DECLARE_KERNEL(attention_backward, fastgan::AttentionArgs)
+FASTGAN_DECLARE_AMX_KERNEL(attention_forward, fastgan::AttentionArgs)
+FASTGAN_DECLARE_AMX_KERNEL(attention_backward, fastgan::AttentionArgs)
 FASTGAN_DECLARE_KERNEL(attention_weights, fastgan::AttentionArgs)
 FASTGAN_DECLARE_KERNEL(attention_jvp, fastgan::AttentionArgs)
 FASTGAN_DECLARE_KERNEL(attention_double_backward, fastgan::AttentionArgs)

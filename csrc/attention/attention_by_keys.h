@@ -15,6 +15,9 @@
 //   tile(a, s, t) packs the rows and computes the tile's score gradients
 //   key_gradients(a, s, t)              adds to s.grad_key and s.grad_value
 //   query_gradient(a, s, t, keys, sum, first)   adds to the sum, or sets it the first time
+//   finish_keys(s, keys)                where there is one, key_gradients sums up elsewhere, from pack_keys
+//   on, and
+//                                       this writes s.grad_key and s.grad_value
 #pragma once
 #include "attention/attention_tiles.h"
 
@@ -103,6 +106,9 @@ void add_bias_gradient(const AttentionArgs& a, const Tile& t, const KeyScratch<T
 }
 
 template <class Pass>
+constexpr bool kSumsElsewhere = requires(typename Pass::Scratch& s) { Pass::finish_keys(s, 0); };
+
+template <class Pass>
 void keys_piece(const AttentionArgs& a, typename Pass::Scratch& s, int64_t batch, int64_t kv_head,
                 int64_t chunk, int64_t first_key, int64_t end_key) {
   using Storage = typename Pass::Storage;
@@ -121,8 +127,8 @@ void keys_piece(const AttentionArgs& a, typename Pass::Scratch& s, int64_t batch
     const int64_t first = any ? key0 + seen.begin : key0, keys = any ? seen.end - seen.begin : 0;
     if (any) {
       Pass::pack_keys(a, s, batch, kv_head, first, keys);
-      for (int64_t i = 0; i < keys * s.padded; ++i) s.grad_key[i] = T(0);
-      for (int64_t i = 0; i < keys * s.padded_value; ++i) s.grad_value[i] = T(0);
+      for (int64_t i = 0; !kSumsElsewhere<Pass> && i < keys * s.padded; ++i) s.grad_key[i] = T(0);
+      for (int64_t i = 0; !kSumsElsewhere<Pass> && i < keys * s.padded_value; ++i) s.grad_value[i] = T(0);
     }
     for (int64_t head = kv_head * group; head < (kv_head + 1) * group; ++head) {
       // The rows before see none of these keys. Those that see none at all, before the first key, are set to
@@ -148,6 +154,8 @@ void keys_piece(const AttentionArgs& a, typename Pass::Scratch& s, int64_t batch
         if (with_bias) add_bias_gradient<Storage, T>(a, t, s, key0, block);
       }
     }
+    if constexpr (kSumsElsewhere<Pass>)
+      if (any) Pass::finish_keys(s, keys);
     for (int64_t k = 0; k < block; ++k) {
       Storage* grad_key = at<Storage>(a.grad_key, batch, kv_head, key0 + k);
       Storage* grad_value = at<Storage>(a.grad_value, batch, kv_head, key0 + k);
@@ -271,7 +279,7 @@ void bias_gradient(const AttentionArgs& a, const Threads& threads) {
                    else if constexpr (sizeof(Storage) == 2)
                      bias_piece<Pass, float>(a, scratch, piece, row_blocks, key_blocks);
                  }
-                 std::free(scratch.memory);
+                 release(scratch);
                });
 }
 
@@ -296,7 +304,7 @@ void run_by_keys(const AttentionArgs& a, const Threads& threads, int64_t product
         keys_piece<Pass>(one, scratch, batch, piece / chunks, chunk, chunk_begin(one, chunks, chunk),
                          chunk_begin(one, chunks, chunk + 1));
     });
-    std::free(scratch.memory);
+    release(scratch);
   });
   if (a.workspace) {
     auto rows = [](const AttentionArgs& one) -> Pieces {

@@ -1,7 +1,6 @@
 // Attention on the CPU, forward and backward, in memory linear in the sequence.
 //
-// Forward. A piece of work is one head of one batch and up to kForwardChunk query rows. For each block of
-// keys, packed once for the piece, and each block of query rows: scores S = Q Kᵀ (a tile that stays in L2),
+// Forward, in tiles that are cut as attention_by_rows.h says: scores S = Q Kᵀ (a tile that stays in L2),
 // bias, masks, the row maximum, P = exp(S − maximum), and O ← O · exp(old maximum − maximum) + P V; at the
 // end O is divided by the row sums. Subtracting the running maximum keeps exp in range; the row's log-sum-exp
 // is all that the backward needs.
@@ -25,7 +24,8 @@
 // sums are over what is not dropped yet. Inputs of half precision are packed as float32. All work is cut by
 // shape alone and sums have one order, so that the result has the same bits for every number of threads.
 #include "attention/attention_by_keys.h"
-#include "attention/attention_tiles.h"
+#include "attention/attention_by_rows.h"
+#include "attention/attention_softmax.h"
 
 namespace {
 
@@ -60,46 +60,6 @@ struct ForwardScratch {
   T *query, *key, *value, *scores, *output, *maximum, *total, *rescale;
   uint32_t* words;
 };
-
-// P = exp(S − maximum) in place; updates the rows' maxima and sums, and leaves in `rescale` what O is to be
-// scaled by.
-template <class T>
-void softmax_tile(const AttentionArgs& a, const Tile& t, T* scores, int64_t stride, T* maximum, T* total,
-                  T* rescale, uint32_t* words) {
-  constexpr int W = lanes<T>;
-  int64_t padded = whole_panels<T>(t.columns);
-  for (int64_t r = 0; r < t.rows; ++r, scores += stride) {
-    Vec<T> first = broadcast<T>(-infinity<T>()), second = first;
-    for (int64_t c = 0; c < padded; c += 2 * W) {
-      first = max(load<T>(scores + c), first);
-      second = max(load<T>(scores + c + W), second);
-    }
-    T before = maximum[r], now = fastgan::maximum<T>(max(first, second));
-    if (!(now > before)) now = before;
-    T subtracted = now == -infinity<T>() ? T(0) : now;
-    if (a.has_dropout) draw(a, t, r, words);
-    Vec<T> sum0{}, sum1{};
-    for (int64_t c = 0; c < padded; c += 2 * W) {
-      Vec<T> p0 = exp_of_difference(load<T>(scores + c) - subtracted);
-      Vec<T> p1 = exp_of_difference(load<T>(scores + c + W) - subtracted);
-      sum0 += p0;
-      sum1 += p1;
-      if (a.has_dropout) {
-        p0 = select(kept<T>(words + c, a.threshold), p0, Vec<T>{});
-        p1 = select(kept<T>(words + c + W, a.threshold), p1, Vec<T>{});
-      }
-      store(scores + c, p0);
-      store(scores + c + W, p1);
-    }
-    // Most often 1, the maximum being the old one, or 0, there having been none.
-    T scale = before == subtracted       ? T(1)
-              : before == -infinity<T>() ? T(0)
-                                         : exp_of_difference(broadcast<T>(before - subtracted))[0];
-    rescale[r] = scale;
-    total[r] = total[r] * scale + sum<T>(sum0 + sum1);
-    maximum[r] = now;
-  }
-}
 
 // ---- one row: values in place ----
 
@@ -142,74 +102,44 @@ void add_values_in_place(const Storage* value, int64_t stride, int64_t width, in
   }
 }
 
-template <class Storage, class T>
-void forward_piece(const AttentionArgs& a, ForwardScratch<T>& s, int64_t batch, int64_t head, int64_t row0,
-                   int64_t rows) {
-  const int64_t kv_head = head / (a.heads / a.kv_heads), panel = kPanel<T>;
-  pack_rows<T>(at<Storage>(a.query, batch, head, row0), a.query.stride[2], a.query.stride[3], rows, a.width,
-               s.query);
-  for (int64_t r = 0; r < rows; ++r) s.maximum[r] = -infinity<T>(), s.total[r] = T(0);
-  for (int64_t i = 0; i < rows * s.value_width; ++i) s.output[i] = T(0);
+template <class S>
+struct ForwardPass {
+  using Storage = S;
+  using T = Accumulate<S>;
+  using Scratch = ForwardScratch<T>;
+  static constexpr int64_t kChunk = kForwardChunk, kRows = kForwardRows, kKeys = kForwardKeys;
+  static constexpr double kUnit = 1;
 
-  const bool in_place = one_row_in_place(a);
-  int64_t end = a.is_causal ? smaller(a.columns, seen_columns(a, row0 + rows, 0)) : a.columns;
-  for (int64_t key0 = 0; key0 < end; key0 += kForwardKeys) {
-    const Range seen =
-        visible<Storage>(a, Tile{batch, head, row0, key0, rows, smaller(kForwardKeys, end - key0)});
-    const int64_t first = key0 + seen.begin, keys = seen.end - seen.begin;
-    if (keys <= 0) continue;
-    if (!in_place) {
-      pack_transposed<T>(at<Storage>(a.key, batch, kv_head, first), a.key.stride[2], a.key.stride[3], keys,
-                         a.width, s.key);
-      pack_panels<T>(at<Storage>(a.value, batch, kv_head, first), a.value.stride[2], a.value.stride[3], keys,
-                     a.value_width, s.value);
-    }
-    for (int64_t block = 0; block < rows; block += kForwardRows) {
-      Tile t{batch, head, row0 + block, first, smaller(kForwardRows, rows - block), keys};
-      if (a.is_causal) t.columns = smaller(keys, seen_columns(a, t.row + t.rows, first));
-      if (t.columns > 0 && (a.mask.data || a.bias.data))
-        t.columns = smaller(t.columns, visible<Storage>(a, t).end);
-      if (t.columns <= 0) continue;
-      scores_of<Storage>(a, t, s.query + block * a.width, s.key, s.scores, s.keys);
-      softmax_tile<T>(a, t, s.scores, s.keys, s.maximum + block, s.total + block, s.rescale, s.words);
-      if (in_place)
-        add_values_in_place(at<Storage>(a.value, batch, kv_head, first), a.value.stride[2], a.value_width,
-                            t.columns, s.scores, s.rescale[0], s.output);
-      else
-        multiply<false, Update::rescale>(Product<T>{t.rows, s.value_width, t.columns, s.scores, s.keys,
-                                                    s.value, keys * panel, s.output + block * s.value_width,
-                                                    s.value_width, T(1), s.rescale});
-    }
+  static void pack_rows(const AttentionArgs& a, Scratch& s, int64_t batch, int64_t head, int64_t row0,
+                        int64_t rows) {
+    fastgan::pack_rows<T>(at<S>(a.query, batch, head, row0), a.query.stride[2], a.query.stride[3], rows,
+                          a.width, s.query);
   }
-  T kept_scale = a.has_dropout ? T(a.kept_scale) : T(1);
-  double* logsumexp = a.logsumexp + row_index(a, batch, head, row0);
-  for (int64_t r = 0; r < rows; ++r) {
-    bool dead = s.total[r] == T(0);
-    T factor = dead ? T(0) : kept_scale / s.total[r];
-    store_row<T>(s.output + r * s.value_width, factor, a.value_width,
-                 at<Storage>(a.output, batch, head, row0 + r));
-    logsumexp[r] = dead ? -infinity<double>() : double(s.maximum[r]) + std::log(double(s.total[r]));
+  static void pack_keys(const AttentionArgs& a, Scratch& s, int64_t batch, int64_t kv_head, int64_t key0,
+                        int64_t keys) {
+    if (one_row_in_place(a)) return;
+    pack_transposed<T>(at<S>(a.key, batch, kv_head, key0), a.key.stride[2], a.key.stride[3], keys, a.width,
+                       s.key);
+    pack_panels<T>(at<S>(a.value, batch, kv_head, key0), a.value.stride[2], a.value.stride[3], keys,
+                   a.value_width, s.value);
   }
-}
+  static void tile(const AttentionArgs& a, Scratch& s, const Tile& t, int64_t block, int64_t keys) {
+    scores_of<S>(a, t, s.query + block * a.width, s.key, s.scores, s.keys);
+    softmax_tile<T>(a, t, s.scores, s.keys, s.scores, s.keys, s.maximum + block, s.total + block, s.rescale,
+                    s.words);
+    if (one_row_in_place(a))
+      add_values_in_place(at<S>(a.value, t.batch, t.head / (a.heads / a.kv_heads), t.column),
+                          a.value.stride[2], a.value_width, t.columns, s.scores, s.rescale[0], s.output);
+    else
+      multiply<false, Update::rescale>(Product<T>{t.rows, s.value_width, t.columns, s.scores, s.keys, s.value,
+                                                  keys * kPanel<T>, s.output + block * s.value_width,
+                                                  s.value_width, T(1), s.rescale});
+  }
+};
 
 template <class Storage>
 void forward(const AttentionArgs& a, const Threads& threads) {
-  using T = Accumulate<Storage>;
-  auto chunks_of = [](const AttentionArgs& one) { return (one.rows + kForwardChunk - 1) / kForwardChunk; };
-  auto cut = [&](const AttentionArgs& one) -> Pieces {
-    int64_t cost = smaller(one.rows, kForwardChunk) * one.columns * (one.width + one.value_width + 16);
-    return {one.heads * chunks_of(one), cost};
-  };
-  in_pieces<Storage>(a, threads, a.batch, cut, [&](auto for_each) {
-    ForwardScratch<T> scratch(a);
-    if (!allocate(scratch, a)) return;
-    for_each([&](const AttentionArgs& one, int64_t batch, int64_t piece) {
-      const int64_t chunks = chunks_of(one), row = in_turn(one, piece % chunks, chunks) * kForwardChunk;
-      forward_piece<Storage, T>(one, scratch, batch, piece / chunks, row,
-                                smaller(kForwardChunk, one.rows - row));
-    });
-    std::free(scratch.memory);
-  });
+  run_by_rows<ForwardPass<Storage>>(a, threads);
 }
 
 // ---- backward ----
@@ -251,7 +181,6 @@ void pack_backward_keys(const AttentionArgs& a, BackwardScratch<T>& s, int64_t b
 // dS in `grad_scores`.
 template <class Storage, class T>
 void backward_tile(const AttentionArgs& a, BackwardScratch<T>& s, const Tile& t) {
-  constexpr int W = lanes<T>;
   const int64_t panel = kPanel<T>, padded = whole_panels<T>(t.columns);
   const Storage* query = at<Storage>(a.query, t.batch, t.head, t.row);
   const Storage* grad = at<Storage>(a.grad_output, t.batch, t.head, t.row);
@@ -260,11 +189,8 @@ void backward_tile(const AttentionArgs& a, BackwardScratch<T>& s, const Tile& t)
   pack_rows<T>(grad, a.grad_output.stride[2], a.grad_output.stride[3], t.rows, a.value_width, s.grad);
   pack_panels<T>(grad, a.grad_output.stride[2], a.grad_output.stride[3], t.rows, a.value_width,
                  s.grad_panels);
-  // D in two ways. Where the tile has the whole row it is summed up from P ∘ dP, the numbers that it is
-  // subtracted from: a weight of 1 then has a gradient of exactly 0, as it must. Otherwise from dO ∘ O, equal
-  // but for rounding.
-  const bool whole_row = a.columns <= kKeyBlock;
-  for (int64_t r = 0; !whole_row && r < t.rows; ++r)
+  // A tile that has the whole row sums them up itself (score_gradients).
+  for (int64_t r = 0; a.columns > kKeyBlock && r < t.rows; ++r)
     s.delta[r] = dot<T>(s.grad + r * a.value_width, at<Storage>(a.saved_output, t.batch, t.head, t.row + r),
                         a.saved_output.stride[3], a.value_width);
 
@@ -272,43 +198,9 @@ void backward_tile(const AttentionArgs& a, BackwardScratch<T>& s, const Tile& t)
   multiply<false, Update::set>(Product<T>{t.rows, padded, a.value_width, s.grad, a.value_width, s.value,
                                           a.value_width * panel, s.grad_scores, s.stride});
 
-  const T kept_scale = T(a.kept_scale);
-  for (int64_t r = 0; r < t.rows; ++r) {
-    T* scores = s.scores + r * s.stride;
-    T* grads = s.grad_scores + r * s.stride;
-    const LogSumExp<T> logsumexp = logsumexp_of<T>(a, t, r);
-    if (a.has_dropout) draw(a, t, r, s.words);
-    if (!whole_row && !a.has_dropout) {
-      const T delta = s.delta[r];
-      for (int64_t c = 0; c < padded; c += 2 * W) {
-        Vec<T> p0 = logsumexp.probability(load<T>(scores + c));
-        Vec<T> p1 = logsumexp.probability(load<T>(scores + c + W));
-        store(scores + c, p0);
-        store(scores + c + W, p1);
-        store(grads + c, p0 * (load<T>(grads + c) - delta));
-        store(grads + c + W, p1 * (load<T>(grads + c + W) - delta));
-      }
-      continue;
-    }
-    Vec<T> sums{};
-    for (int64_t c = 0; c < padded; c += W) {
-      Vec<T> p = logsumexp.probability(load<T>(scores + c)), g = load<T>(grads + c);
-      if (a.has_dropout) {
-        g = select(kept<T>(s.words + c, a.threshold), g * kept_scale, Vec<T>{});
-        store(grads + c, g);
-      }
-      sums += p * g;
-      store(scores + c, p);
-    }
-    T delta = whole_row ? sum<T>(sums) : s.delta[r];
-    for (int64_t c = 0; c < padded; c += W) {
-      Vec<T> p = load<T>(scores + c);
-      store(grads + c, p * (load<T>(grads + c) - delta));
-      if (a.has_dropout)
-        store(scores + c, select(kept<T>(s.words + c, a.threshold), p * kept_scale, Vec<T>{}));
-    }
-  }
+  score_gradients<T>(a, t, s.scores, s.grad_scores, s.stride, s.delta, s.words);
 }
+
 template <class S>
 struct BackwardPass {
   using Storage = S;

@@ -222,7 +222,7 @@ void jvp(const AttentionArgs& a, const Threads& threads) {
       const int64_t chunks = chunks_of(one), row = in_turn(one, piece % chunks, chunks) * kJvpChunk;
       jvp_piece<Storage, T>(one, scratch, batch, piece / chunks, row, smaller(kJvpChunk, one.rows - row));
     });
-    std::free(scratch.memory);
+    release(scratch);
   });
 }
 

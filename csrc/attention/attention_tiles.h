@@ -17,7 +17,8 @@ T infinity() {
   return T(__builtin_inf());
 }
 
-// One allocation for all the scratch of a piece: count first, then take.
+// One allocation for all the scratch of a thread's pieces: count first, then take. A layout that has them is
+// told when the thread begins and when it ends.
 struct Scratch {
   char* memory = nullptr;
   int64_t used = 0;
@@ -41,7 +42,14 @@ bool allocate(Layout& layout, const AttentionArgs& args) {
   scratch.used = 0;
   layout.place(scratch);
   layout.memory = scratch.memory;
+  if constexpr (requires { layout.begin(); }) layout.begin();
   return true;
+}
+
+template <class Layout>
+void release(Layout& layout) {
+  if constexpr (requires { layout.end(); }) layout.end();
+  std::free(layout.memory);
 }
 
 template <class Storage>
@@ -238,12 +246,16 @@ void apply_bias_and_masks(const AttentionArgs& a, const Tile& t, T* scores, int6
   }
 }
 
-// The bias and the masks on a tile of scores, where there are any or the tile ends within a panel.
+// Whether there is anything to be done with a tile of scores: bias, masks, or columns beyond its end.
+template <class T>
+bool has_bias_or_masks(const AttentionArgs& a, const Tile& t) {
+  const bool crosses = a.is_causal && t.column + t.columns > t.row + 1 + a.diagonal;
+  return a.bias.data || a.mask.data || crosses || t.columns % kPanel<T>;
+}
+
 template <class Storage, class T>
 void finish_scores(const AttentionArgs& a, const Tile& t, T* scores, int64_t stride) {
-  const bool crosses = a.is_causal && t.column + t.columns > t.row + 1 + a.diagonal;
-  if (a.bias.data || a.mask.data || crosses || t.columns % kPanel<T>)
-    apply_bias_and_masks<Storage>(a, t, scores, stride);
+  if (has_bias_or_masks<T>(a, t)) apply_bias_and_masks<Storage>(a, t, scores, stride);
 }
 
 // Whether keys and values are read where they lie, rows of numbers side by side, for the only query row.

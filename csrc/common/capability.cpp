@@ -5,8 +5,34 @@
 #include <stdexcept>
 #include <string>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace fastgan {
 namespace {
+
+#if defined(__x86_64__)
+// The instructions are there, the system saves the tiles, and lets this process have them: it is asked for
+// them here, once, and grants them to all threads (Linux 5.16 and later; torch asks in the same way).
+bool has_amx() {
+  static const bool found = [] {
+    unsigned a, b, c, d, features, low, high;
+    constexpr unsigned kBf16 = 1u << 5, kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kSaved = 1u << 27;
+    if (!__get_cpuid_count(7, 1, &features, &b, &c, &d) || !(features & kBf16)) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kAmxBf16 | kAmxTile)) != (kAmxBf16 | kAmxTile))
+      return false;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kSaved)) return false;
+    asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+    constexpr unsigned kTileState = 3u << 17;
+    constexpr long kRequestPermission = 0x1023, kTileData = 18;
+    return (low & kTileState) == kTileState && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  }();
+  return found;
+}
+#endif
 
 bool runs_here(Capability wanted) {
 #if defined(__x86_64__)
@@ -20,6 +46,8 @@ bool runs_here(Capability wanted) {
       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
              runs_here(Capability::avx2);
+    case Capability::amx:
+      return runs_here(Capability::avx512) && has_amx();
     default:
       return false;
   }
@@ -30,7 +58,8 @@ bool runs_here(Capability wanted) {
 #endif
 }
 
-constexpr Capability kAll[] = {Capability::neon, Capability::baseline, Capability::avx2, Capability::avx512};
+constexpr Capability kAll[] = {Capability::neon, Capability::baseline, Capability::avx2, Capability::avx512,
+                               Capability::amx};
 
 Capability best() {
   Capability found = Capability::baseline;
@@ -63,6 +92,8 @@ const char* capability_name(Capability which) {
       return "avx2";
     case Capability::avx512:
       return "avx512";
+    case Capability::amx:
+      return "amx";
     case Capability::neon:
       return "neon";
   }
@@ -70,7 +101,7 @@ const char* capability_name(Capability which) {
 }
 
 const char* const* available_capabilities() {
-  static const char* names[5] = {};
+  static const char* names[6] = {};
   if (!names[0]) {
     int count = 0;
     for (Capability each : kAll)

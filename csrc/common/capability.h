@@ -10,7 +10,8 @@
 
 namespace fastgan {
 
-enum class Capability { baseline, avx2, avx512, neon };
+// Each of x86's has what the one before has. amx: AVX-512 with AVX512_BF16, and AMX's tiles of bfloat16.
+enum class Capability { baseline, avx2, avx512, amx, neon };
 
 // The instruction set in use: the best that the machine has, or what FASTGAN_CPU_CAPABILITY forces.
 Capability capability();
@@ -22,15 +23,20 @@ const char* const* available_capabilities();
 
 }  // namespace fastgan
 
+// FASTGAN_DECLARE_AMX_KERNEL: a file of its own, <stem>_amx.cpp, has one for AMX; elsewhere AVX-512's is
+// that.
 #if defined(__x86_64__)
-#define FASTGAN_DECLARE_KERNEL(name, Arguments)                                              \
+#define FASTGAN_DECLARE_KERNEL_(name, Arguments, for_amx)                                    \
   extern "C" {                                                                               \
   void fastgan_##name##_baseline(const Arguments&, const fastgan::Threads&);                 \
   void fastgan_##name##_avx2(const Arguments&, const fastgan::Threads&);                     \
   void fastgan_##name##_avx512(const Arguments&, const fastgan::Threads&);                   \
+  void for_amx(const Arguments&, const fastgan::Threads&);                                   \
   }                                                                                          \
   static inline void (*fastgan_select_##name())(const Arguments&, const fastgan::Threads&) { \
     switch (fastgan::capability()) {                                                         \
+      case fastgan::Capability::amx:                                                         \
+        return for_amx;                                                                      \
       case fastgan::Capability::avx512:                                                      \
         return fastgan_##name##_avx512;                                                      \
       case fastgan::Capability::avx2:                                                        \
@@ -39,6 +45,10 @@ const char* const* available_capabilities();
         return fastgan_##name##_baseline;                                                    \
     }                                                                                        \
   }
+#define FASTGAN_DECLARE_KERNEL(name, Arguments) \
+  FASTGAN_DECLARE_KERNEL_(name, Arguments, fastgan_##name##_avx512)
+#define FASTGAN_DECLARE_AMX_KERNEL(name, Arguments) \
+  FASTGAN_DECLARE_KERNEL_(name, Arguments, fastgan_##name##_amx)
 #elif defined(__aarch64__)
 #define FASTGAN_DECLARE_KERNEL(name, Arguments)                                              \
   extern "C" void fastgan_##name##_neon(const Arguments&, const fastgan::Threads&);          \
@@ -51,6 +61,10 @@ const char* const* available_capabilities();
   static inline void (*fastgan_select_##name())(const Arguments&, const fastgan::Threads&) { \
     return fastgan_##name##_baseline;                                                        \
   }
+#endif
+
+#if !defined(__x86_64__)
+#define FASTGAN_DECLARE_AMX_KERNEL(name, Arguments) FASTGAN_DECLARE_KERNEL(name, Arguments)
 #endif
 
 #define FASTGAN_SELECT(name) fastgan_select_##name()

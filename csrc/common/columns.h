@@ -18,8 +18,6 @@ static inline int64_t row_blocks(int64_t rows) {
 
 namespace {
 
-#define FASTGAN_INLINE_LAMBDA __attribute__((always_inline))
-
 constexpr int kChains = 4;  // sums that run beside each other, so that none waits for its last addition
 
 template <class T, class Body, int... U>

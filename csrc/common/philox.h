@@ -19,7 +19,7 @@ FASTGAN_INLINE PhiloxLanes multiply_low_halves(PhiloxLanes a, PhiloxLanes b) {
   return (PhiloxLanes)_mm512_mul_epu32((__m512i)a, (__m512i)b);
 #elif defined(__AVX2__)
   return (PhiloxLanes)_mm256_mul_epu32((__m256i)a, (__m256i)b);
-#elif defined(__SSE2__)
+#elif defined(__SSE2__) && !defined(FASTGAN_VECTOR_BYTES)
   return (PhiloxLanes)_mm_mul_epu32((__m128i)a, (__m128i)b);
 #else
   return (a & 0xffffffffu) * (b & 0xffffffffu);

@@ -23,7 +23,9 @@
 namespace fastgan {
 namespace {
 
-#if defined(__AVX512F__)
+#if defined(FASTGAN_VECTOR_BYTES)  // a test's: the compiler makes several registers of one vector
+constexpr int kVectorBytes = FASTGAN_VECTOR_BYTES;
+#elif defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
 #elif defined(__AVX__)
 constexpr int kVectorBytes = 32;
@@ -54,6 +56,7 @@ template <class T>
 using Mask = typename VecOf<T>::mask;
 
 #define FASTGAN_INLINE __attribute__((always_inline)) inline
+#define FASTGAN_INLINE_LAMBDA __attribute__((always_inline))
 
 // x in every lane. Subtracting zero changes nothing, -0 included, so that this is one broadcast; adding would
 // be two.
@@ -164,13 +167,19 @@ FASTGAN_INLINE Vec<float> load(const bfloat16* p) {
   std::memcpy(&half, p, sizeof half);
   return (Vec<float>)(__builtin_convertvector(half, WordBits) << 16);
 }
+// Kernels that are compiled for AVX512_BF16 take its instruction: denormal numbers become 0.
 FASTGAN_INLINE void store(bfloat16* p, Vec<float> v) {
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+  std::memcpy(p, &half, sizeof half);
+#else
   WordBits bits = (WordBits)v;
   WordBits rounded = (bits + 0x7fffu + ((bits >> 16) & 1)) >> 16;
   Mask<float> nan = v != v;
   WordBits out = ((WordBits)nan & ((bits >> 16) | 0x40)) | (~(WordBits)nan & rounded);
   HalfBits half = __builtin_convertvector(out, HalfBits);
   std::memcpy(p, &half, sizeof half);
+#endif
 }
 
 template <class T>

@@ -31,8 +31,6 @@ constexpr int64_t kStrip = 512;    // channels at a time, channels_last
 constexpr int64_t kRowsInT = 128;  // rows whose sums stay in T, channels_last
 constexpr int64_t kGrain = 32768;  // values that are worth a thread
 
-#define FASTGAN_INLINE_LAMBDA __attribute__((always_inline))
-
 FASTGAN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTGAN_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 FASTGAN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

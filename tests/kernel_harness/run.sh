@@ -20,6 +20,8 @@ common=(-std=gnu++20 -g -Wall -Wextra -Wno-unused-function -Wno-psabi
   -Wno-maybe-uninitialized -fno-math-errno -fno-trapping-math
   -ffp-contract=fast -I "$root/csrc" -I "$here" -pthread)
 declare -A flags=([baseline]="" [avx2]="-mavx2 -mfma -mf16c" [neon]=""
+  # csrc/<stem>/<stem>*_amx.cpp on any machine: without the compiler's flags its instructions are loops.
+  [amx]="-DFASTGAN_VECTOR_BYTES=64 -DHARNESS_AMX"
   [avx512]="-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512")
 runner=()
 
@@ -63,10 +65,18 @@ for harness in "$here"/*_harness.cpp; do
   for kernel in "$root/csrc/$stem/$stem"*_cpu.cpp; do
     if [ -f "$kernel" ]; then sources+=("$kernel"); fi
   done
-  for isa in "${isas[@]}"; do
+  amx=("$root/csrc/$stem/$stem"*_amx.cpp)
+  for isa in "${isas[@]}" amx; do
+    own=()
+    kernels="$isa"
+    if [ "$isa" = amx ]; then
+      if [ ! -f "${amx[0]}" ] || [ "$(uname -m)" != x86_64 ] || [ "$what" = neon ]; then continue; fi
+      own=("${amx[@]}")
+      kernels=baseline
+    fi
     program="$build/${stem}_${isa}_$what"
     # shellcheck disable=SC2086  the flags are several words
-    "$cxx" "${common[@]}" ${flags[$isa]} -DFASTGAN_ISA="$isa" "${sources[@]}" -o "$program"
+    "$cxx" "${common[@]}" ${flags[$isa]} -DFASTGAN_ISA="$kernels" "${sources[@]}" "${own[@]}" -o "$program"
     echo "== $stem, $isa, $what"
     if ! ASAN_OPTIONS=detect_leaks=1 UBSAN_OPTIONS=print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 \
       "${runner[@]}" "$program"; then
