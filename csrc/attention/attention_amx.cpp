@@ -20,7 +20,7 @@ namespace {
 
 using namespace fastgan;
 
-constexpr int64_t kFewestRows = 8;
+constexpr int64_t kFewestRows = 8;  // nn/_attention_inputs.py knows it
 constexpr int64_t kForwardChunk = 384, kForwardRows = 32, kForwardKeys = 256;
 constexpr int64_t kBackwardRows = 128;
 

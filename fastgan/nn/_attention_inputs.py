@@ -13,6 +13,8 @@ _KERNEL_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 #: the widest head that the CUDA kernels take, by its dtype
 _WIDEST_ON_CUDA = {torch.float64: 128}
 _HAS_AMX = bool(getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)())
+#: from this many query rows on, attention of bfloat16 goes through AMX's tiles (csrc/attention/attention_amx.cpp)
+_FEWEST_ROWS_OF_TILES = 8
 
 
 def _shapes(**tensors: Tensor) -> str:
@@ -85,11 +87,11 @@ def _has_cuda_kernel(operator, query, value) -> bool:
 def torch_takes(query, key, value, mask, bias, philox) -> bool:
     """Whether torch's fused kernel can do all that is asked of this call, on hardware that it uses best.
 
-    That is bfloat16 where the CPU has AMX, and half precision on a GPU (FlashAttention, cuDNN). Where gradients are
-    wanted it is not: torch's refuses the second (``fused_takes``).
+    That is a few rows of bfloat16 where the CPU has AMX, and half precision on a GPU (FlashAttention, cuDNN). Where
+    gradients are wanted it is not: torch's refuses the second (``fused_takes``).
     """
     if query.device.type == "cpu":
-        if query.dtype != torch.bfloat16 or not _HAS_AMX:
+        if query.dtype != torch.bfloat16 or not _HAS_AMX or query.shape[-2] >= _FEWEST_ROWS_OF_TILES:
             return False
     elif query.dtype not in (torch.bfloat16, torch.float16):
         return False

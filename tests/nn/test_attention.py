@@ -428,7 +428,7 @@ def test_nested_tensors_go_to_torch():
     assert MultiheadAttention(E, H, batch_first=True)._qkv_same_embed_dim is False
 
 
-def test_bfloat16_goes_to_torchs_kernel_where_there_is_amx_and_no_gradient(monkeypatch):
+def test_a_few_rows_of_bfloat16_go_to_torchs_kernel_where_there_is_amx_and_no_gradient(monkeypatch):
     asked = []
     torchs = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(_attention_inputs, "_HAS_AMX", True)
@@ -442,6 +442,7 @@ def test_bfloat16_goes_to_torchs_kernel_where_there_is_amx_and_no_gradient(monke
     F.scaled_dot_product_attention(query.float(), key.float(), value.float())
     F.scaled_dot_product_attention(query, key, torch.randn(2, 3, 5, 4, dtype=torch.bfloat16))
     torch.func.vmap(F.scaled_dot_product_attention)(query, key, value)
+    F.scaled_dot_product_attention(torch.randn(2, 3, 8, 8, dtype=torch.bfloat16), key, value)
     query.requires_grad_()
     output = F.scaled_dot_product_attention(query, key, value)
     (gradient,) = torch.autograd.grad(output.sum(), query, create_graph=True)
