@@ -18,10 +18,14 @@ from torch import Tensor
 
 from fastgan.ops._autograd import LIBRARY
 from fastgan.ops._output import new_output
+from fastgan.ops.product import product_into, tiles_multiply
 
 #: bytes of one chunk's logits. Below the 32 MiB from which malloc returns memory to the system at every free (and pays
 #: for its pages at every call), and enough tokens for the matrix products to run at their full rate.
 CHUNK_BYTES = 30 << 20
+#: of bfloat16 on the tiles of AMX, where the products are so fast that reading the weight and its gradient for every
+#: chunk counts: 500 tokens of 50,257 classes
+TILE_CHUNK_BYTES = 100 << 20
 #: on a GPU, of float32 and float64: of fewer rows the products are slower
 CUDA_CHUNK_BYTES = 128 << 20
 #: of 16 bits there: one block's logits of all tokens, at most so many tokens; 3,072 classes of 8,192 tokens
@@ -61,9 +65,8 @@ def gradient_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
     return dtype if dtype == torch.bfloat16 and _multiplies_16_bits(device) else accumulate_dtype(dtype)
 
 
-def _rows_per_chunk(tokens: int, classes: int, dtype: torch.dtype, device: str = "cpu") -> int:
+def _rows_per_chunk(tokens: int, classes: int, dtype: torch.dtype, budget: int) -> int:
     """Chunks of equal size within the budget; by shape only."""
-    budget = CHUNK_BYTES if device == "cpu" else CUDA_CHUNK_BYTES
     return _equal_parts(tokens, max(16, budget // max(1, classes * dtype.itemsize)))
 
 
@@ -145,6 +148,10 @@ class _Products:
             part = slice(begin, begin + self.block)
             yield part, self.weight[part].to(self.dtype)
 
+    def factor(self, x: Tensor) -> Tensor:
+        """``x`` as the products take it."""
+        return x.to(self.dtype)
+
     def logits(self, x: Tensor, out: Tensor) -> None:
         """out (t, V) = x (t, H) @ weightᵀ"""
         for part, weight in self._blocks():
@@ -158,6 +165,25 @@ class _Products:
     def weight_gradient(self, dlogits: Tensor, x: Tensor, out: Tensor, add: bool) -> None:
         """out (V, H) = dlogitsᵀ (V, t) @ x (t, H), or is added to"""
         _product(dlogits.t(), x, out, add)
+
+
+class _TileProducts:
+    """The same of bfloat16 by AMX: logits and sums are float32, their gradient is rounded, as on a GPU."""
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight if 1 in weight.stride() else weight.contiguous()
+
+    def factor(self, x: Tensor) -> Tensor:
+        return x.to(torch.bfloat16)
+
+    def logits(self, x: Tensor, out: Tensor) -> None:
+        product_into(out, x, self.weight.t(), False)
+
+    def input_gradient(self, dlogits: Tensor, out: Tensor) -> None:
+        product_into(out, dlogits, self.weight, False)
+
+    def weight_gradient(self, dlogits: Tensor, x: Tensor, out: Tensor, add: bool) -> None:
+        product_into(out, dlogits.t(), x, add)
 
 
 def _check_targets(target: Tensor, classes: int) -> None:
@@ -308,21 +334,25 @@ def _by_chunks(c: _Call) -> None:
     classes, features = c.weight.shape
     rows, dtype, out = c.target.numel(), accumulate_dtype(c.input.dtype), c.out
     wants_input, wants_weight, wants_bias = c.gradients
-    products = _Products(c.weight, dtype)
-    chunk = _rows_per_chunk(rows, classes, dtype, c.input.device.type)
+    tiles = tiles_multiply(c.input, c.weight)
+    products = _TileProducts(c.weight) if tiles else _Products(c.weight, dtype)
+    budget = CUDA_CHUNK_BYTES if c.input.is_cuda else TILE_CHUNK_BYTES if tiles else CHUNK_BYTES
+    chunk = _rows_per_chunk(rows, classes, dtype, budget)
     buffer = _buffer(c.input, chunk, classes, dtype)
+    rounded = _buffer(c.input, chunk, classes, c.input.dtype) if tiles and c.row_gradient is not None else None
     for begin in range(0, rows, chunk):
         part = slice(begin, min(begin + chunk, rows))
-        x = c.features(part).to(dtype)
+        x = products.factor(c.features(part))
         logits = buffer[: x.shape[0]]
         products.logits(x, logits)
         margin = c.margin(x)
         upstream_part = None if c.row_gradient is None else c.row_gradient[part]
         loss_part = None if c.losses is None else c.losses[part]
         _rows_kernel(logits, c.target[part], c.bias, margin, upstream_part, loss_part, c.label_smoothing, c.z_loss)
+        dlogits = logits if rounded is None else rounded[: x.shape[0]].copy_(logits)
         if wants_input:
-            dx = out[0][part] if c.index is None else torch.empty_like(x)
-            products.input_gradient(logits, dx)
+            dx = out[0][part] if c.index is None else torch.empty_like(x, dtype=dtype)
+            products.input_gradient(dlogits, dx)
             if margin is not None:
                 c.lower(dx, logits.gather(1, c.target[part, None]), margin, x)
             if c.index is not None:
@@ -330,7 +360,7 @@ def _by_chunks(c: _Call) -> None:
         if wants_weight:
             if begin == 0:
                 out[1] = new_output(c.input, (classes, features), dtype=dtype)
-            products.weight_gradient(logits, x, out[1], add=begin > 0)
+            products.weight_gradient(dlogits, x, out[1], add=begin > 0)
         if wants_bias:
             if begin == 0:
                 out[2] = logits.sum(0)

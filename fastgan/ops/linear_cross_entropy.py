@@ -16,11 +16,12 @@ upstream gradient of 1; the backward multiplies. Where each token has an upstrea
 (``reduction="none"``), or where the backward is to be differentiated, ``linear_cross_entropy_backward`` computes the
 chunks again.
 
-16-bit features and weights are widened for the CPU's products. A GPU multiplies them as they are and leaves float32:
-the logits are never rounded, and their gradient is before it is multiplied, as it is by torch under autocast. So
-autocast lowers features and weights for a GPU, and widens them for the CPU. The operator's loss is never of 16 bits.
+16-bit features and weights are widened for the CPU's products. A GPU, and bfloat16 on a CPU with AMX (``product``),
+multiply them as they are and leave float32: the logits are never rounded, and their gradient is before it is
+multiplied, as it is by torch under autocast. So autocast lowers features and weights there, and widens them for another
+CPU. The operator's loss is never of 16 bits.
 
-There the vocabulary goes through in blocks instead (``_linear_cross_entropy_loops``).
+On a GPU the vocabulary goes through in blocks instead (``_linear_cross_entropy_loops``).
 
 While a CUDA graph is captured nothing can be gathered, for the host would have to know how many: ignored tokens then go
 along with a gradient of zero, and an impossible target makes the loss NaN where it would raise.
@@ -39,14 +40,18 @@ from fastgan import _cuda, _impl
 from fastgan.ops import _linear_cross_entropy_loops as _loops
 from fastgan.ops._autograd import LIBRARY, cast_for_autocast, define, in_functorch, take_saved
 from fastgan.ops._linear_cross_entropy_loops import accumulate_dtype, gradient_dtype
+from fastgan.ops.product import tiles_are_used
 
 REDUCTIONS = ("none", "mean", "sum")
 NONE, MEAN, SUM = range(3)
 
 
 def autocast_dtype(device: str) -> torch.dtype:
-    """What features and weights become under autocast: a GPU multiplies the lower type, the CPU float32."""
-    return torch.float32 if device == "cpu" else torch.get_autocast_dtype(device)
+    """What features and weights become under autocast: a GPU, or AMX, multiplies the lower type, a CPU float32."""
+    lower = torch.get_autocast_dtype(device)
+    if device == "cpu" and not (lower == torch.bfloat16 and tiles_are_used()):
+        return torch.float32
+    return lower
 
 
 def autocast(device: str, input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:

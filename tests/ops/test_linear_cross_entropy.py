@@ -10,9 +10,11 @@ import torch
 from torch.nn import functional as F
 
 import fastgan
+from fastgan import _impl
 from fastgan.nn.functional import linear_cross_entropy
 from fastgan.ops import _linear_cross_entropy_loops as loops
 from fastgan.ops import linear_cross_entropy as ops
+from fastgan.ops.product import tiles_are_used
 from tests.derivatives import check_derivatives
 
 T, H, V = 11, 6, 37
@@ -175,6 +177,7 @@ def test_adversarial_radius_at_zero_features():
 def small_chunks(monkeypatch):
     """Sixteen tokens a chunk, and blocks of sixteen classes of a 16-bit weight."""
     monkeypatch.setattr(loops, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(loops, "TILE_CHUNK_BYTES", 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -190,9 +193,24 @@ def test_every_instruction_set(capability, small_chunks, classes, dtype):
         torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, check_dtype=False)
 
 
+@pytest.fixture
+def without_tiles():
+    """Whatever the machine has: bfloat16 is multiplied as float32."""
+    if not _impl.kernels_run():
+        yield
+        return
+    from fastgan import _C
+
+    before = _C.capability()
+    if before == "amx":
+        _C.set_capability("avx512")
+    yield
+    _C.set_capability(before)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_half_precision_accumulates_in_float32(small_chunks, dtype, reduction):
+def test_half_precision_accumulates_in_float32(small_chunks, without_tiles, dtype, reduction):
     args = inputs(40, 8, 50, dtype, ignored=(3,))
     exact = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in args]
     got = gradients(linear_cross_entropy, *args, reduction=reduction)
@@ -200,6 +218,26 @@ def test_half_precision_accumulates_in_float32(small_chunks, dtype, reduction):
     expected = gradients(plain, *exact, reduction=reduction)
     # one rounding of the result, nothing in between
     torch.testing.assert_close([t.double() for t in got], list(expected), rtol=0.51 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.kernel
+@pytest.mark.skipif(not tiles_are_used(), reason="this CPU has no AMX")
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_tiles_round_the_gradient_of_the_logits_alone(small_chunks, reduction):
+    """Losses and the bias's gradient as with float32's products; the others no further from float64 than torch's own."""
+    args = inputs(300, 70, 1001, torch.bfloat16, ignored=(3,))
+    exact = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in args]
+    upstream = torch.rand(300 if reduction == "none" else ())
+    got = gradients(linear_cross_entropy, *args, upstream.bfloat16(), reduction=reduction)
+    expected = gradients(plain, *exact, upstream.bfloat16().double(), reduction=reduction)
+    theirs = gradients(plain, *args, upstream.bfloat16(), reduction=reduction)
+    eps = torch.finfo(torch.bfloat16).eps
+    torch.testing.assert_close(got[0].double(), expected[0], rtol=0.51 * eps, atol=1e-6)
+    torch.testing.assert_close(got[3].double(), expected[3], rtol=0.51 * eps, atol=1e-6)
+    for ours, their, right in zip(got[1:3], theirs[1:3], expected[1:3], strict=True):
+        error, bound = (ours.double() - right).norm(), (their.double() - right).norm()
+        assert error <= bound, (error / right.norm(), bound / right.norm())
+        assert error <= eps * right.norm()
 
 
 def test_float16_gradients_survive_under_a_loss_scale():
@@ -213,7 +251,7 @@ def test_float16_gradients_survive_under_a_loss_scale():
 
 
 @pytest.mark.kernel
-def test_autocast_computes_in_float32():
+def test_autocast_computes_in_float32(without_tiles):
     input, weight, target, bias = inputs(dtype=torch.float32)
     expected = gradients(linear_cross_entropy, input, weight, target, bias)
     with torch.autocast("cpu", torch.bfloat16):
@@ -249,7 +287,7 @@ def test_autocast_lowers_the_factors_for_a_gpu_alone():
 
 @pytest.mark.parametrize("implementation", ["kernels", "reference"])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_lowered_factors_and_a_loss_that_is_never_rounded(autocast_as_on_a_gpu, reduction, implementation):
+def test_lowered_factors_and_a_loss_that_is_never_rounded(autocast_as_on_a_gpu, without_tiles, reduction, implementation):
     args = inputs(40, 8, 50, torch.float32, ignored=(3,))
     input, weight, target, bias = args
     upstream = torch.rand(40 if reduction == "none" else ())
