@@ -3,7 +3,8 @@
 Time is taken interleaved in one process; peak memory of three GPT-2 steps in a process for each, whole: weights,
 optimizer and libraries included. Two rows need data: ``FASTGAN_MINILM`` names the folder of a MiniLM and its
 tokenizer, ``FASTGAN_DATA`` that of SST-2 and Shakespeare. ``python -m benchmarks.bench_language_model ROW ...`` shows
-by operator what each side of a row spends (gpt2, bert, minilm, generate-1, generate-8, prepare).
+by operator what each side of a row spends (gpt2, bert, each also with -bfloat16, minilm, generate-1, generate-8,
+prepare).
 """
 
 import os
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from benchmarks.peers import compare
+from fastgan.ops.product import tiles_are_used
 
 transformers = pytest.importorskip("transformers")
 
@@ -37,18 +39,18 @@ def gpt2(fused, length=512, layers=4, width=768, vocabulary=50257):
     return _model(transformers.GPT2LMHeadModel, config, fused)
 
 
-def gpt2_step(fused, batch=4, length=512):
+def gpt2_step(fused, batch=4, length=512, autocast=False):
     model = gpt2(fused, length).train()
     ids = torch.randint(0, model.config.vocab_size, (batch, length))
-    return training(model, [{"input_ids": ids, "labels": ids, "use_cache": False}])
+    return training(model, [{"input_ids": ids, "labels": ids, "use_cache": False}], autocast)
 
 
-def bert_step(fused, batch=8, length=128):
+def bert_step(fused, batch=8, length=128, autocast=False):
     config = transformers.BertConfig(num_hidden_layers=4)  # 768 wide, dropout 0.1, 30,522 words
     model = _model(transformers.BertForSequenceClassification, config, fused).train()
     ids = torch.randint(0, config.vocab_size, (batch, length))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.arange(batch) % 2}
-    return training(model, [inputs])
+    return training(model, [inputs], autocast)
 
 
 def minilm_steps(fused, by_length, steps=8, batch=16):
@@ -107,13 +109,15 @@ def _model(kind, config, fused):
     return fastgan.replace_modules(model) if fused else model
 
 
-def training(model, batches):
-    """AdamW steps over the batches, one after another."""
+def training(model, batches, autocast=False):
+    """AdamW steps over the batches, one after another; with ``autocast`` to bfloat16."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def steps():
         for batch in batches:
-            model(**batch).loss.backward()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = model(**batch).loss
+            loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
@@ -134,6 +138,8 @@ def both(make, **options):
 ROWS = {
     "gpt2": lambda: both(gpt2_step),
     "bert": lambda: both(bert_step),
+    "gpt2-bfloat16": lambda: both(gpt2_step, autocast=True),
+    "bert-bfloat16": lambda: both(bert_step, autocast=True),
     "minilm": lambda: {
         OURS: minilm_steps(True, True),
         "transformers, random order": minilm_steps(False, False),
@@ -152,6 +158,12 @@ def test_gpt2_step(benchmark):
 def test_bert_step(benchmark):
     case = "BERT 4×768, classification, 8×128 tokens, dropout 0.1, AdamW step"
     compare(benchmark, ROWS["bert"](), case=case, rounds=9, seconds=20, must=1.2, goal=1.25)
+
+
+@pytest.mark.skipif(not tiles_are_used(), reason="without AMX products of bfloat16 are slower than float32's")
+@pytest.mark.parametrize("row", ["gpt2-bfloat16", "bert-bfloat16"])
+def test_steps_under_autocast(benchmark, row):
+    compare(benchmark, ROWS[row](), case=f"{row}, autocast, AdamW step", rounds=9, seconds=40, must=1.0, goal=2.0)
 
 
 def test_minilm_steps(benchmark):

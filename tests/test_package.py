@@ -144,7 +144,8 @@ def test_the_extension_names_no_folder_of_the_machine_that_built_it():
 @pytest.mark.skipif(shutil.which("nm") is None, reason="binutils are not installed")
 def test_kernel_objects_share_no_symbol_between_instruction_sets():
     repository = Path(__file__).resolve().parent.parent
-    objects = [each for kind in ("cpu", "amx") for each in repository.glob(f"build/*/CMakeFiles/*.dir/csrc/*/*_{kind}.cpp.o")]
+    compiled = "build/*/CMakeFiles/*.dir/csrc/*/*_{}.cpp.o"
+    objects = [each for kind in ("cpu", "amx") for each in repository.glob(compiled.format(kind))]
     if not objects:
         pytest.skip("built elsewhere: no object files beside the sources")
     for each in objects:

@@ -224,7 +224,7 @@ def test_half_precision_accumulates_in_float32(small_chunks, without_tiles, dtyp
 @pytest.mark.skipif(not tiles_are_used(), reason="this CPU has no AMX")
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 def test_tiles_round_the_gradient_of_the_logits_alone(small_chunks, reduction):
-    """Losses and the bias's gradient as with float32's products; the others no further from float64 than torch's own."""
+    """Losses and the bias's gradient as with float32's products, the others no further from float64 than torch's."""
     args = inputs(300, 70, 1001, torch.bfloat16, ignored=(3,))
     exact = [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in args]
     upstream = torch.rand(300 if reduction == "none" else ())
@@ -287,7 +287,8 @@ def test_autocast_lowers_the_factors_for_a_gpu_alone():
 
 @pytest.mark.parametrize("implementation", ["kernels", "reference"])
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
-def test_lowered_factors_and_a_loss_that_is_never_rounded(autocast_as_on_a_gpu, without_tiles, reduction, implementation):
+@pytest.mark.usefixtures("autocast_as_on_a_gpu", "without_tiles")
+def test_lowered_factors_and_a_loss_that_is_never_rounded(reduction, implementation):
     args = inputs(40, 8, 50, torch.float32, ignored=(3,))
     input, weight, target, bias = args
     upstream = torch.rand(40 if reduction == "none" else ())

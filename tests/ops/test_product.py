@@ -37,7 +37,8 @@ def test_error_is_that_of_float32_sums(size, layouts):
     assert ((out.double() - 2 * right).abs() <= 3 * bound).all()
     narrow = torch.empty(rows, columns, dtype=torch.bfloat16)
     product_into(narrow, a, b, False)
-    torch.testing.assert_close(narrow.double(), right, rtol=0.51 * 2**-7, atol=float(bound.max()) if bound.numel() else 0)
+    atol = float(bound.max()) if bound.numel() else 0
+    torch.testing.assert_close(narrow.double(), right, rtol=0.51 * 2**-7, atol=atol)
 
 
 @needs_tiles
@@ -77,3 +78,19 @@ def test_reference_and_other_types_do_not_take_it():
     assert not tiles_multiply(a, a.float())
     with fastgan.use("reference"):
         assert not tiles_are_used()
+
+
+@needs_tiles
+def test_torchs_own_use_of_the_tiles_beside():
+    """Both configure the unit for themselves, in the same threads."""
+    a, b = torch.randn(64, 200).bfloat16(), torch.randn(200, 96).bfloat16()
+    theirs, out = a @ b, torch.empty(64, 96)
+    query = torch.randn(2, 2, 100, 32).bfloat16()
+    attended = torch.nn.functional.scaled_dot_product_attention(query, query, query)
+    for _ in range(5):
+        product_into(out, a, b, False)
+        assert torch.equal(a @ b, theirs)
+        ours = fastgan.nn.functional.scaled_dot_product_attention(query, query, query)
+        assert torch.equal(torch.nn.functional.scaled_dot_product_attention(query, query, query), attended)
+        torch.testing.assert_close(ours, attended, rtol=2e-2, atol=1e-2)
+        torch.testing.assert_close(out, theirs.float(), rtol=1e-2, atol=1e-2)
