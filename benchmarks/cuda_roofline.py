@@ -7,10 +7,10 @@ down instead of making them. From both follow the blocks that a multiprocessor h
 must move between memory and chip when all that its blocks read again comes from the second-level cache (what a second
 launch reads again counts again, though of a tensor below 50 MB the cache may still have it); operations are those that
 it does, recomputed ones included. The larger of bytes / 3.35 TB/s and operations / peak is the least time
-that a launch can take on an H100 (989 TFLOP/s of bfloat16 products, 67 of float32, 34 of float64); without balance it
-is longer by as much. ``best`` is how close the design can come: the time that the operator's own inputs, outputs and
-operations need at least, over the sum of its launches. What wgmma reaches and mma.sync does not, caches, barriers and
-launches are for a GPU to tell.
+that a launch can take on an H100 (989 TFLOP/s of bfloat16 products, 165 of float32 by three of TF32, 67 by themselves,
+34 of float64); without balance it is longer by as much. ``best`` is how close the design can come: the time that the
+operator's own inputs, outputs and operations need at least, over the sum of its launches. What wgmma reaches and
+mma.sync does not, caches, barriers and launches are for a GPU to tell.
 """
 
 from __future__ import annotations
