@@ -9,7 +9,7 @@ INSTALLED := $(VENV)/.installed
 WORKERS ?= 2
 SOURCES := CMakeLists.txt pyproject.toml constraints.txt $(shell find csrc -type f -name '*.*')
 
-.PHONY: install demo test test-slow lint format bench sanitize wheel clean
+.PHONY: install demo test test-slow lint format bench sanitize sanitize-address sanitize-thread wheel clean
 
 install: $(INSTALLED)
 
@@ -50,9 +50,12 @@ format: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python -m pytest benchmarks $(PYTEST_ARGS)
 
+# Side by side: each compiles and runs on one core.
 sanitize: $(INSTALLED)
-	bash tests/kernel_harness/run.sh address
-	bash tests/kernel_harness/run.sh thread
+	$(MAKE) --no-print-directory -j 2 --output-sync=target sanitize-address sanitize-thread
+
+sanitize-address sanitize-thread:
+	bash tests/kernel_harness/run.sh $(@:sanitize-%=%)
 
 wheel: $(INSTALLED)
 	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .
