@@ -47,9 +47,11 @@ def scaled_dot_product_attention(
 
     Source: tiles with a running softmax as in Dao et al., FlashAttention (2022); the log-sum-exp is kept and the
     backward recomputes the tiles. Sparse, nested and complex tensors, and devices without a kernel, go to torch's own;
-    so does half precision without gradients and dropout on a GPU, and bfloat16 on a CPU that multiplies it in tiles
-    (AMX). With gradients, but without mask and dropout, half precision on a GPU goes to torch's kernel as well, and its
-    second derivative to ours (``fastgan/ops/fused_attention.py``).
+    so does half precision without gradients and dropout on a GPU, and fewer than eight rows of bfloat16 without them on
+    a CPU with AMX. More rows of bfloat16 are multiplied by AMX's tiles: scores and sums are float32, weights and score
+    gradients are rounded to bfloat16 before they are multiplied, as torch's kernel does. With gradients, but without
+    mask and dropout, half precision on a GPU goes to torch's kernel as well, and its second derivative to ours
+    (``fastgan/ops/fused_attention.py``).
     """
     found = _attention_arguments(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
     if found is None or _attention_inputs.torch_takes(*found[1][:6]):

@@ -178,7 +178,8 @@ def linear_cross_entropy(
 
     Returns:
         The loss in input's dtype (computed in float32 for the 16-bit types; float32 under autocast, which multiplies
-        float32 on the CPU and the lower type on a GPU), a scalar or, for "none", of target's shape.
+        float32 on the CPU and the lower type on a GPU or, bfloat16, on a CPU with AMX), a scalar or, for "none", of
+        target's shape.
 
     Raises:
         RuntimeError: shapes or dtypes that do not fit, or label_smoothing outside [0, 1].
@@ -197,7 +198,7 @@ def linear_cross_entropy(
     )
     device, dtype = input.device.type, input.dtype
     if _autocast.is_on(device):
-        # As torch: the loss in float32; on a GPU the factors in the lower type, their product though in float32.
+        # As torch: the loss in float32; on a GPU, or by AMX, factors of the lower type, their product though float32.
         input, weight, bias = _linear_cross_entropy.autocast(device, input, weight, bias)
         dtype = _linear_cross_entropy.accumulate_dtype(input.dtype)
     index = _linear_cross_entropy.REDUCTIONS.index(reduction)
