@@ -73,7 +73,7 @@ for harness in "$here"/*_harness.cpp; do
       if [ ! -f "${amx[0]}" ] || [ "$(uname -m)" != x86_64 ] || [ "$what" = neon ]; then continue; fi
       own=("${amx[@]}")
       kernels=baseline
-    elif [ -f "${amx[0]}" ] && [ ! -f "${sources[1]:-}" ]; then
+    elif [ "$what" != neon ] && [ -f "${amx[0]}" ] && [ ! -f "${sources[1]:-}" ]; then
       continue # there is no other kernel
     fi
     program="$build/${stem}_${isa}_$what"
