@@ -196,7 +196,7 @@ def test_every_instruction_set(capability, small_chunks, classes, dtype):
 @pytest.fixture
 def without_tiles():
     """Whatever the machine has: bfloat16 is multiplied as float32."""
-    if not _impl.kernels_run():
+    if _impl.extension_error is not None:
         yield
         return
     from fastgan import _C
