@@ -176,7 +176,7 @@ def generation(settings: Settings) -> list[Row]:
     beside = (
         f"5-gram Kneser-Ney {baselines.kneser_ney(text[:cut], text[cut:]):.3f}, published 1.47 with 10.7 M parameters"
     )
-    precision = "bfloat16" if tiles_are_used() else "float32"  # on a CPU with AMX the former is several times faster
+    precision = "bfloat16" if tiles_are_used() else "float32"  # on a CPU with AMX the former is twice as fast
     rows = []
     for name, options in GENERATION.items():
         run = settings.run(f"generation-{name}", "generate", "--from-scratch", "small", "--train", train,

@@ -24,29 +24,14 @@ constexpr int64_t kFewestRows = 8;  // nn/_attention_inputs.py knows it
 constexpr int64_t kForwardChunk = 384, kForwardRows = 32, kForwardKeys = 256;
 constexpr int64_t kBackwardRows = 128;
 
-void multiply(bool add, const TileProduct& p) {
-  if (add)
-    fastgan::multiply<true>(p);
-  else
-    fastgan::multiply<false>(p);
-}
-
-// A left factor: where it lies, if that is whole tiles, or packed into `room`.
-struct Rows {
-  const bfloat16* data;
-  int64_t stride;
-};
-Rows rows_of(const AttentionInput& x, int64_t batch, int64_t head, int64_t row, int64_t rows, int64_t width,
-             bfloat16* room) {
-  const bfloat16* data = at<bfloat16>(x, batch, head, row);
-  if (x.stride[3] == 1 && width % kTileDepth == 0 && rows % kTileDepth == 0) return {data, x.stride[2]};
-  pack_tile_rows(data, x.stride[2], x.stride[3], rows, width, room);
-  return {room, whole_tiles(width)};
+TileRows rows_of(const AttentionInput& x, int64_t batch, int64_t head, int64_t row, int64_t rows,
+                 int64_t width, bfloat16* room) {
+  return tile_rows(at<bfloat16>(x, batch, head, row), x.stride[2], x.stride[3], rows, width, room);
 }
 
 // Scores by rows and the keys' transposed pairs, with bias and masks; what they are still to be multiplied by
 // to be powers of two. All passes take them from here.
-float scores_of(const AttentionArgs& a, const Tile& t, Rows query, const bfloat16* key, float* scores,
+float scores_of(const AttentionArgs& a, const Tile& t, TileRows query, const bfloat16* key, float* scores,
                 int64_t stride) {
   const int64_t columns = whole_tiles(t.columns), depth = whole_tiles(a.width);
   multiply(false, {whole_tiles(t.rows), columns, depth, query.data, query.stride, key, depth * kTile, scores,
@@ -87,7 +72,7 @@ struct ForwardScratch {
   int64_t larger() const { return width > value_width ? width : value_width; }
   int64_t chunk, keys, weight_stride, width, value_width;
   void* memory = nullptr;
-  Rows query;
+  TileRows query;
   bfloat16 *query_room, *room, *key, *value, *weights;
   float *scores, *output, *maximum, *total, *rescale;
   uint32_t* words;
@@ -107,18 +92,17 @@ struct ForwardPass {
   static void pack_keys(const AttentionArgs& a, Scratch& s, int64_t batch, int64_t kv_head, int64_t key0,
                         int64_t keys) {
     const int64_t height = whole_tiles(keys);
-    const Rows key = rows_of(a.key, batch, kv_head, key0, keys, a.width, s.room);
+    const TileRows key = rows_of(a.key, batch, kv_head, key0, keys, a.width, s.room);
     pack_transposed_pairs(key.data, key.stride, height, s.width, s.key);
-    const Rows value = rows_of(a.value, batch, kv_head, key0, keys, a.value_width, s.room);
+    const TileRows value = rows_of(a.value, batch, kv_head, key0, keys, a.value_width, s.room);
     pack_pairs(value.data, value.stride, height, s.value_width, s.value);
   }
   static void tile(const AttentionArgs& a, Scratch& s, const Tile& t, int64_t block, int64_t keys) {
     const int64_t columns = whole_tiles(t.columns);
-    const float factor =
-        scores_of(a, t, {s.query.data + block * s.query.stride, s.query.stride}, s.key, s.scores, s.keys);
-    const auto softmax = a.has_dropout ? softmax_rows<true> : softmax_rows<false>;
-    softmax(a, t, factor, s.scores, s.keys, s.weights, s.weight_stride, s.maximum + block, s.total + block,
-            s.rescale, s.words);
+    const Binary base{
+        scores_of(a, t, {s.query.data + block * s.query.stride, s.query.stride}, s.key, s.scores, s.keys)};
+    softmax_tile<float>(a, t, base, s.scores, s.keys, s.weights, s.weight_stride, s.maximum + block,
+                        s.total + block, s.rescale, s.words);
     float* output = s.output + block * s.value_width;
     for (int64_t r = 0; r < t.rows; ++r) {
       if (s.rescale[r] == 1) continue;
@@ -168,7 +152,7 @@ struct BackwardScratch : KeyScratch<float> {
   void end() { end_tiles(); }
   // width, value_width and rows to whole tiles; strides of what is read by 16 rows at a time
   int64_t depth, value_depth, height, row_stride, pair_stride;
-  Rows query, grad;
+  TileRows query, grad;
   bfloat16 *room, *key, *key_pairs, *value, *query_room, *query_columns, *grad_room, *grad_columns, *weights,
       *score_pairs, *score_rows;
   float *scores, *grad_scores, *key_sums, *value_sums, *query_sums, *delta;
@@ -178,14 +162,9 @@ struct BackwardScratch : KeyScratch<float> {
 void transpose_sums(const float* sums, int64_t width, int64_t keys, int64_t stride, float* to,
                     int64_t to_stride) {
   for (int64_t w = 0; w < width; w += kTile)
-    for (int64_t k = 0; k < keys; k += kTile) {
-      Vec<float> square[kTile];
-#pragma GCC unroll 16
-      for (int i = 0; i < kTile; ++i) square[i] = load<float>(sums + (w + i) * stride + k);
-      transpose<float>(square);
-#pragma GCC unroll 16
-      for (int i = 0; i < kTile; ++i) store(to + (k + i) * to_stride + w, square[i]);
-    }
+    for (int64_t k = 0; k < keys; k += kTile)
+      transpose_square([&](int i) FASTGAN_INLINE_LAMBDA { return load<float>(sums + (w + i) * stride + k); },
+                       to + k * to_stride + w, to_stride);
 }
 
 struct BackwardPass {
@@ -197,10 +176,10 @@ struct BackwardPass {
   static void pack_keys(const AttentionArgs& a, Scratch& s, int64_t batch, int64_t kv_head, int64_t key0,
                         int64_t keys) {
     const int64_t height = whole_tiles(keys);
-    const Rows key = rows_of(a.key, batch, kv_head, key0, keys, a.width, s.room);
+    const TileRows key = rows_of(a.key, batch, kv_head, key0, keys, a.width, s.room);
     pack_transposed_pairs(key.data, key.stride, height, s.depth, s.key);
     pack_pairs(key.data, key.stride, height, s.depth, s.key_pairs);
-    const Rows value = rows_of(a.value, batch, kv_head, key0, keys, a.value_width, s.room);
+    const TileRows value = rows_of(a.value, batch, kv_head, key0, keys, a.value_width, s.room);
     pack_transposed_pairs(value.data, value.stride, height, s.value_depth, s.value);
     std::memset(s.key_sums, 0, size_t(s.depth * s.keys) * sizeof(float));
     std::memset(s.value_sums, 0, size_t(s.value_depth * s.keys) * sizeof(float));
@@ -211,27 +190,18 @@ struct BackwardPass {
     s.grad = rows_of(a.grad_output, t.batch, t.head, t.row, t.rows, a.value_width, s.grad_room);
     const bool whole_row = a.columns <= kKeyBlock;
     for (int64_t r = 0; !whole_row && r < t.rows; ++r)
-      s.delta[r] =
-          delta(s.grad.data + r * s.grad.stride, at<bfloat16>(a.saved_output, t.batch, t.head, t.row + r),
-                a.saved_output.stride[3], a.value_width);
-    const float factor = scores_of(a, t, s.query, s.key, s.scores, s.stride);
+      s.delta[r] = dot<float>(s.grad.data + r * s.grad.stride,
+                              at<bfloat16>(a.saved_output, t.batch, t.head, t.row + r),
+                              a.saved_output.stride[3], a.value_width);
+    const Binary base{scores_of(a, t, s.query, s.key, s.scores, s.stride)};
     multiply(false, {rows, whole_tiles(t.columns), s.value_depth, s.grad.data, s.grad.stride, s.value,
                      s.value_depth * kTile, s.grad_scores, s.stride});
     const BackwardTile x{s.scores,      s.grad_scores, s.stride,      s.weights,
                          s.score_pairs, s.score_rows,  s.pair_stride, a.grad_bias != nullptr};
     if (whole_row || a.has_dropout)
-      score_gradients_in_two(a, t, factor, x, s.delta, s.words);
+      score_gradients_in_two(a, t, base, x, s.delta, s.words);
     else
-      score_gradients_in_one(a, t, factor, x, s.delta);
-  }
-  static float delta(const bfloat16* grad, const bfloat16* output, int64_t stride, int64_t width) {
-    Vec<float> sums{};
-    int64_t v = 0;
-    if (stride == 1)
-      for (; v + kTile <= width; v += kTile) sums += load<float>(grad + v) * load<float>(output + v);
-    float out = sum<float>(sums);
-    for (; v < width; ++v) out += load1<float>(grad + v) * load1<float>(output + v * stride);
-    return out;
+      score_gradients_in_one(a, t, base, x, s.delta);
   }
   static void key_gradients(const AttentionArgs&, Scratch& s, const Tile& t) {
     const int64_t rows = whole_tiles(t.rows), columns = whole_tiles(t.columns), panel = rows * kTile;

@@ -1,5 +1,5 @@
-// The softmax of a tile for AMX, forward and backward: as attention_softmax.h has it, but in powers of two
-// and with weights and score gradients rounded on the way to where the next product reads them. Products are
+// The softmax of a tile for AMX: attention_softmax.h's forward in powers of two, and a backward of its own,
+// with weights and score gradients rounded on the way to where the next product reads them. Products are
 // so fast here that these loops take most of the time: per vector of 16 scores some 20 instructions forward
 // and 35 backward.
 //
@@ -8,7 +8,7 @@
 // row's maximum, or its log-sum-exp in the same units, is subtracted, so that the greatest weight of a row is
 // exactly 1.
 #pragma once
-#include "attention/attention_tiles.h"
+#include "attention/attention_softmax.h"
 #include "common/amx.h"
 
 namespace fastgan {
@@ -38,60 +38,21 @@ FASTGAN_INLINE Vec<float> power_of_two(Vec<float> t) {
   return (Vec<float>)((Mask<float>)(p * (Vec<float>)power) & ~(t < kLowest));
 }
 
-// weights = 2^(t − maximum), rounded to rows; updates the rows' maxima (of t) and sums, and leaves in
-// `rescale` what O is to be scaled by.
-template <bool kDrops>
-void softmax_rows(const AttentionArgs& a, const Tile& t, float factor, const float* scores, int64_t stride,
-                  bfloat16* weights, int64_t weights_stride, float* maximum, float* total, float* rescale,
-                  uint32_t* words) {
-  const int64_t columns = whole_tiles(t.columns);
-  for (int64_t r = 0; r < t.rows; ++r, scores += stride, weights += weights_stride) {
-    Vec<float> first = broadcast<float>(-infinity<float>()), second = first;
-    for (int64_t c = 0; c < columns; c += 2 * kTile) {
-      first = max(load<float>(scores + c), first);
-      second = max(load<float>(scores + c + kTile), second);
-    }
-    const float before = maximum[r];
-    float now = product(broadcast<float>(fastgan::maximum<float>(max(first, second))), factor)[0];
-    if (!(now > before)) now = before;
-    const float subtracted = now == -infinity<float>() ? 0.0f : now;
-    if constexpr (kDrops) draw(a, t, r, words);
-    Vec<float> sum0{}, sum1{};
-    for (int64_t c = 0; c < columns; c += 2 * kTile) {
-      Vec<float> p0 = power_of_two(product(load<float>(scores + c), factor) - subtracted);
-      Vec<float> p1 = power_of_two(product(load<float>(scores + c + kTile), factor) - subtracted);
-      sum0 += p0;
-      sum1 += p1;
-      if constexpr (kDrops) {
-        p0 = select(kept<float>(words + c, a.threshold), p0, Vec<float>{});
-        p1 = select(kept<float>(words + c + kTile, a.threshold), p1, Vec<float>{});
-      }
-      store(weights + c, p0);
-      store(weights + c + kTile, p1);
-    }
-    const float scale = before == subtracted ? 1.0f
-                        : before == -infinity<float>()
-                            ? 0.0f
-                            : power_of_two(broadcast<float>(before - subtracted))[0];
-    rescale[r] = scale;
-    total[r] = total[r] * scale + sum<float>(sum0 + sum1);
-    maximum[r] = now;
-  }
-}
-
-// A row's log-sum-exp as a power of two, in two terms; +inf for a dead row.
-struct RowSum {
-  explicit RowSum(double logsumexp) {
-    const double power = logsumexp * kLog2e;
-    subtracted = power == -infinity<double>() ? infinity<float>() : float(power);
-    remainder = subtracted == infinity<float>() ? 0.0f : float(power - double(subtracted));
-  }
-  RowSum() : subtracted(infinity<float>()), remainder(0) {}  // beyond the tile: weights of 0
-  FASTGAN_INLINE Vec<float> weight(const float* score, float factor) const {
-    return power_of_two(product(load<float>(score), factor) - subtracted - remainder);
-  }
-  float subtracted, remainder;
+// Powers of two (attention_softmax.h) of scores that are to be multiplied by a factor.
+struct Binary {
+  float factor;
+  FASTGAN_INLINE Vec<float> exponent(Vec<float> score) const { return product(score, factor); }
+  FASTGAN_INLINE Vec<float> power(Vec<float> difference) const { return power_of_two(difference); }
 };
+
+// A row's log-sum-exp as a power of two; of a row beyond the tile, whose weights are 0, that of a dead one.
+inline LogSumExp<float> power_sum(const AttentionArgs& a, const Tile& t, int64_t r) {
+  return LogSumExp<float>(r < t.rows ? a.logsumexp[row_index(a, t.batch, t.head, t.row + r)] * kLog2e
+                                     : -infinity<double>());
+}
+FASTGAN_INLINE Vec<float> weight(const Binary& base, const LogSumExp<float>& sum, const float* score) {
+  return base.power(base.exponent(load<float>(score)) - sum.subtracted - sum.remainder);
+}
 
 // What the backward's loops write of two rows of 16 columns.
 struct BackwardTile {
@@ -117,19 +78,16 @@ FASTGAN_INLINE void write_pair(const BackwardTile& x, int64_t panel, int64_t r, 
 }
 
 // dS = P ∘ (dP − delta) and P, of tiles that are not whole rows and drop nothing: in one pass.
-inline void score_gradients_in_one(const AttentionArgs& a, const Tile& t, float factor, const BackwardTile& x,
-                                   const float* deltas) {
+inline void score_gradients_in_one(const AttentionArgs& a, const Tile& t, const Binary& base,
+                                   const BackwardTile& x, const float* deltas) {
   const int64_t columns = whole_tiles(t.columns), height = whole_tiles(t.rows);
   for (int64_t r = 0; r < height; r += 2) {
-    const auto sum_of = [&](int64_t row) {
-      return row < t.rows ? RowSum(a.logsumexp[row_index(a, t.batch, t.head, t.row + row)]) : RowSum();
-    };
-    const RowSum sum0 = sum_of(r), sum1 = sum_of(r + 1);
+    const LogSumExp<float> sum0 = power_sum(a, t, r), sum1 = power_sum(a, t, r + 1);
     const float delta0 = r < t.rows ? deltas[r] : 0, delta1 = r + 1 < t.rows ? deltas[r + 1] : 0;
     const float *s0 = x.scores + r * x.stride, *s1 = s0 + x.stride;
     const float *g0 = x.grads + r * x.stride, *g1 = g0 + x.stride;
     for (int64_t c = 0; c < columns; c += kTile) {
-      const Vec<float> p0 = sum0.weight(s0 + c, factor), p1 = sum1.weight(s1 + c, factor);
+      const Vec<float> p0 = weight(base, sum0, s0 + c), p1 = weight(base, sum1, s1 + c);
       write_pair(x, height, r, c, p0, p1, p0 * (load<float>(g0 + c) - delta0),
                  p1 * (load<float>(g1 + c) - delta1));
     }
@@ -138,8 +96,8 @@ inline void score_gradients_in_one(const AttentionArgs& a, const Tile& t, float 
 
 // The same with dropout, or with deltas that are summed up here from P ∘ dP, the numbers that they are
 // subtracted from: a weight of 1 then has a gradient of exactly 0.
-inline void score_gradients_in_two(const AttentionArgs& a, const Tile& t, float factor, const BackwardTile& x,
-                                   const float* deltas, uint32_t* words) {
+inline void score_gradients_in_two(const AttentionArgs& a, const Tile& t, const Binary& base,
+                                   const BackwardTile& x, const float* deltas, uint32_t* words) {
   const bool whole_row = a.columns <= kAttentionKeyBlock;
   const int64_t columns = whole_tiles(t.columns), height = whole_tiles(t.rows);
   const float kept_scale = float(a.kept_scale);
@@ -152,11 +110,11 @@ inline void score_gradients_in_two(const AttentionArgs& a, const Tile& t, float 
         std::memset(g, 0, size_t(columns) * sizeof *g);
         continue;
       }
-      const RowSum row(a.logsumexp[row_index(a, t.batch, t.head, t.row + r + i)]);
+      const LogSumExp<float> row = power_sum(a, t, r + i);
       if (a.has_dropout) draw(a, t, r + i, words + i * (kAttentionKeyBlock + kPhiloxStep));
       Vec<float> sums{};
       for (int64_t c = 0; c < columns; c += kTile) {
-        const Vec<float> p = row.weight(s + c, factor);
+        const Vec<float> p = weight(base, row, s + c);
         Vec<float> d = load<float>(g + c);
         if (a.has_dropout) {
           d = select(kept<float>(words + i * (kAttentionKeyBlock + kPhiloxStep) + c, a.threshold),

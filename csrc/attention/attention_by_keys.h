@@ -15,9 +15,8 @@
 //   tile(a, s, t) packs the rows and computes the tile's score gradients
 //   key_gradients(a, s, t)              adds to s.grad_key and s.grad_value
 //   query_gradient(a, s, t, keys, sum, first)   adds to the sum, or sets it the first time
-//   finish_keys(s, keys)                where there is one, key_gradients sums up elsewhere, from pack_keys
-//   on, and
-//                                       this writes s.grad_key and s.grad_value
+//   finish_keys(s, keys)   where there is one, writes s.grad_key and s.grad_value, which key_gradients has
+//                          then summed up elsewhere, from pack_keys on
 #pragma once
 #include "attention/attention_tiles.h"
 

@@ -125,8 +125,8 @@ struct ForwardPass {
   }
   static void tile(const AttentionArgs& a, Scratch& s, const Tile& t, int64_t block, int64_t keys) {
     scores_of<S>(a, t, s.query + block * a.width, s.key, s.scores, s.keys);
-    softmax_tile<T>(a, t, s.scores, s.keys, s.scores, s.keys, s.maximum + block, s.total + block, s.rescale,
-                    s.words);
+    softmax_tile<T>(a, t, Natural<T>{}, s.scores, s.keys, s.scores, s.keys, s.maximum + block,
+                    s.total + block, s.rescale, s.words);
     if (one_row_in_place(a))
       add_values_in_place(at<S>(a.value, t.batch, t.head / (a.heads / a.kv_heads), t.column),
                           a.value.stride[2], a.value_width, t.columns, s.scores, s.rescale[0], s.output);

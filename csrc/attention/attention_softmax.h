@@ -1,16 +1,23 @@
-// What happens to a tile of scores between the products, forward and backward. Scores come with a factor, >
-// 0, that they still have to be multiplied by: 1 where the product has done it.
+// What happens to a tile of scores between the products, forward and backward. A Base says what is raised to
+// what power: exponent(x) of a score, in whose units maxima are kept, and power(difference).
 #pragma once
 #include "attention/attention_tiles.h"
 
 namespace fastgan {
 namespace {
 
+template <class T>
+struct Natural {
+  FASTGAN_INLINE Vec<T> exponent(Vec<T> score) const { return score; }
+  FASTGAN_INLINE Vec<T> power(Vec<T> difference) const { return exp_of_difference(difference); }
+};
+
 // weights = exp(S − maximum), which may lie where the scores do; updates the rows' maxima and sums, and
 // leaves in `rescale` what O is to be scaled by.
-template <class T, class Weight>
-void softmax_tile(const AttentionArgs& a, const Tile& t, const T* scores, int64_t stride, Weight* weights,
-                  int64_t weights_stride, T* maximum, T* total, T* rescale, uint32_t* words) {
+template <class T, class Base, class Weight>
+void softmax_tile(const AttentionArgs& a, const Tile& t, const Base& base, const T* scores, int64_t stride,
+                  Weight* weights, int64_t weights_stride, T* maximum, T* total, T* rescale,
+                  uint32_t* words) {
   constexpr int W = lanes<T>;
   int64_t padded = whole_panels<T>(t.columns);
   for (int64_t r = 0; r < t.rows; ++r, scores += stride, weights += weights_stride) {
@@ -19,14 +26,14 @@ void softmax_tile(const AttentionArgs& a, const Tile& t, const T* scores, int64_
       first = max(load<T>(scores + c), first);
       second = max(load<T>(scores + c + W), second);
     }
-    T before = maximum[r], now = fastgan::maximum<T>(max(first, second));
+    T before = maximum[r], now = base.exponent(broadcast<T>(fastgan::maximum<T>(max(first, second))))[0];
     if (!(now > before)) now = before;
     T subtracted = now == -infinity<T>() ? T(0) : now;
     if (a.has_dropout) draw(a, t, r, words);
     Vec<T> sum0{}, sum1{};
     for (int64_t c = 0; c < padded; c += 2 * W) {
-      Vec<T> p0 = exp_of_difference(load<T>(scores + c) - subtracted);
-      Vec<T> p1 = exp_of_difference(load<T>(scores + c + W) - subtracted);
+      Vec<T> p0 = base.power(base.exponent(load<T>(scores + c)) - subtracted);
+      Vec<T> p1 = base.power(base.exponent(load<T>(scores + c + W)) - subtracted);
       sum0 += p0;
       sum1 += p1;
       if (a.has_dropout) {
@@ -39,7 +46,7 @@ void softmax_tile(const AttentionArgs& a, const Tile& t, const T* scores, int64_
     // Most often 1, the maximum being the old one, or 0, there having been none.
     T scale = before == subtracted       ? T(1)
               : before == -infinity<T>() ? T(0)
-                                         : exp_of_difference(broadcast<T>(before - subtracted))[0];
+                                         : base.power(broadcast<T>(before - subtracted))[0];
     rescale[r] = scale;
     total[r] = total[r] * scale + sum<T>(sum0 + sum1);
     maximum[r] = now;

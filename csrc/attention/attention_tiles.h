@@ -69,14 +69,14 @@ void store_row(const T* from, T factor, int64_t count, Storage* to) {
   for (; c < count; ++c) store1(to + c, from[c] * factor);
 }
 
-template <class T, class Storage>
-T dot(const T* x, const Storage* y, int64_t stride, int64_t count) {
+template <class T, class X, class Storage>
+T dot(const X* x, const Storage* y, int64_t stride, int64_t count) {
   Vec<T> sums{};
   int64_t c = 0;
   if (stride == 1)
     for (; c + lanes<T> <= count; c += lanes<T>) sums += load<T>(x + c) * load<T>(y + c);
   T out = sum<T>(sums);
-  for (; c < count; ++c) out += x[c] * load1<T>(y + c * stride);
+  for (; c < count; ++c) out += load1<T>(x + c) * load1<T>(y + c * stride);
   return out;
 }
 

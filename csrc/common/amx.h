@@ -145,7 +145,7 @@ FASTGAN_INLINE void multiply_block(const TileProduct& p, int64_t row, int64_t co
 }
 
 template <bool kAdd>
-void multiply(const TileProduct& p) {
+void multiply_blocks(const TileProduct& p) {
   for (int64_t column = 0; column < p.columns; column += 2 * kTile)
     for (int64_t row = 0; row < p.rows; row += 2 * kTile) {
       const bool two_rows = row + kTile < p.rows, two_columns = column + kTile < p.columns;
@@ -158,6 +158,11 @@ void multiply(const TileProduct& p) {
       else
         multiply_block<1, 1, kAdd>(p, row, column);
     }
+}
+
+// C = A B, or C + A B.
+inline void multiply(bool add, const TileProduct& p) {
+  (add ? multiply_blocks<true> : multiply_blocks<false>)(p);
 }
 
 // ---- packing ----
@@ -176,6 +181,29 @@ inline void pack_tile_rows(const bfloat16* from, int64_t row_stride, int64_t col
     std::memset(to + columns, 0, size_t(width - columns) * sizeof *to);
   }
   std::memset(to, 0, size_t((height - rows) * width) * sizeof *to);
+}
+
+// The same as whole tiles: where it lies, if it is that already, or packed into `room`.
+struct TileRows {
+  const bfloat16* data;
+  int64_t stride;
+};
+inline TileRows tile_rows(const bfloat16* from, int64_t row_stride, int64_t column_stride, int64_t rows,
+                          int64_t columns, bfloat16* room) {
+  if (column_stride == 1 && rows % kTileDepth == 0 && columns % kTileDepth == 0) return {from, row_stride};
+  pack_tile_rows(from, row_stride, column_stride, rows, columns, room);
+  return {room, whole_tiles(columns)};
+}
+
+// The transpose of 16 rows of 16 numbers of 32 bits; row(i) is the i-th.
+template <class Row>
+FASTGAN_INLINE void transpose_square(const Row& row, float* to, int64_t to_stride) {
+  Vec<float> square[kTile];
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; ++i) square[i] = row(i);
+  transpose<float>(square);
+#pragma GCC unroll 16
+  for (int i = 0; i < kTile; ++i) store(to + i * to_stride, square[i]);
 }
 
 // Numbers of two rows in turn, in 32 bits each: `first` in the lower half.
@@ -198,31 +226,25 @@ inline void pack_pairs(const bfloat16* from, int64_t stride, int64_t rows, int64
 inline void pack_transposed_pairs(const bfloat16* from, int64_t stride, int64_t rows, int64_t columns,
                                   bfloat16* to) {
   for (int64_t r = 0; r < rows; r += kTile)
-    for (int64_t c = 0; c < columns; c += kTileDepth) {
-      Vec<float> square[kTile];
-#pragma GCC unroll 16
-      for (int i = 0; i < kTile; ++i)
-        square[i] = load<float>(reinterpret_cast<const float*>(from + (r + i) * stride + c));
-      transpose<float>(square);
-#pragma GCC unroll 16
-      for (int i = 0; i < kTile; ++i, to += kTileDepth) store(reinterpret_cast<float*>(to), square[i]);
-    }
+    for (int64_t c = 0; c < columns; c += kTileDepth, to += kTile * kTileDepth)
+      transpose_square(
+          [&](int i) FASTGAN_INLINE_LAMBDA {
+            return load<float>(reinterpret_cast<const float*>(from + (r + i) * stride + c));
+          },
+          reinterpret_cast<float*>(to), kTile);
 }
 
-// A matrix of rows -> its transpose, of rows.
+// A matrix of rows -> its transpose, of rows, an even number apart.
 inline void pack_transposed_rows(const bfloat16* from, int64_t stride, int64_t rows, int64_t columns,
                                  bfloat16* to, int64_t to_stride) {
   for (int64_t r = 0; r < rows; r += kTileDepth)
-    for (int64_t c = 0; c < columns; c += kTile) {
-      Vec<float> square[kTile];
-#pragma GCC unroll 16
-      for (int i = 0; i < kTile; ++i)
-        square[i] = pairs_of(from + (r + 2 * i) * stride + c, from + (r + 2 * i + 1) * stride + c);
-      transpose<float>(square);
-#pragma GCC unroll 16
-      for (int i = 0; i < kTile; ++i)
-        store(reinterpret_cast<float*>(to + (c + i) * to_stride + r), square[i]);
-    }
+    for (int64_t c = 0; c < columns; c += kTile)
+      transpose_square(
+          [&](int i) FASTGAN_INLINE_LAMBDA {
+            const bfloat16* row = from + (r + 2 * i) * stride + c;
+            return pairs_of(row, row + stride);
+          },
+          reinterpret_cast<float*>(to + c * to_stride + r), to_stride / 2);
 }
 
 // Numbers of two rows in turn, rounded.

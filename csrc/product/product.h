@@ -1,7 +1,7 @@
 // A matrix product of bfloat16 with sums in float32: the contract between fastgan::product_into and the
 // kernel, which is AMX's alone.
 //
-//   c[i, j] = sum over k of a[i, k] b[k, j] (+ bias[j]) (+ c[i, j], if add)
+//   c[i, j] = sum over k of a[i, k] b[k, j] (+ c[i, j], if add)
 //
 // Valid: any sizes, zero included, and any strides of a and b; fast where one of each one's is 1. Error: that
 // of sums in float32, in an order of the sizes alone, rounded once to c's type. Denormal numbers count as 0.
@@ -20,8 +20,7 @@ struct ProductArgs {
   int64_t a_stride[2];
   const bfloat16* b;
   int64_t b_stride[2];
-  const float* bias;  // or null
-  void* c;            // float32, or bfloat16 if c_is_bfloat16; numbers of a row side by side
+  void* c;  // float32, or bfloat16 if c_is_bfloat16; numbers of a row side by side
   int64_t c_stride;
   bool c_is_bfloat16, add;
   bool* out_of_memory;

@@ -1,8 +1,8 @@
 // Matrix products by AMX. A piece of work is a block of C, up to kBlockRows × kBlockColumns; its depth goes
 // by in parts of up to kBlockDepth. For each part B's block is packed into pairs, which stay in the second
 // cache; then strips of 32 rows of A, read where they lie if they are whole tiles side by side, go through
-// all its columns. Packing costs B about 0.1 cycle a number for the 1 that it is multiplied in (512 rows at
-// 512 multiply-adds a cycle), A, where its columns are side by side, as much for 0.5.
+// all its columns. By count packing costs B about 0.1 cycle a number for the 1 that it is multiplied in (512
+// rows at 512 multiply-adds a cycle), A, where its columns are side by side, as much for 0.5.
 #include "product/product.h"
 
 #include <cstdlib>
@@ -13,7 +13,7 @@ namespace {
 
 using namespace fastgan;
 
-constexpr int64_t kBlockRows = 512, kBlockDepth = 1024, kStrip = 2 * kTile;
+constexpr int64_t kBlockRows = 512, kBlockColumns = 256, kBlockDepth = 1024, kStrip = 2 * kTile;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t parts_of(int64_t whole, int64_t most) { return (whole + most - 1) / most; }
@@ -28,10 +28,8 @@ struct Matrix {
   Matrix transposed() const { return {data, {stride[1], stride[0]}, {size[1], size[0]}}; }
   // Rows of whole tiles: these, or packed into `room`, zero beyond.
   Matrix whole(bfloat16* room) const {
-    if (stride[1] == 1 && size[0] % kTileDepth == 0 && size[1] % kTileDepth == 0) return *this;
-    pack_tile_rows(data, stride[0], stride[1], size[0], size[1], room);
-    const int64_t rows = whole_tiles(size[0]), columns = whole_tiles(size[1]);
-    return {room, {columns, 1}, {rows, columns}};
+    const TileRows rows = tile_rows(data, stride[0], stride[1], size[0], size[1], room);
+    return {rows.data, {rows.stride, 1}, {whole_tiles(size[0]), whole_tiles(size[1])}};
   }
 };
 
@@ -50,15 +48,14 @@ Matrix left_strip(const Matrix& a, bfloat16* room, bfloat16* strip) {
 
 // Sums of a row to C's.
 template <class S>
-void write_row(const float* sums, const float* bias, bool add, int64_t count, S* c) {
+void write_row(const float* sums, bool add, int64_t count, S* c) {
   int64_t j = 0;
   for (; j + kTile <= count; j += kTile) {
     Vec<float> value = load<float>(sums + j);
-    if (bias) value += load<float>(bias + j);
     if (add) value += load<float>(c + j);
     store(c + j, value);
   }
-  for (; j < count; ++j) store1(c + j, sums[j] + (bias ? bias[j] : 0) + (add ? load1<float>(c + j) : 0));
+  for (; j < count; ++j) store1(c + j, sums[j] + (add ? load1<float>(c + j) : 0));
 }
 
 template <class S>
@@ -67,7 +64,7 @@ void multiply_matrices(const ProductArgs& p, const Threads& threads) {
   const Matrix b{p.b, {p.b_stride[0], p.b_stride[1]}, {p.depth, p.columns}};
   // Narrower blocks where there would be few of them.
   const int64_t row_blocks = parts_of(p.rows, kBlockRows);
-  int64_t width = 256;
+  int64_t width = kBlockColumns;
   while (width > 64 && row_blocks * parts_of(p.columns, width) < 16) width /= 2;
   const int64_t column_blocks = parts_of(p.columns, width);
   const int64_t height = smaller(whole_tiles(parts_of(p.rows, row_blocks + !row_blocks)), kBlockRows);
@@ -97,13 +94,10 @@ void multiply_matrices(const ProductArgs& p, const Threads& threads) {
           const TileProduct product{
               kStrip, whole, strip.size[1], strip.data, strip.stride[0], pairs, strip.size[1] * kTile,
               to,     whole};
-          if (part)
-            multiply<true>(product);
-          else
-            multiply<false>(product);
+          multiply(part > 0, product);
           if (part + 1 < parts) continue;
           for (int64_t r = 0; r < count; ++r)
-            write_row(to + r * whole, p.bias ? p.bias + column : nullptr, p.add, columns,
+            write_row(to + r * whole, p.add, columns,
                       static_cast<S*>(p.c) + (row + i + r) * p.c_stride + column);
         }
       }

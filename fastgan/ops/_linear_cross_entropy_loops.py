@@ -148,10 +148,6 @@ class _Products:
             part = slice(begin, begin + self.block)
             yield part, self.weight[part].to(self.dtype)
 
-    def factor(self, x: Tensor) -> Tensor:
-        """``x`` as the products take it."""
-        return x.to(self.dtype)
-
     def logits(self, x: Tensor, out: Tensor) -> None:
         """out (t, V) = x (t, H) @ weightᵀ"""
         for part, weight in self._blocks():
@@ -170,11 +166,10 @@ class _Products:
 class _TileProducts:
     """The same of bfloat16 by AMX: logits and sums are float32, their gradient is rounded, as on a GPU."""
 
+    dtype = torch.bfloat16
+
     def __init__(self, weight: Tensor):
         self.weight = weight if 1 in weight.stride() else weight.contiguous()
-
-    def factor(self, x: Tensor) -> Tensor:
-        return x.to(torch.bfloat16)
 
     def logits(self, x: Tensor, out: Tensor) -> None:
         product_into(out, x, self.weight.t(), False)
@@ -342,7 +337,7 @@ def _by_chunks(c: _Call) -> None:
     rounded = _buffer(c.input, chunk, classes, c.input.dtype) if tiles and c.row_gradient is not None else None
     for begin in range(0, rows, chunk):
         part = slice(begin, min(begin + chunk, rows))
-        x = products.factor(c.features(part))
+        x = c.features(part).to(products.dtype)
         logits = buffer[: x.shape[0]]
         products.logits(x, logits)
         margin = c.margin(x)

@@ -65,16 +65,18 @@ for harness in "$here"/*_harness.cpp; do
   for kernel in "$root/csrc/$stem/$stem"*_cpu.cpp; do
     if [ -f "$kernel" ]; then sources+=("$kernel"); fi
   done
-  amx=("$root/csrc/$stem/$stem"*_amx.cpp)
-  for isa in "${isas[@]}" amx; do
+  tiles=("$root/csrc/$stem/$stem"*_amx.cpp)
+  here_on=("${isas[@]}")
+  if [ -f "${tiles[0]}" ] && [ "$what" != neon ] && [ "$(uname -m)" = x86_64 ]; then
+    if [ "${#sources[@]}" = 1 ]; then here_on=(); fi # there is no other kernel
+    here_on+=(amx)
+  fi
+  for isa in "${here_on[@]}"; do
     own=()
     kernels="$isa"
     if [ "$isa" = amx ]; then
-      if [ ! -f "${amx[0]}" ] || [ "$(uname -m)" != x86_64 ] || [ "$what" = neon ]; then continue; fi
-      own=("${amx[@]}")
+      own=("${tiles[@]}")
       kernels=baseline
-    elif [ "$what" != neon ] && [ -f "${amx[0]}" ] && [ ! -f "${sources[1]:-}" ]; then
-      continue # there is no other kernel
     fi
     program="$build/${stem}_${isa}_$what"
     # shellcheck disable=SC2086  the flags are several words
