@@ -6,6 +6,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -34,6 +35,12 @@ constexpr unsigned kLanes = 32, kCopies = 256, kArrays = 64;
 
 enum class State { ready, at_block_barrier, in_warp, done };
 
+struct Copies {
+  AsyncCopy ring[kCopies];
+  unsigned groups[kCopies];
+  unsigned first, end, group;
+};
+
 struct Fiber {
   void* stack = nullptr;
   void* context = nullptr;  // the stack pointer while it does not run
@@ -41,9 +48,7 @@ struct Fiber {
   void* fake_stack = nullptr;
   State state = State::done;
   Where where;
-  AsyncCopy copies[kCopies];  // a ring
-  unsigned groups[kCopies];
-  unsigned first_copy, end_copy, group;
+  std::unique_ptr<Copies> copies;  // elsewhere: the scheduler goes through fibers' states
 #if !defined(__x86_64__)
   ucontext_t machine;
 #endif
@@ -51,6 +56,7 @@ struct Fiber {
 
 struct Warp {
   unsigned arrived = 0, round = 0;
+  Where where;                            // of the first that has come
   unsigned char slots[2][kLanes][kSlot];  // by turns: a lane may be one exchange ahead of another
 };
 
@@ -63,6 +69,7 @@ struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   unsigned threads = 0, grid = 0, block = 0, running = 0, at_barrier = 0;
+  Where barrier;  // of the first that waits at it
   const std::function<void()>* body = nullptr;
   std::string error;
   Array arrays[kArrays];
@@ -167,7 +174,8 @@ void* new_stack() {
 }
 
 void start(Fiber& fiber) {
-  fiber.first_copy = fiber.end_copy = fiber.group = 0;
+  if (!fiber.copies) fiber.copies = std::make_unique<Copies>();
+  fiber.copies->first = fiber.copies->end = fiber.copies->group = 0;
 #if defined(EMULATOR_TSAN)
   // Fresh memory: that another fiber wrote an old frame there is no race.
   fiber.stack = new_stack();
@@ -279,11 +287,8 @@ void meet_warp(Where where) {
   unsigned first = machine.running / kLanes * kLanes;
   Warp& warp = machine.warps[machine.running / kLanes];
   current().where = where;
-  if (warp.arrived > 0) {
-    for (unsigned i = first; i < first + kLanes; ++i)
-      if (machine.fibers[i].state == State::in_warp && !same_place(machine.fibers[i].where, where))
-        fault("divergence: two lanes of a warp wait at different places");
-  }
+  if (warp.arrived == 0) warp.where = where;
+  if (!same_place(warp.where, where)) fault("divergence: two lanes of a warp wait at different places");
   if (++warp.arrived == kLanes) {
     warp.arrived = 0;
     ++warp.round;
@@ -340,9 +345,9 @@ const char* launch(unsigned grid, unsigned threads, size_t shared_bytes, const s
 }
 
 void block_barrier(Where where) {
-  for (unsigned i = 0; machine.at_barrier > 0 && i < machine.threads; ++i)
-    if (machine.fibers[i].state == State::at_block_barrier && !same_place(machine.fibers[i].where, where))
-      fault("divergence: two threads of a block wait at different barriers");
+  if (machine.at_barrier == 0) machine.barrier = where;
+  if (!same_place(machine.barrier, where))
+    fault("divergence: two threads of a block wait at different barriers");
 #if defined(EMULATOR_TSAN)
   __tsan_release(barrier_token());
 #endif
@@ -399,19 +404,19 @@ void* shared(size_t offset, size_t bytes) {
 }
 
 void async_add(const AsyncCopy& copy) {
-  Fiber& fiber = current();
-  if (fiber.end_copy - fiber.first_copy == kCopies) fault("cp.async: more than 256 copies under way");
-  fiber.copies[fiber.end_copy % kCopies] = copy;
-  fiber.groups[fiber.end_copy++ % kCopies] = fiber.group;
+  Copies& copies = *current().copies;
+  if (copies.end - copies.first == kCopies) fault("cp.async: more than 256 copies under way");
+  copies.ring[copies.end % kCopies] = copy;
+  copies.groups[copies.end++ % kCopies] = copies.group;
 }
 
-void async_end_group() { ++current().group; }
+void async_end_group() { ++current().copies->group; }
 
 bool async_take(unsigned pending, AsyncCopy* out) {
-  Fiber& fiber = current();
-  if (fiber.first_copy == fiber.end_copy) return false;
-  if (fiber.groups[fiber.first_copy % kCopies] + pending >= fiber.group) return false;
-  *out = fiber.copies[fiber.first_copy++ % kCopies];
+  Copies& copies = *current().copies;
+  if (copies.first == copies.end) return false;
+  if (copies.groups[copies.first % kCopies] + pending >= copies.group) return false;
+  *out = copies.ring[copies.first++ % kCopies];
   return true;
 }
 
