@@ -39,8 +39,10 @@ const char* launch(unsigned grid, unsigned threads, size_t shared_bytes, const s
 
 void block_barrier(Where where);
 void warp_barrier(Where where);
-// Each lane of a warp hands in `bytes` (64 at most) and gets those of `count` lanes from lane `first` on.
-void gather(const void* mine, size_t bytes, int first, int count, void* out, Where where);
+constexpr size_t kSlot = 64;
+// Each lane of a warp hands in `bytes` (kSlot at most). What lane i handed in is kSlot * i bytes behind what
+// is returned, until the lane that asks hands in again.
+const unsigned char* exchange(const void* mine, size_t bytes, Where where);
 
 // `bytes` of the block's shared memory at an offset; the same for every thread.
 void* shared(size_t offset, size_t bytes);
@@ -58,6 +60,21 @@ bool async_take(unsigned pending, AsyncCopy* out);
 
 // Ends the launch.
 [[noreturn]] void fault(const char* message);
+
+// What each lane of a warp handed in.
+template <class T>
+struct Lanes {
+  static_assert(sizeof(T) <= kSlot && alignof(T) <= 16);
+  const T& operator[](int lane) const {
+    if (lane < 0 || lane >= 32) fault("no such lane");
+    return *reinterpret_cast<const T*>(first + size_t(lane) * kSlot);
+  }
+  const unsigned char* first;
+};
+template <class T>
+Lanes<T> gather(const T& mine, Where where) {
+  return {exchange(&mine, sizeof mine, where)};
+}
 
 }  // namespace emulator
 

@@ -15,8 +15,7 @@ FASTGAN_DEVICE void warp_sync(emulator::Where where = emulator::Where::current()
 
 template <class T>
 FASTGAN_DEVICE T shuffle(T value, int source, emulator::Where where = emulator::Where::current()) {
-  emulator::gather(&value, sizeof value, source, 1, &value, where);
-  return value;
+  return emulator::gather(value, where)[source];
 }
 template <class T>
 FASTGAN_DEVICE T shuffle_xor(T value, int mask, emulator::Where where = emulator::Where::current()) {

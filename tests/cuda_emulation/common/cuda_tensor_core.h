@@ -13,16 +13,13 @@ FASTGAN_DEVICE float half_of(uint32_t word, int which) {
   return widen(S{uint16_t(which ? word >> 16 : word)});
 }
 
-// The fragments of all lanes, gathered.
+// A lane's fragments of two factors.
 struct Fragments {
   uint32_t a[4], b[2];
 };
-inline void gather_fragments(const uint32_t (&a)[4], const uint32_t (&b)[2], Fragments (&all)[kWarp],
-                             emulator::Where where) {
-  Fragments mine;
-  std::memcpy(mine.a, a, sizeof a);
-  std::memcpy(mine.b, b, sizeof b);
-  emulator::gather(&mine, sizeof mine, 0, kWarp, all, where);
+inline emulator::Lanes<Fragments> gather_fragments(const uint32_t (&a)[4], const uint32_t (&b)[2],
+                                                   emulator::Where where) {
+  return emulator::gather(Fragments{{a[0], a[1], a[2], a[3]}, {b[0], b[1]}}, where);
 }
 
 // Products in float, summed in double and rounded once: hardware's order is its own, and a test's bound has
@@ -30,8 +27,7 @@ inline void gather_fragments(const uint32_t (&a)[4], const uint32_t (&b)[2], Fra
 template <class S>
 inline void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                          emulator::Where where = emulator::Where::current()) {
-  Fragments all[kWarp];
-  gather_fragments(a, b, all, where);
+  const auto all = gather_fragments(a, b, where);
   int lane = int(threadIdx.x % kWarp);
   for (int i = 0; i < 4; ++i) {
     int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
@@ -55,8 +51,7 @@ inline float cut_off(double x) {
 }
 inline void mma_m16n8k8(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                         emulator::Where where = emulator::Where::current()) {
-  Fragments all[kWarp];
-  gather_fragments(a, b, all, where);
+  const auto all = gather_fragments(a, b, where);
   int lane = int(threadIdx.x % kWarp);
   for (int i = 0; i < 4; ++i) {
     int row = lane / 4 + i / 2 * 8, column = lane % 4 * 2 + i % 2;
@@ -70,13 +65,12 @@ inline void mma_m16n8k8(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&
 
 inline void load_matrices_of(uint32_t (&out)[4], const void* row, bool transposed, emulator::Where where) {
   if (reinterpret_cast<uintptr_t>(row) % 16) emulator::fault("ldmatrix: a row is not aligned to 16 bytes");
-  const uint16_t* rows[kWarp];
-  emulator::gather(&row, sizeof row, 0, kWarp, rows, where);
+  const auto rows = emulator::gather(static_cast<const uint16_t*>(row), where);
   int r = int(threadIdx.x % kWarp) / 4, q = int(threadIdx.x % kWarp) % 4;
   for (int tile = 0; tile < 4; ++tile) {
-    const uint16_t* const* from = rows + tile * 8;
-    uint16_t low = transposed ? from[2 * q][r] : from[r][2 * q];
-    uint16_t high = transposed ? from[2 * q + 1][r] : from[r][2 * q + 1];
+    const int first = tile * 8;
+    uint16_t low = transposed ? rows[first + 2 * q][r] : rows[first + r][2 * q];
+    uint16_t high = transposed ? rows[first + 2 * q + 1][r] : rows[first + r][2 * q + 1];
     out[tile] = uint32_t(low) | uint32_t(high) << 16;
   }
 }

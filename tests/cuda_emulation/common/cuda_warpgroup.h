@@ -69,9 +69,8 @@ inline void multiply_registers(float (&d)[N / 8][4], const uint32_t (&a)[4], Pan
                                emulator::Where where = emulator::Where::current()) {
   struct Lane {
     uint32_t a[4];
-  } mine, all[kWarp];
-  std::memcpy(mine.a, a, sizeof a);
-  emulator::gather(&mine, sizeof mine, 0, kWarp, all, where);
+  };
+  const auto all = emulator::gather(Lane{{a[0], a[1], a[2], a[3]}}, where);
   const int lane = int(threadIdx.x % kWarp);
   for (int j = 0; j < N / 8; ++j)
     for (int i = 0; i < 4; ++i) {
