@@ -1,5 +1,6 @@
 """Settings that hold for every test, and the fixtures that several files share."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -66,14 +67,32 @@ def _capabilities() -> tuple[str, ...]:
     return _C.available_capabilities()
 
 
+@contextlib.contextmanager
+def _computing_with(capability: str):
+    from fastgan import _C
+
+    before = _C.capability()
+    _C.set_capability(capability)
+    yield
+    _C.set_capability(before)
+
+
 @pytest.fixture(params=["baseline", "avx2", "avx512", "amx", "neon"])
 def capability(request):
     """Runs the test once for each instruction set; those that this machine lacks are skipped, and say so."""
     if request.param not in _capabilities():
         pytest.skip(f"this machine and build have {', '.join(_capabilities()) or 'no kernels'}, not {request.param}")
+    with _computing_with(request.param):
+        yield request.param
+
+
+@pytest.fixture
+def without_tiles():
+    """Whatever the machine has: bfloat16 is multiplied as float32."""
+    if not _capabilities():
+        yield
+        return
     from fastgan import _C
 
-    before = _C.capability()
-    _C.set_capability(request.param)
-    yield request.param
-    _C.set_capability(before)
+    with _computing_with("avx512") if _C.capability() == "amx" else contextlib.nullcontext():
+        yield

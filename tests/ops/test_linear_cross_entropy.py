@@ -10,7 +10,6 @@ import torch
 from torch.nn import functional as F
 
 import fastgan
-from fastgan import _impl
 from fastgan.nn.functional import linear_cross_entropy
 from fastgan.ops import _linear_cross_entropy_loops as loops
 from fastgan.ops import linear_cross_entropy as ops
@@ -191,21 +190,6 @@ def test_every_instruction_set(capability, small_chunks, classes, dtype):
         got = gradients(linear_cross_entropy, *args, reduction=reduction, **settings)
         expected = gradients(plain, *exact, reduction=reduction, **settings)
         torch.testing.assert_close(got, expected, rtol=rtol, atol=atol, check_dtype=False)
-
-
-@pytest.fixture
-def without_tiles():
-    """Whatever the machine has: bfloat16 is multiplied as float32."""
-    if _impl.extension_error is not None:
-        yield
-        return
-    from fastgan import _C
-
-    before = _C.capability()
-    if before == "amx":
-        _C.set_capability("avx512")
-    yield
-    _C.set_capability(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
