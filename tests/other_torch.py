@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.shared_folder import shared_folder
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 OTHER_TORCH = os.environ.get("FASTGAN_OTHER_TORCH", "2.14.1")
 BUILD_TOOLS = ["scikit-build-core>=0.10", "pybind11>=2.13", "cmake>=3.25", "ninja>=1.11"]
@@ -28,10 +30,10 @@ def run(*command: str | Path, **environment: str) -> str:
     return done.stdout
 
 
-def build_wheel(python: str | Path, folder: Path) -> Path:
+def build_wheel(python: str | Path, folder: Path, **environment: str) -> Path:
     run(
         python, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", folder,
-        f"--config-settings=build-dir={folder}/build", REPOSITORY,
+        f"--config-settings=build-dir={folder}/build", REPOSITORY, **environment,
     )  # fmt: skip
     return next(folder.glob("fastgan-*.whl"))
 
@@ -41,10 +43,12 @@ def other_python(tmp_path_factory) -> Path:
     """An environment with another torch; FASTGAN_OTHER_PYTHON names one that is there already."""
     if "FASTGAN_OTHER_PYTHON" in os.environ:
         return Path(os.environ["FASTGAN_OTHER_PYTHON"])
-    folder = tmp_path_factory.mktemp("other")
-    run(sys.executable, "-m", "venv", folder)
-    python = folder / "bin" / "python"
-    run(python, "-m", "pip", "install", "-q", f"torch=={OTHER_TORCH}", "numpy", *BUILD_TOOLS)
+    with shared_folder(tmp_path_factory, "other") as folder:
+        python, installed = folder / "bin" / "python", folder / "installed"
+        if not installed.exists():
+            run(sys.executable, "-m", "venv", folder)
+            run(python, "-m", "pip", "install", "-q", f"torch=={OTHER_TORCH}", "numpy", *BUILD_TOOLS)
+            installed.touch()
     return python
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 
 import fastgan
 from tests.cuda_emulation.build import CXX, build_operators
+from tests.shared_folder import shared_folder
 
 
 class _OnDevice:
@@ -53,10 +52,5 @@ def emulated_library(tmp_path_factory):
         pytest.skip("no compiled extension in this build to compare with")
     if shutil.which(CXX) is None:
         pytest.skip(f"no C++ compiler ({CXX}) on this machine")
-    # Workers of pytest-xdist share the folder above their own: the first builds, the others wait.
-    own = tmp_path_factory.getbasetemp()
-    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "fastgan_emulated"
-    folder.mkdir(exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with shared_folder(tmp_path_factory, "fastgan_emulated") as folder:
         return build_operators(folder)
