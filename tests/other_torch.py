@@ -47,7 +47,7 @@ def other_python(tmp_path_factory) -> Path:
         python, installed = folder / "bin" / "python", folder / "installed"
         if not installed.exists():
             run(sys.executable, "-m", "venv", folder)
-            run(python, "-m", "pip", "install", "-q", f"torch=={OTHER_TORCH}", "numpy", *BUILD_TOOLS)
+            run(python, "-m", "pip", "install", "-q", "--no-compile", f"torch=={OTHER_TORCH}", "numpy", *BUILD_TOOLS)
             installed.touch()
     return python
 

@@ -28,6 +28,8 @@ def number(value: Any, name: str) -> float:
 
 def pair(value: Pair, name: str) -> tuple[int, int]:
     """Integers are what has ``__index__`` (numpy's, tensors of one), as in torch."""
+    if type(value) is tuple and len(value) == 2 and type(value[0]) is type(value[1]) is int:
+        return value  # what a module has: of a small layer such checks are a part of the time
     if isinstance(value, (int, torch.SymInt)):
         return value, value  # type: ignore[return-value]
     values = value if isinstance(value, Sequence) and not isinstance(value, (str, bytes)) else (value,)

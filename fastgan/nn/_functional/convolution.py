@@ -175,6 +175,5 @@ def _check_convolution_arguments(
             continue
         if tensor.device != input.device:
             raise RuntimeError(f"{name} must be on input's device {input.device}, got {tensor.device}")
-        autocast = _autocast.is_on(input.device.type)
-        if tensor.dtype != input.dtype and not autocast:
+        if tensor.dtype != input.dtype and not _autocast.is_on(input.device.type):
             raise RuntimeError(f"{name} must have input's dtype {input.dtype}, got {tensor.dtype}")
