@@ -1,6 +1,6 @@
 """The CUDA kernels built at first use against a CUDA build of torch, as on a user's machine; only the GPU is pretended.
 
-``test_cuda_build`` does the same with stubs in a CUDA torch's place, and has the rest of what can go wrong.
+``test_cuda_build`` has the rest of what can go wrong.
 """
 
 from __future__ import annotations
