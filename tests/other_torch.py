@@ -12,6 +12,9 @@ import pytest
 
 from tests.shared_folder import shared_folder
 
+#: for nvcc, where it is about the build and the library is not run: half the time
+QUICK_NVCC = {"NVCC_APPEND_FLAGS": "-Xcicc -O1 -Xptxas -O1"}
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 OTHER_TORCH = os.environ.get("FASTGAN_OTHER_TORCH", "2.14.1")
 BUILD_TOOLS = ["scikit-build-core>=0.10", "pybind11>=2.13", "cmake>=3.25", "ninja>=1.11"]
@@ -30,10 +33,10 @@ def run(*command: str | Path, **environment: str) -> str:
     return done.stdout
 
 
-def build_wheel(python: str | Path, folder: Path, **environment: str) -> Path:
+def build_wheel(python: str | Path, folder: Path, *settings: str, **environment: str) -> Path:
     run(
         python, "-m", "pip", "wheel", "-q", "--no-build-isolation", "--no-deps", "-w", folder,
-        f"--config-settings=build-dir={folder}/build", REPOSITORY, **environment,
+        *(f"--config-settings={each}" for each in (f"build-dir={folder}/build", *settings)), REPOSITORY, **environment,
     )  # fmt: skip
     return next(folder.glob("fastgan-*.whl"))
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.other_torch import run
+from tests.other_torch import QUICK_NVCC, run
 from tests.test_cuda_build import CUDA_HOME, needs_nvcc
 
 pytestmark = [needs_nvcc, pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -43,6 +43,7 @@ class Torch:
         self.environment = {name: value for name, value in os.environ.items() if name not in left_out} | {
             "PYTHONPATH": str(site),
             "PATH": f"{python.parent}{os.pathsep}{os.environ['PATH']}",  # its ninja
+            **QUICK_NVCC,
             "CUDA_HOME": str(CUDA_HOME),
             "FASTGAN_CACHE": str(cache),
             "MAX_JOBS": str(os.cpu_count()),
