@@ -52,18 +52,17 @@ def start(code: str, *before: str | Path, **environment: str | Path | None) -> s
         text=True,
         env={**env, **given},
         cwd=sysconfig.get_path("stdlib"),
-        start_new_session=True,  # so that a killed build takes its compilers along
     )
 
 
-def finish(process: subprocess.Popen[str], timeout: float = 800) -> tuple[str, str]:
-    out, err = process.communicate(timeout=timeout)
+def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
     return out, err
 
 
 def run(code: str, **environment) -> tuple[str, str]:
-    return finish(start(code, **environment), 120)
+    return finish(start(code, **environment))
 
 
 # ---- what is said; nothing is built ----
@@ -132,7 +131,7 @@ def on_a_disk(kilobytes: int, code: str, where: Path, **environment) -> str:
     if subprocess.run([*command, mount, where], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount a disk of their own")
     on_it = (*command, f'{mount}; df "$0" >&2; exec "$@"', where)
-    _, err = finish(start(code, *on_it, FASTGAN_CACHE=where, **environment), 120)
+    _, err = finish(start(code, *on_it, FASTGAN_CACHE=where, **environment))
     assert f"{kilobytes}" in err  # df's
     return err
 

@@ -30,6 +30,7 @@ import fastgan
 from fastgan import _cuda
 print(*[_cuda.has_kernel(name) for name in ("norm_act", "conv_gan_loss", "attention", "linear_cross_entropy_rows")])
 print(_cuda.status())
+print(fastgan.info()["cuda_kernels"])
 """
 ALL = "True True True True\nloaded ("
 
@@ -132,7 +133,16 @@ def test_first_use_is_killed_then_two_at_once_then_read_only(under_cuda_torch):
 
     out, err = under_cuda_torch.ask()
     assert out.startswith(ALL)
+    assert out.count("loaded (") == 2
     assert err == ""
+
+    whole = next(path for path in cache.iterdir() if path.is_dir())
+    elsewhere = cache.parent / "elsewhere"
+    shutil.copytree(whole, elsewhere / whole.name)  # no lock file, which a read-only cache would not let be made
+    out, err = under_cuda_torch.ask(FASTGAN_CACHE=str(elsewhere))
+    assert out.startswith(ALL)
+    assert err == ""
+    assert [path.name for path in elsewhere.iterdir()] == [whole.name]
 
     for path in (*cache.rglob("*"), cache):
         path.chmod(0o555 if path.is_dir() else 0o444)

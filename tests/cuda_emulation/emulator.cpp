@@ -32,7 +32,7 @@ constexpr size_t kStack = 64 * 1024;
 #endif
 constexpr size_t kGap = 64;
 constexpr size_t kAlignment = 1024;  // of an array; what is swizzled goes by the address
-constexpr unsigned kLanes = 32, kCopies = 256, kArrays = 64;
+constexpr unsigned kCopies = 256, kArrays = 64;
 
 enum class State { ready, at_block_barrier, in_warp, done };
 
@@ -49,7 +49,8 @@ struct Fiber {
   void* fake_stack = nullptr;
   State state = State::done;
   Where where;
-  std::unique_ptr<Copies> copies;  // elsewhere: the scheduler goes through fibers' states
+  std::unique_ptr<Copies> copies =
+      std::make_unique<Copies>();  // elsewhere: the scheduler goes through fibers' states
 #if !defined(__x86_64__)
   ucontext_t machine;
 #endif
@@ -175,7 +176,6 @@ void* new_stack() {
 }
 
 void start(Fiber& fiber) {
-  if (!fiber.copies) fiber.copies = std::make_unique<Copies>();
   fiber.copies->first = fiber.copies->end = fiber.copies->group = 0;
 #if defined(EMULATOR_TSAN)
   // Fresh memory: that another fiber wrote an old frame there is no race.

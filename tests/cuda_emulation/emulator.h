@@ -39,6 +39,7 @@ const char* launch(unsigned grid, unsigned threads, size_t shared_bytes, const s
 
 void block_barrier(Where where);
 void warp_barrier(Where where);
+constexpr unsigned kLanes = 32;
 constexpr size_t kSlot = 64;
 // Each lane of a warp hands in `bytes` (kSlot at most). What lane i handed in is kSlot * i bytes behind what
 // is returned, until the lane that asks hands in again.
@@ -66,7 +67,7 @@ template <class T>
 struct Lanes {
   static_assert(sizeof(T) <= kSlot && alignof(T) <= 16);
   const T& operator[](int lane) const {
-    if (lane < 0 || lane >= 32) fault("no such lane");
+    if (lane < 0 || lane >= int(kLanes)) fault("no such lane");
     return *reinterpret_cast<const T*>(first + size_t(lane) * kSlot);
   }
   const unsigned char* first;
