@@ -13,7 +13,8 @@ second     attention differentiated twice, beside PyTorch's formula
 head       linear_cross_entropy beside PyTorch's, and what each takes in memory
 gan        a DCGAN's training step beside PyTorch's eager, compiled and recorded as a CUDA graph
 language   training steps of GPT-2 and BERT beside transformers with SDPA
-profile    (only where it is asked for) what the recorded DCGAN steps consist of, kernel by kernel
+profile    (only where it is asked for) what the recorded DCGAN steps and attention consist of, kernel by kernel
+counters   (only where it is asked for) what limits the kernels, by Nsight Compute where it is installed
 
 Times are medians of CUDA events after a warm-up, the cache flushed before every call. A wrong result makes the
 command fail, and its row says WRONG. The tables are Markdown (benchmarks/device_tables.py prints them).
@@ -40,7 +41,7 @@ from fastgan import _cuda
 REPOSITORY = Path(__file__).resolve().parent.parent
 TABLES = ("kernels", "attention", "second", "head", "gan", "language")
 SECTIONS = ("tests", "sanitizer", *TABLES)
-ON_REQUEST = ("profile",)
+ON_REQUEST = ("profile", "counters")
 # Small shapes, every kernel at least once.
 SANITIZED = (
     "device and (test_plain or test_grouped_heads or test_everything_at_once or test_dropout_with_everything "
@@ -135,7 +136,10 @@ def main() -> int:
             with tempfile.TemporaryDirectory() as folder:
                 rows = Path(folder) / "rows.json"
                 command = [sys.executable, "-m", "benchmarks.device_tables", section, str(rows), str(options.rounds)]
-                code = subprocess.run([*command, *["--no-compile"] * options.no_compile], cwd=REPOSITORY).returncode
+                command += ["--no-compile"] * options.no_compile
+                if section == "counters":
+                    command = [sys.executable, "-m", "benchmarks.device_counters", str(rows)]
+                code = subprocess.run(command, cwd=REPOSITORY).returncode
                 if rows.exists():
                     tables[section] = json.loads(rows.read_text())
         if code:

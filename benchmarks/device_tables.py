@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from statistics import median
@@ -53,13 +54,31 @@ HEADS = [(8192, 768, 50257, torch.bfloat16), (8192, 2048, 128256, torch.bfloat16
 Rows = list[dict[str, Any]]
 
 
-def milliseconds(call: Callable[[], Any], flush: torch.Tensor, rounds: int) -> float:
-    """Median time of a call on the device, with a cold cache."""
+def host_milliseconds(call: Callable[[], Any]) -> float:
+    """Median time that the host takes for a call, the device having nothing else to do."""
+    times = []
+    for _ in range(7):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - begin))
+    torch.cuda.synchronize()
+    return median(times)
+
+
+def milliseconds(call: Callable[[], Any], flush: torch.Tensor, rounds: int, ahead: bool = False) -> float:
+    """Median time of a call on the device, with a cold cache.
+
+    ``ahead``: the host has called before the device begins, so that a short call is not the host's time.
+    """
     for _ in range(3):
         call()
+    # An enqueued flush keeps the device for its bytes' time, written at some 4 TB/s or less.
+    flushes = 1 + ahead * int(2 * host_milliseconds(call) / (flush.numel() / 4e9))
     pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
     for begin, end in pairs:
-        flush.zero_()
+        for _ in range(flushes):
+            flush.zero_()
         begin.record()
         call()
         end.record()
@@ -123,8 +142,8 @@ class Table:
     def head(self, *columns: str) -> None:
         print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}", flush=True)
 
-    def time(self, call: Callable[[], Any], rounds: int | None = None) -> float:
-        return milliseconds(call, self.flush, rounds or self.rounds)
+    def time(self, call: Callable[[], Any], rounds: int | None = None, ahead: bool = False) -> float:
+        return milliseconds(call, self.flush, rounds or self.rounds, ahead)
 
     def row(self, case: str, shown: list[str], **numbers: Any) -> None:
         print(f"| {case} | {' | '.join(shown)} |", flush=True)
@@ -167,7 +186,7 @@ def kernel_cases(dtype: torch.dtype, layout: torch.memory_format):
         return [tensor(*shape).requires_grad_(), *parameters], tensor(*shape)
 
     def make_loss(*shape: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-        w = (torch.randn(1, shape[1], 4, 4, device="cuda") / (16 * shape[1]) ** 0.5).to(dtype)
+        w = (torch.randn(1, shape[1], 4, 4, device="cuda") / (16 * shape[1]) ** 0.5).to(dtype, memory_format=layout)
         return [tensor(*shape).requires_grad_(), w.requires_grad_()], torch.ones((), device="cuda", dtype=dtype)
 
     for n, c, s in NORM_SHAPES:
@@ -300,16 +319,18 @@ def attention_calls(case: Case, compiles: bool) -> Iterator[tuple[str, Callable[
 
 def attention(table: Table) -> None:
     names = ["fastgan", "own", "PyTorch", "flash", "efficient", "cudnn", "math", *["flex"] * table.compiles]
-    table.head("milliseconds", *names, "best / fastgan", "TFLOP/s", "difference")
+    table.head("milliseconds", *names, "best / fastgan", "TFLOP/s", "difference", "host: fastgan, PyTorch")
     rounds = max(10, table.rounds // 3)
     for case in ATTENTION:
         name, batch, heads, length, width, dtype, options = case
         times: dict[str, float] = {}
+        host: dict[str, float] = {}
         results: dict[str, Any] = {}
         for which, call in attention_calls(case, table.compiles):
             try:
                 results[which] = call() if which in ("fastgan", "own", "PyTorch") else None
-                times[which] = table.time(call, rounds if which != "math" else 5)
+                times[which] = table.time(call, rounds if which != "math" else 5, ahead=True)
+                host[which] = host_milliseconds(call)
             except Exception as error:  # this backend does not take the case
                 if which in ("fastgan", "own") or "CUDA error" in str(error):
                     raise
@@ -326,8 +347,9 @@ def attention(table: Table) -> None:
         shown = [f"{times[n]:.3f}" if n in times else "" for n in names]
         table.row(
             f"{name}, {batch}x{heads}x{length}x{width}",
-            [*shown, f"{best / times['fastgan']:.2f}x", f"{rate:.0f}", verdict],
-            **times, tflops=rate, difference=off,
+            [*shown, f"{best / times['fastgan']:.2f}x", f"{rate:.0f}", verdict,
+             f"{host['fastgan']:.2f}, {host['PyTorch']:.2f}"],
+            **times, tflops=rate, difference=off, host=host,
         )  # fmt: skip
 
 
@@ -350,7 +372,7 @@ BESIDE_PYTORCH = (
 def row_beside_pytorch(table: Table, case: str, calls: list[Callable[[], Any]], rounds: int, most: float) -> None:
     """Time, memory and results of our call and PyTorch's; ``most`` is how far these may be apart."""
     off = difference(calls[0](), calls[1]())
-    times = [table.time(call, rounds) for call in calls]
+    times = [table.time(call, rounds, ahead=True) for call in calls]
     memory = [peak(call) for call in calls]
     shown = [f"{times[0]:.3f}", f"{times[1]:.3f}", f"{times[1] / times[0]:.2f}x", *(f"{m:.0f}" for m in memory)]
     numbers = {"fastgan": times[0], "PyTorch": times[1], "megabytes": memory, "difference": off}
@@ -475,39 +497,50 @@ def by_kernel(events: Iterable[Any], calls: int, longest: int = 90) -> list[tupl
     return sorted(rows, key=lambda row: -row[2])
 
 
-def profile(table: Table) -> None:
-    """The kernels of a recorded DCGAN step, batch 64, ours and PyTorch's."""
+def print_kernels(table: Table, name: str, call: Callable[[], Any], replays: int = 3, most: int = 25) -> None:
+    """What the device does in a call, kernel by kernel."""
     from torch.autograd import DeviceType
 
+    torch.cuda.synchronize()
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profiler:
+        for _ in range(replays):
+            call()
+        torch.cuda.synchronize()
+    events = [
+        event
+        for event in profiler.events() or ()
+        if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
+    ]
+    if not events:
+        print(f"{name}: the profiler saw no kernel")
+        table.failed = True
+        return
+    rows = by_kernel(events, replays)
+    total, count = sum(row[2] for row in rows), sum(row[1] for row in rows)
+    span = max(e.time_range.end for e in events) - min(e.time_range.start for e in events)
+    print(f"\n{name}: {count:.0f} kernels and copies, {total:.0f} us in all, of {span / replays:.0f} us\n")
+    table.head(name, "count", "us")
+    for kernel, times, microseconds in rows[:most]:
+        shown = [f"{times:.1f}", f"{microseconds:.1f}"]
+        table.row(f"`{kernel}`", shown, of=name, count=times, microseconds=microseconds)
+
+
+def profile(table: Table) -> None:
+    """The kernels of a recorded DCGAN step, batch 64, ours and PyTorch's, and those of each case of attention."""
     networks, real = gan_steps.networks(batch=64)
-    replays, most = 3, 25
     for name in ("fastgan", "CUDA graph"):
         step = gan_steps.DEVICE_STEPS[name](copy.deepcopy(networks).cuda(), real.cuda())
         for _ in range(step_graph.WARM_UP + 3):  # the recording, and replays
             step()
-        torch.cuda.synchronize()
-        activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-        with torch.profiler.profile(activities=activities) as profiler:
-            for _ in range(replays):
-                step()
-            torch.cuda.synchronize()
-        events = [
-            event
-            for event in profiler.events() or ()
-            if event.device_type == DeviceType.CUDA and not getattr(event, "is_user_annotation", False)
-        ]
-        if not events:
-            print(f"{name}: the profiler saw no kernel")
-            table.failed = True
-            continue
-        rows = by_kernel(events, replays)
-        total, count = sum(row[2] for row in rows), sum(row[1] for row in rows)
-        span = max(e.time_range.end for e in events) - min(e.time_range.start for e in events)
-        print(f"\n{name}: {count:.0f} kernels and copies a step, {total:.0f} us in all, of {span / replays:.0f} us\n")
-        table.head(f"{name}, a step", "count", "us")
-        for kernel, times, microseconds in rows[:most]:
-            shown = [f"{times:.1f}", f"{microseconds:.1f}"]
-            table.row(f"`{kernel}`", shown, step=name, count=times, microseconds=microseconds)
+        print_kernels(table, f"DCGAN, {name}", step)
+    for case in ATTENTION:
+        for which, call in attention_calls(case, False):
+            if which in ("fastgan", "own", "PyTorch"):
+                for _ in range(3):
+                    call()
+                title = "{}, {}x{}x{}x{}".format(*case[:5])
+                print_kernels(table, f"{title}, {which}", call, most=8)
 
 
 def main(section: str, out: str, rounds: str, *flags: str) -> int:

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks import device_counters as counters
 from benchmarks import device_tables as tables
 
 
@@ -92,3 +93,30 @@ def test_kernel_cases_count_their_bytes(monkeypatch):
             assert moved == size * (5 if "norm" in name else 3)
             calls = [tables.forward_and_backward(f, tensors, grad) for f in (ours, theirs)]
             assert tables.difference(calls[0](), calls[1]()) < 2e-2
+
+
+def test_counters_are_read_by_case_and_kernel():
+    said = [
+        "==PROF== Connected to process 1",
+        '"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value","Rule Name","Rule Description"',
+        '"0","void at::native::erfinv_kernel()","","","","","",""',
+        '"1","void fastgan::(anonymous namespace)::rows_kernel<fastgan::bfloat16, 64>(fastgan::AttentionArgs, int)",'
+        '"GPU Speed Of Light Throughput","Duration","us","12.5","",""',
+        '"2","void at::native::erfinv_kernel()","","","","","",""',
+        '"3","void fastgan::(anonymous namespace)::keys_kernel<float, 64>(fastgan::AttentionArgs)",'
+        '"GPU Speed Of Light Throughput","Duration","ns","1,250","",""',
+        '"3","void fastgan::(anonymous namespace)::keys_kernel<float, 64>(fastgan::AttentionArgs)","Compute","","","",'
+        '"HighPipeUtilization","FMA is the highest-utilized pipeline (61.9%) based on active cycles."',
+        '"3","void fastgan::(anonymous namespace)::keys_kernel<float, 64>(fastgan::AttentionArgs)","Warps","","","",'
+        '"CPIStall","On average, each warp of this kernel spends 3.8 cycles being stalled waiting for a barrier."',
+    ]
+    assert counters.read(said, ["first", "second"]) == [
+        {"case": "first", "kernel": "rows_kernel<bfloat16, 64>", "us": 12.5},
+        {
+            "case": "second",
+            "kernel": "keys_kernel<float, 64>",
+            "us": 1.25,
+            "pipe": "FMA 62 %",
+            "waits": "3.8 cycles a barrier",
+        },
+    ]
