@@ -7,11 +7,12 @@
 //
 // Work is in two phases, sums over the items of a channel and then a value for each item. Where a channel is
 // small (up to kWholeItems items a thread) one block does both, one launch in all, the second read from the
-// cache. Elsewhere the items are cut into splits: a first launch leaves the sums of each split in scratch, a
-// second adds them again in every block, in the order of the splits, and writes. That costs a few kilobytes
-// and some microseconds a block, so that there are no more blocks than fill a GPU a few times, and needs
-// neither atomics nor a cleared counter: the bits are the same in every run. The second launch goes through
-// the blocks backwards, from what the first has left in the cache.
+// cache. Elsewhere the items are cut into splits and there are three launches: sums of each split, left in
+// scratch; a warp for each channel that adds them up, always in the same order, and leaves coefficients; and
+// the values. No atomics and no cleared counter: the bits are the same in every run. (Every block of the last
+// adding the sums up for itself is a launch less, and reads them as often as there are blocks: with 64
+// channels beside each other in memory and 256 splits, 260 KB by each of 256 blocks.) The last launch goes
+// through the blocks backwards, from what the first has left in the cache.
 //
 // Bytes, forward and backward, of a tensor larger than the cache: x is read twice and y written, then x and
 // dy read twice and dx written, eight passes. A thread has six to eight vectors under way, of 16 bytes (of 8
@@ -34,7 +35,7 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kWholeItems = 32;   // items a thread, up to which one block does a channel alone
-constexpr int kSplitItems = 16;   // items a thread, of a split, at least
+constexpr int kSplitItems = 8;    // items a thread, of a split, at least
 constexpr int kBlocks = 1056;     // of a launch, at most: four for each place that 132 processors have
 constexpr int kMostChannels = 4;  // of a thread
 
@@ -57,17 +58,17 @@ constexpr int vector_width(bool channels_last) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Which phases a launch has, and whether the second needs the sums. A second launch goes through the blocks
-// from `last` to 0: of a tensor larger than the cache, that still has what the first read last.
-struct Phases {
-  bool sums, values, needs_sums;
-  int last = -1;
-  FASTGAN_DEVICE int block() const { return last < 0 ? int(blockIdx.x) : last - int(blockIdx.x); }
-};
+// What a launch does of its blocks' items. `whole`: all; in training a block then has all of a channel.
+// `values`: by the coefficients in scratch, and from the last block to the first.
+enum class Phase { whole, sums, values };
+
+FASTGAN_DEVICE int number_of_block(Phase phase) {
+  return phase == Phase::values ? int(gridDim.x) - 1 - int(blockIdx.x) : int(blockIdx.x);
+}
 
 // Two sums over a channel. Forward: of x - pivot and of its square, the pivot being the channel's first value
 // in the group. Backward: of dz, and of dz (x - T(mean)).
-struct Sums {
+struct alignas(16) Sums {
   double first, second;
   FASTGAN_DEVICE void merge(const Sums& other) {
     first += other.first;
@@ -310,72 +311,81 @@ struct Walk {
   }
 
   // The pivot is one of the values, so that at most log2(count) bits of the second sum cancel.
-  FASTGAN_DEVICE void statistics(int64_t group, int64_t c, const Sums& sums, double& mean,
-                                 double& var) const {
+  FASTGAN_DEVICE void statistics(int64_t group, int64_t c, const Sums& sums) const {
     double apart = sums.first / count(), square = sums.second / count() - apart * apart;
-    mean = pivot(group, c) + apart;
-    var = square < 0 ? 0 : square;  // NaN stays
+    args.mean[group * args.channels + c] = pivot(group, c) + apart;
+    args.var[group * args.channels + c] = square < 0 ? 0 : square;  // NaN stays
   }
 
-  FASTGAN_DEVICE void gradient(Coefficients<T>& c, int64_t channel_of, double mean, double var,
-                               const Sums& sums) const {
+  // `at`: of channel c in its group.
+  FASTGAN_DEVICE void gradient(Coefficients<T>& out, int64_t c, int64_t at, const Sums& sums) const {
     if (!args.batch_statistics) return;
-    double inverse = invstd(var), scale = parameter<T>(args.weight, channel_of, 1.0) * inverse;
-    double rest = mean - double(T(mean));
+    double inverse = invstd(args.var[at]), scale = parameter<T>(args.weight, c, 1.0) * inverse;
+    double rest = args.mean[at] - double(out.mean);
     double along = scale * inverse * inverse * (sums.second - rest * sums.first) / count();
-    c.along = T(along);
-    c.constant = T(scale * sums.first / count() - rest * along);
+    out.along = T(along);
+    out.constant = T(scale * sums.first / count() - rest * along);
   }
 };
 
-// All rows' values of each column and channel, joined: a tree in shared memory, the same in every run. What
-// comes out is memory[joined_at(i)] for channel i of the tile.
+// The gradients of a channel's weight and bias, over the groups.
+struct ParameterSums {
+  double weight = 0, bias = 0;
+  template <class W, class T>
+  FASTGAN_DEVICE void add(const W& walk, int64_t at, const Coefficients<T>& c, const Sums& sums) {
+    weight +=
+        (sums.second - (walk.args.mean[at] - double(c.mean)) * sums.first) * walk.invstd(walk.args.var[at]);
+    bias += sums.first;
+  }
+  template <class T>
+  FASTGAN_DEVICE void store(const NormActArgs& args, int64_t c) const {
+    if (args.grad_weight) static_cast<T*>(args.grad_weight)[c] = T(weight);
+    if (args.grad_bias) static_cast<T*>(args.grad_bias)[c] = T(bias);
+  }
+};
+
+// All rows' values of each column and channel, joined, in one order: lanes of a warp by shuffles, warps in
+// shared memory. Thread i gets those of channel i of the tile; the others something.
 template <int K>
-FASTGAN_DEVICE void join_rows(const Sums (&values)[K], int columns, int rows, Sums* memory) {
-  int thread = int(threadIdx.x);
+FASTGAN_DEVICE Sums join_rows(const Sums (&values)[K], int columns, Sums* memory) {
+  int thread = int(threadIdx.x), warp = thread / kWarp, lane = thread % kWarp;
   block_sync();  // the memory may still be read from a former call
 #pragma unroll
-  for (int k = 0; k < K; ++k) memory[k * kThreads + thread] = values[k];
-  for (int half = rows / 2; half > 0; half /= 2) {
-    block_sync();
-    if (thread < half * columns)
-#pragma unroll 1
-      for (int k = 0; k < K; ++k) {
-        Sums mine = memory[k * kThreads + thread];
-        mine.merge(memory[k * kThreads + thread + half * columns]);
-        memory[k * kThreads + thread] = mine;
-      }
+  for (int k = 0; k < K; ++k) {
+    Sums mine = values[k];
+    for (int step = columns; step < kWarp; step *= 2)
+      mine.merge({shuffle_xor(mine.first, step), shuffle_xor(mine.second, step)});
+    if (lane < columns) memory[(warp * columns + lane) * K + k] = mine;
   }
   block_sync();
+  Sums joined = {};
+  if (thread < columns * K)
+#pragma unroll
+    for (int w = 0; w < kThreads / kWarp; ++w) joined.merge(memory[w * columns * K + thread]);
+  return joined;
 }
-template <int K>
-FASTGAN_DEVICE int joined_at(int channel) {
-  return channel % K * kThreads + channel / K;
+// Of its memory.
+inline size_t join_bytes(int columns, int channels) {
+  return SharedMemory::bytes<Sums>(kThreads / kWarp * columns * channels);
 }
 
-// Scratch: for each group and split a row of two sums for each channel.
-FASTGAN_DEVICE Sums* partial(const NormActArgs& args, const Plan& plan, int64_t group, int split,
-                             int64_t channel) {
-  return reinterpret_cast<Sums*>(args.scratch) + (group * plan.splits + split) * args.channels + channel;
+// Scratch: the sums of each group, channel and split, then coefficients of each group and channel.
+FASTGAN_DEVICE Sums* partials(const NormActArgs& args, const Plan& plan, int64_t group, int64_t channel) {
+  return reinterpret_cast<Sums*>(args.scratch) + (group * args.channels + channel) * plan.splits;
+}
+template <class T>
+FASTGAN_DEVICE Coefficients<T>* prepared(const NormActArgs& args, const Plan& plan, int64_t group,
+                                         int64_t channel) {
+  return reinterpret_cast<Coefficients<T>*>(partials(args, plan, args.groups, 0)) + group * args.channels +
+         channel;
 }
 
 template <class W>
-FASTGAN_DEVICE void store_partial(const W& walk, int64_t group, int split, int tile, const Sums* memory) {
+FASTGAN_DEVICE void store_partial(const W& walk, int64_t group, int split, int tile, const Sums& joined) {
   int i = int(threadIdx.x);
   int64_t channel = walk.first_channel(tile) + i;
   if (i >= walk.plan.columns * W::K || channel >= walk.args.channels) return;
-  *partial(walk.args, walk.plan, group, split, channel) = memory[joined_at<W::K>(i)];
-}
-
-template <class W>
-FASTGAN_DEVICE void join_partials(const W& walk, int64_t group, Sums (&values)[W::K], Sums* memory) {
-  if (walk.is_inside())
-#pragma unroll 2
-    for (int split = walk.row; split < walk.plan.splits; split += walk.plan.rows)
-#pragma unroll
-      for (int k = 0; k < W::K; ++k)
-        values[k].merge(*partial(walk.args, walk.plan, group, split, walk.channel + k));
-  join_rows(values, walk.plan.columns, walk.plan.rows, memory);
+  partials(walk.args, walk.plan, group, channel)[split] = joined;
 }
 
 template <class T, int K>
@@ -388,102 +398,122 @@ FASTGAN_DEVICE void load_coefficients(const Coefficients<T>* shared, int column,
 // coefficients are found by one thread and shared: square roots and divisions in double are long, and take
 // many registers.
 template <class S, int V, bool Last>
-__global__ void __launch_bounds__(kThreads, 2) forward_kernel(NormActArgs args, Plan plan, Phases phases) {
+__global__ void __launch_bounds__(kThreads, 2) forward_kernel(NormActArgs args, Plan plan, Phase phase) {
   using W = Walk<S, V, Last>;
   using T = typename W::T;
   constexpr int K = W::K;
-  SharedMemory shared;
-  Coefficients<T>* of_tile = shared.take<Coefficients<T>>(plan.columns * K);
-  Sums* memory = args.batch_statistics ? shared.take<Sums>(K * kThreads) : nullptr;
-  int block = phases.block();
+  int block = number_of_block(phase);
   int tile = block % plan.tiles, split = block / plan.tiles % plan.splits;
   int64_t group = block / plan.tiles / plan.splits;
   W walk(args, plan, tile);
-  if (args.batch_statistics) {
-    Sums moments[K] = {};
-    if (phases.sums) {
-      if (walk.is_inside()) walk.moments(group, split, moments);
-      join_rows(moments, plan.columns, plan.rows, memory);
-      if (!phases.values) return store_partial(walk, group, split, tile, memory);
-    } else {
-      join_partials(walk, group, moments, memory);
-    }
-  }
-  int i = int(threadIdx.x);
-  int64_t c = walk.first_channel(tile) + i, at = group * args.channels + c;
-  if (i < plan.columns * K && c < args.channels) {
+  Coefficients<T> coefficients[K];
+  if (phase == Phase::values) {
+    if (!walk.is_inside()) return;
+    load_coefficients(prepared<T>(args, plan, group, walk.channel), 0, coefficients);
+  } else {
+    SharedMemory shared;
+    Coefficients<T>* of_tile = shared.take<Coefficients<T>>(plan.columns * K);
+    Sums joined = {};
     if (args.batch_statistics) {
-      double mean, var;
-      walk.statistics(group, c, memory[joined_at<K>(i)], mean, var);
-      if (split == 0) args.mean[at] = mean, args.var[at] = var;
-      of_tile[i] = walk.affine(c, mean, var);
-    } else {
+      Sums* memory = shared.take<Sums>(kThreads / kWarp * plan.columns * K);
+      Sums moments[K] = {};
+      if (walk.is_inside()) walk.moments(group, split, moments);
+      joined = join_rows(moments, plan.columns, memory);
+      if (phase == Phase::sums) return store_partial(walk, group, split, tile, joined);
+    }
+    int i = int(threadIdx.x);
+    int64_t c = walk.first_channel(tile) + i, at = group * args.channels + c;
+    if (i < plan.columns * K && c < args.channels) {
+      if (args.batch_statistics) walk.statistics(group, c, joined);
       of_tile[i] = walk.affine(c, args.mean[at], args.var[at]);
     }
+    block_sync();
+    if (!walk.is_inside()) return;
+    load_coefficients(of_tile, walk.column, coefficients);
   }
-  block_sync();
-  if (!walk.is_inside()) return;
-  Coefficients<T> coefficients[K];
-  load_coefficients(of_tile, walk.column, coefficients);
   walk.outputs(group, split, coefficients);
 }
 
-// Weight and bias gradients join all groups. A whole block walks through the groups of its tile itself; of
-// the second launch of two, the last `tiles` blocks do this alone.
+// Weight and bias gradients join all groups: a block that has all of a channel walks through them itself.
 template <class S, int V, bool Last>
-__global__ void __launch_bounds__(kThreads, 2) backward_kernel(NormActArgs args, Plan plan, Phases phases) {
+__global__ void __launch_bounds__(kThreads, 2)
+    backward_kernel(NormActArgs args, Plan plan, Phase phase, bool needs_sums) {
   using W = Walk<S, V, Last>;
   using T = typename W::T;
   constexpr int K = W::K;
-  SharedMemory shared;
-  Coefficients<T>* of_tile = shared.take<Coefficients<T>>(plan.columns * K);
-  Sums* memory = shared.take<Sums>(K * kThreads);
-  int block = phases.block();
+  int block = number_of_block(phase);
   int tile = block % plan.tiles, split = block / plan.tiles % plan.splits;
   int64_t begin = block / plan.tiles / plan.splits, end = begin + 1;
-  bool parameters = plan.whole || begin == args.groups, values = args.grad_input && begin < args.groups;
-  if (parameters) begin = 0, end = args.groups;
+  if (plan.whole) begin = 0, end = args.groups;
   W walk(args, plan, tile);
+  Coefficients<T> coefficients[K];
+  if (phase == Phase::values) {
+    if (!walk.is_inside()) return;
+    load_coefficients(prepared<T>(args, plan, begin, walk.channel), 0, coefficients);
+    return walk.gradients(begin, split, coefficients);
+  }
+  SharedMemory shared;
+  Coefficients<T>* of_tile = shared.take<Coefficients<T>>(plan.columns * K);
+  Sums* memory = shared.take<Sums>(kThreads / kWarp * plan.columns * K);
   int i = int(threadIdx.x);
   int64_t c = walk.first_channel(tile) + i;
   bool has_channel = i < plan.columns * K && c < args.channels;
+  ParameterSums of_parameters;
   for (int64_t group = begin; group < end; ++group) {
-    const double *mean = args.mean + group * args.channels + c, *var = args.var + group * args.channels + c;
-    Coefficients<T> coefficients[K];
+    const int64_t at = group * args.channels + c;
     block_sync();  // the former group's coefficients may still be read
-    if (has_channel) of_tile[i] = walk.affine(c, *mean, *var);
+    if (has_channel) of_tile[i] = walk.affine(c, args.mean[at], args.var[at]);
     block_sync();
-    if (phases.needs_sums) {
+    if (needs_sums) {
       Sums sums[K] = {};
-      if (phases.sums) {
-        if (walk.is_inside()) {
-          load_coefficients(of_tile, walk.column, coefficients);
-          walk.sums(group, split, coefficients, sums);
-        }
-        join_rows(sums, plan.columns, plan.rows, memory);
-        if (!phases.values) {
-          store_partial(walk, group, split, tile, memory);
-          continue;
-        }
-      } else {
-        join_partials(walk, group, sums, memory);
+      if (walk.is_inside()) {
+        load_coefficients(of_tile, walk.column, coefficients);
+        walk.sums(group, split, coefficients, sums);
       }
+      const Sums joined = join_rows(sums, plan.columns, memory);
+      if (phase == Phase::sums) return store_partial(walk, group, split, tile, joined);
       if (has_channel) {
-        const Sums& joined = memory[joined_at<K>(i)];
-        walk.gradient(of_tile[i], c, *mean, *var, joined);
-        if (parameters) {  // what the groups before gave is this thread's own
-          double along =
-              (joined.second - (*mean - double(of_tile[i].mean)) * joined.first) * walk.invstd(*var);
-          if (args.grad_weight) args.grad_weight[c] = (group == begin ? 0 : args.grad_weight[c]) + along;
-          if (args.grad_bias) args.grad_bias[c] = (group == begin ? 0 : args.grad_bias[c]) + joined.first;
-        }
+        of_parameters.add(walk, at, of_tile[i], joined);
+        walk.gradient(of_tile[i], c, at, joined);
       }
       block_sync();
     }
-    if (!values || !walk.is_inside()) continue;
+    if (!args.grad_input || !walk.is_inside()) continue;
     load_coefficients(of_tile, walk.column, coefficients);
     walk.gradients(group, split, coefficients);
   }
+  if (needs_sums && has_channel) of_parameters.template store<T>(args, c);
+}
+
+// Between sums and values: a warp for each channel.
+template <class S, bool Last, bool Backward>
+__global__ void __launch_bounds__(kThreads) prepare_kernel(NormActArgs args, Plan plan) {
+  using W = Walk<S, 1, Last>;
+  using T = typename W::T;
+  const int lane = int(threadIdx.x) % kWarp;
+  const int64_t c = int64_t(blockIdx.x) * (kThreads / kWarp) + int(threadIdx.x) / kWarp;
+  if (c >= args.channels) return;
+  const W walk(args, plan, 0);
+  ParameterSums of_parameters;
+  for (int64_t group = 0; group < args.groups; ++group) {
+    const Sums* from = partials(args, plan, group, c);
+    Sums sums = {};
+#pragma unroll 4
+    for (int split = lane; split < plan.splits; split += kWarp) sums.merge(from[split]);
+#pragma unroll
+    for (int step = kWarp / 2; step > 0; step /= 2)
+      sums.merge({shuffle_xor(sums.first, step), shuffle_xor(sums.second, step)});
+    if (lane != 0) continue;
+    const int64_t at = group * args.channels + c;
+    if (!Backward) walk.statistics(group, c, sums);
+    Coefficients<T> out = walk.affine(c, args.mean[at], args.var[at]);
+    if (Backward) {
+      of_parameters.add(walk, at, out, sums);
+      walk.gradient(out, c, at, sums);
+    }
+    *prepared<T>(args, plan, group, c) = out;
+  }
+  if (Backward && lane == 0) of_parameters.template store<T>(args, c);
 }
 
 template <class R>
@@ -531,39 +561,40 @@ Plan plan_of(const NormActArgs& args, bool may_use_vectors) {
   return plan;
 }
 
+template <class S, bool Last, bool Backward>
+Error prepare(const NormActArgs& args, const Plan& plan, void* stream) {
+  return launch(prepare_kernel<S, Last, Backward>, ceil_div(args.channels, kThreads / kWarp), kThreads, 0,
+                stream, args, plan);
+}
+
 template <class S, int V, bool Last>
 Error forward(const NormActArgs& args, const Plan& plan, void* stream) {
   auto kernel = forward_kernel<S, V, Last>;
-  int64_t grid = args.groups * plan.splits * plan.tiles;
-  bool needs_sums = args.batch_statistics, whole = plan.whole || !needs_sums;
   using W = Walk<S, V, Last>;
   size_t shared = SharedMemory::bytes<Coefficients<typename W::T>>(plan.columns * W::K) +
-                  (needs_sums ? SharedMemory::bytes<Sums>(W::K * kThreads) : size_t(0));
-  Error error = nullptr;
-  if (!whole) error = launch(kernel, grid, kThreads, shared, stream, args, plan, Phases{true, false, true});
-  if (error) return error;
-  Phases second{whole, true, needs_sums, whole ? -1 : int(grid - 1)};
-  return launch(kernel, grid, kThreads, shared, stream, args, plan, second);
+                  (args.batch_statistics ? join_bytes(plan.columns, W::K) : size_t(0));
+  int64_t grid = args.groups * plan.splits * plan.tiles;
+  if (plan.whole || !args.batch_statistics)
+    return launch(kernel, grid, kThreads, shared, stream, args, plan, Phase::whole);
+  Error error = launch(kernel, grid, kThreads, shared, stream, args, plan, Phase::sums);
+  if (!error) error = prepare<S, Last, false>(args, plan, stream);
+  return error ? error : launch(kernel, grid, kThreads, 0, stream, args, plan, Phase::values);
 }
 
 template <class S, int V, bool Last>
 Error backward(const NormActArgs& args, const Plan& plan, void* stream) {
   auto kernel = backward_kernel<S, V, Last>;
-  bool parameters = args.grad_weight || args.grad_bias;
-  bool needs_sums = parameters || (args.grad_input && args.batch_statistics);
+  bool needs_sums = args.grad_weight || args.grad_bias || (args.grad_input && args.batch_statistics);
   using W = Walk<S, V, Last>;
-  size_t shared = SharedMemory::bytes<Coefficients<typename W::T>>(plan.columns * W::K) +
-                  SharedMemory::bytes<Sums>(W::K * kThreads);
-  if (plan.whole)  // a block walks through the groups
-    return launch(kernel, plan.tiles, kThreads, shared, stream, args, plan, Phases{true, true, needs_sums});
-  int64_t grid = args.groups * plan.splits * plan.tiles;
-  Error error = nullptr;
-  if (needs_sums)
-    error = launch(kernel, grid, kThreads, shared, stream, args, plan, Phases{true, false, true});
-  if (error) return error;
-  grid += parameters ? plan.tiles : 0;
-  Phases second{false, true, needs_sums, int(grid - 1)};
-  return launch(kernel, grid, kThreads, shared, stream, args, plan, second);
+  size_t shared =
+      SharedMemory::bytes<Coefficients<typename W::T>>(plan.columns * W::K) + join_bytes(plan.columns, W::K);
+  int64_t grid = (plan.whole ? 1 : args.groups) * plan.splits * plan.tiles;
+  if (plan.whole || !needs_sums)
+    return launch(kernel, grid, kThreads, shared, stream, args, plan, Phase::whole, needs_sums);
+  Error error = launch(kernel, grid, kThreads, shared, stream, args, plan, Phase::sums, true);
+  if (!error) error = prepare<S, Last, true>(args, plan, stream);
+  if (error || !args.grad_input) return error;
+  return launch(kernel, grid, kThreads, 0, stream, args, plan, Phase::values, true);
 }
 
 template <class S>
@@ -620,5 +651,5 @@ extern "C" int64_t fastgan_norm_act_scratch_cuda(const fastgan::NormActArgs& arg
                                              : plan_of<float>(args, vectors);
     if (!plan.whole && plan.splits > splits) splits = plan.splits;
   }
-  return args.groups * splits * args.channels * 2;
+  return splits ? args.groups * args.channels * (2 * splits + 5) : 0;  // five coefficients
 }

@@ -34,8 +34,8 @@ struct NormActArgs {
   void* output;             // forward
   const void* grad_output;  // backward, as are the following; laid out as the input is
   void* grad_input;         // null: not wanted
-  double* grad_weight;      // (channels), null: not wanted
-  double* grad_bias;
+  void* grad_weight;        // (channels), in the accumulate type; null: not wanted
+  void* grad_bias;
   double* scratch;  // norm_act_scratch(args) of them; on CUDA fastgan_norm_act_scratch_cuda(args)
 };
 

@@ -155,8 +155,8 @@ struct NormAct {
         bias_sum += sum;
         weight_sum += (sum_x - (mean - double(T(mean))) * sum) * invstd(g * C + c);
       }
-      if (args.grad_weight) args.grad_weight[c] = weight_sum;
-      if (args.grad_bias) args.grad_bias[c] = bias_sum;
+      if (args.grad_weight) static_cast<T*>(args.grad_weight)[c] = T(weight_sum);
+      if (args.grad_bias) static_cast<T*>(args.grad_bias)[c] = T(bias_sum);
     }
   }
 

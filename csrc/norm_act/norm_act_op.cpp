@@ -129,19 +129,19 @@ struct Call {
     FASTGAN_CHECK(fastgan::is_here(grad_output, input), "grad_output must be on input's device");
     FASTGAN_CHECK((!needs[1] || w.has_value()) && (!needs[2] || b.has_value()),
                   "needs asks for an absent parameter's");
-    ScalarType type = input.scalar_type();
+    ScalarType type = input.scalar_type(), sums = fastgan::accumulate_type(type);
     Tensor grad = torch::stable::contiguous(grad_output, format);
     Tensor grad_input = needs[0] ? empty_like(input, format) : fastgan::empty({0}, type, input);
-    Tensor grad_weight = fastgan::empty({needs[1] ? args.channels : 0}, ScalarType::Double, input);
-    Tensor grad_bias = fastgan::empty({needs[2] ? args.channels : 0}, ScalarType::Double, input);
+    Tensor grad_weight = fastgan::empty({needs[1] ? args.channels : 0}, sums, input);
+    Tensor grad_bias = fastgan::empty({needs[2] ? args.channels : 0}, sums, input);
     if (is_empty()) {
       torch::stable::zero_(grad_weight);
       torch::stable::zero_(grad_bias);
     } else {
       args.grad_output = grad.data_ptr();
       args.grad_input = needs[0] ? grad_input.data_ptr() : nullptr;
-      args.grad_weight = needs[1] ? static_cast<double*>(grad_weight.data_ptr()) : nullptr;
-      args.grad_bias = needs[2] ? static_cast<double*>(grad_bias.data_ptr()) : nullptr;
+      args.grad_weight = needs[1] ? grad_weight.data_ptr() : nullptr;
+      args.grad_bias = needs[2] ? grad_bias.data_ptr() : nullptr;
       make_scratch();
       FASTGAN_RUN(norm_act_backward, args, input);
     }

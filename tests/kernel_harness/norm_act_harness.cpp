@@ -23,8 +23,8 @@ void run(const Case& shape, Activation act, bool channels_last, bool batch_stati
   auto input = harness::normal<T>(total), grad = harness::normal<T>(total);
   auto weight = harness::normal<T>(C), bias = harness::normal<T>(C);
   for (int64_t i = 0; i < total; ++i) input[i] += T(3);
-  harness::Buffer<T> output(total), grad_input(total);
-  harness::Buffer<double> mean(G * C), var(G * C), grad_weight(C), grad_bias(C);
+  harness::Buffer<T> output(total), grad_input(total), grad_weight(C), grad_bias(C);
+  harness::Buffer<double> mean(G * C), var(G * C);
   for (int64_t i = 0; i < G * C; ++i) mean[i] = 3.1, var[i] = 0.7;
 
   NormActArgs args{};
