@@ -39,26 +39,43 @@ FASTGAN_DEVICE RowNumbers<T> row_numbers(const AttentionArgs& args, int64_t batc
   return {first, first + all, first + 2 * all};
 }
 
-// A warp for each row.
-template <class S>
-__global__ void __launch_bounds__(kRowThreads) rows_kernel(AttentionArgs args) {
-  using T = Accumulate<S>;
-  const int64_t index = int64_t(blockIdx.x) * (kRowThreads / kWarp) + threadIdx.x / kWarp;
-  if (index >= args.batch * args.heads * args.rows) return;
-  const int64_t row = index % args.rows, head = index / args.rows % args.heads,
-                batch = index / args.rows / args.heads;
-  const int lane = int(threadIdx.x) % kWarp;
-  const S* grad = head_of<S>(args.grad_output, batch, head) + row * args.grad_output.stride[2];
-  const S* output = head_of<S>(args.saved_output, batch, head) + row * args.saved_output.stride[2];
-  T sum = 0;
-  for (int64_t c = lane; c < args.value_width; c += kWarp)
-    sum =
-        fma(widen(grad[c * args.grad_output.stride[3]]), widen(output[c * args.saved_output.stride[3]]), sum);
+// A row's neighbours from `column` on, as many as a vector has; zeros beyond the row.
+template <class S, class T>
+FASTGAN_DEVICE void load_of_row(const AttentionInput& x, int64_t batch, int64_t head, int64_t row, int column,
+                                int width, bool vectors, T (&values)[kChunk<S>]) {
+  const S* from = head_of<S>(x, batch, head) + row * x.stride[2] + column * x.stride[3];
+  if (vectors) return load_vector<kChunk<S>>(from, values);
 #pragma unroll
-  for (int step = kWarp / 2; step > 0; step /= 2) sum += shuffle_xor(sum, step);
-  if (lane != 0) return;
+  for (int e = 0; e < kChunk<S>; ++e) values[e] = column + e < width ? T(widen(from[e * x.stride[3]])) : T(0);
+}
+
+// Of rows of up to D numbers. Lanes that have a vector each share a row.
+template <class S, int D>
+constexpr int kLanesOfRow = D / kChunk<S> < kWarp ? D / kChunk<S> : kWarp;
+
+template <class S, int D>
+__global__ void __launch_bounds__(kRowThreads) rows_kernel(AttentionArgs args, Plan plan) {
+  using T = Accumulate<S>;
+  constexpr int E = kChunk<S>, lanes = kLanesOfRow<S, D>;
+  int block, head;
+  const int batch = divide(divide(int(blockIdx.x), plan.row_blocks, block), int(args.heads), head);
+  const int64_t row = int64_t(block) * (kRowThreads / lanes) + threadIdx.x / lanes;
+  const int lane = int(threadIdx.x) % lanes, width = int(args.value_width);
+  const bool inside = row < args.rows;
+  T sum = 0;
+  for (int column = lane * E; inside && column < width; column += lanes * E) {
+    T grad[E], output[E];
+    load_of_row<S>(args.grad_output, batch, head, row, column, width, plan.vectors, grad);
+    load_of_row<S>(args.saved_output, batch, head, row, column, width, plan.vectors, output);
+#pragma unroll
+    for (int e = 0; e < E; ++e) sum = fma(grad[e], output[e], sum);
+  }
+#pragma unroll
+  for (int step = lanes / 2; step > 0; step /= 2) sum += shuffle_xor(sum, step);
+  if (lane != 0 || !inside) return;
   const RowNumbers<T> to = row_numbers<T>(args, batch, head);
-  const double natural = args.logsumexp[index], lse = natural * kLog2e;
+  const double natural = args.logsumexp[(int64_t(batch) * args.heads + head) * args.rows + row],
+               lse = natural * kLog2e;
   const bool dead = natural == -double(INFINITY);
   to.lse[row] = dead ? T(INFINITY) : T(lse);
   to.rest[row] = dead ? T(0) : T(lse - double(T(lse)));
@@ -446,10 +463,13 @@ Error backward_of(const AttentionArgs& args, void* stream) {
   Error error = make_map<S>(args, map, plan.map, stream);
   AttentionArgs in_rows = args;  // packed sequences are one to the kernel of the rows
   if (Packed) in_rows.row_offset = nullptr, in_rows.batch = 1, in_rows.rows = args.packed_rows;
-  const int64_t rows = in_rows.batch * args.heads * in_rows.rows;
+  Plan of_rows = plan;
+  of_rows.vectors = may_use_vectors<S>(args.grad_output, args.value_width) &&
+                    may_use_vectors<S>(args.saved_output, args.value_width);
+  of_rows.row_blocks = int(ceil_div(in_rows.rows, kRowThreads / kLanesOfRow<InMemory<S>, D>));
   if (!error)
-    error = launch(rows_kernel<InMemory<S>>, ceil_div(rows, kRowThreads / kWarp), kRowThreads, 0, stream,
-                   in_rows);
+    error = launch(rows_kernel<InMemory<S>, D>, in_rows.batch * args.heads * of_rows.row_blocks, kRowThreads,
+                   0, stream, in_rows, of_rows);
   if (!error && args.columns <= kWholeRow)
     error = launch(delta_kernel<S, D, Packed>, args.batch * args.heads * plan.row_blocks, Tiling::threads,
                    shared, stream, args, plan);

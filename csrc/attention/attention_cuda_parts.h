@@ -46,7 +46,8 @@ struct Parts {
   int64_t count, keys;  // of each; count 1: the keys are not cut
 };
 
-// Two blocks for each multiprocessor, if the keys are enough for it.
+// Two blocks for each multiprocessor or more, if the keys are enough for it. Two parts at least: a tile of
+// kFewRows rows wastes less than a larger one, and memory has more of them to wait for.
 inline Parts parts_of(const AttentionArgs& args, int64_t multiprocessors) {
   const int64_t pairs = args.batch * args.heads;
   const Parts whole{1, args.columns};
@@ -55,9 +56,9 @@ inline Parts parts_of(const AttentionArgs& args, int64_t multiprocessors) {
       args.columns < kLongKeys)
     return whole;
   int64_t count = 2 * multiprocessors / pairs;
+  if (count < 2) count = 2;
   if (count > args.columns / kLeastPart) count = args.columns / kLeastPart;
   if (count > kMostParts) count = kMostParts;
-  if (count <= 1) return whole;
   const int64_t keys = ceil_div(ceil_div(args.columns, count), kFewRows) * kFewRows;
   return {ceil_div(args.columns, keys), keys};
 }

@@ -46,7 +46,7 @@ def _launches(emulated, emulated_library, tensors, mask=None, is_causal=False, p
         (1, 2, 100_000, 8),
         (2, 2, 100_000, 4),
         (1, 5, 100_000, 3),
-        (2, 8, 100_000, 1),  # as many blocks as are wanted
+        (2, 8, 100_000, 2),  # as many blocks as are wanted: in two all the same
         (0, 1, 100_000, 1),
     ],
 )
