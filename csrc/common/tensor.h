@@ -5,9 +5,11 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <cstdio>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
+#include <string>
+#include <type_traits>
 #include <vector>
 
 #include "common/capability.h"
@@ -52,11 +54,22 @@ namespace fastgan {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+// Not by a stream: a number written to one ended a process with torch 2.11 on CUDA. Why is not known.
+template <class Part>
+inline std::string text_of(const Part& part) {
+  if constexpr (std::is_floating_point_v<Part>) {
+    char digits[32];
+    std::snprintf(digits, sizeof digits, "%g", double(part));
+    return digits;
+  } else if constexpr (std::is_integral_v<Part>) {
+    return std::to_string(part);
+  } else {
+    return std::string(part);
+  }
+}
 template <class... Parts>
 inline std::string message(const Parts&... parts) {
-  std::ostringstream out;
-  (out << ... << parts);
-  return out.str();
+  return (std::string() + ... + text_of(parts));
 }
 
 // torch's own thread pool; ranges never smaller than the grain, except the last.
