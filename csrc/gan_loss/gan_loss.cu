@@ -4,7 +4,7 @@
 // Where there are many logits a picture (a PatchGAN's head), the convolution's part is in
 // gan_loss_patches.cu. Otherwise there are few, and each is a long dot product (8,192 products for DCGAN's
 // 4x4 over 512 channels), so that reading the input once is the time that it must take; the weights stay in
-// the cache.
+// the cache. DCGAN's own, one logit whose taps are the whole picture, goes by gan_loss_cuda_covering.h.
 //
 // Forward. A whole block shares a logit where there are few, a warp each where there are many. Lanes go along
 // whatever is contiguous in the input: channels (channels_last) or taps. The logit goes through the loss as
@@ -17,7 +17,7 @@
 // No atomics: the bits are the same in every run. The loss of the rounded logit is taken, the one that is
 // returned. Targets outside [0, 1] are not looked for here: telling the host would make it wait for the
 // device.
-#include "gan_loss/gan_loss_cuda.h"
+#include "gan_loss/gan_loss_cuda_covering.h"
 
 namespace fastgan {
 namespace {
@@ -25,88 +25,6 @@ namespace {
 constexpr int64_t kFewLogits = 4096;       // up to which a block has one logit
 constexpr int kPatchLogits = 64;           // threads of a block, where each gathers a logit
 constexpr int kSlices = kThreads / kWarp;  // of the sum of a weight's gradient
-
-using Args = GanLossArgs;
-
-// ---- the losses: value and derivative at a logit, with the weights of their real and their fake term ----
-
-template <class T>
-FASTGAN_DEVICE T positive_part(T x) {
-  return x < T(0) ? T(0) : x;  // NaN stays
-}
-
-struct Bce {
-  template <class T>
-  static FASTGAN_DEVICE T value(T x, T real, T fake) {
-    T rest = log1p(exp(x < T(0) ? x : -x));
-    return real * (positive_part(-x) + rest) + fake * (positive_part(x) + rest);
-  }
-  template <class T>
-  static FASTGAN_DEVICE T derivative(T x, T real, T fake) {
-    T z = exp(x < T(0) ? x : -x), large = T(1) / (z + T(1)), small = z / (z + T(1));
-    return fake * (x >= T(0) ? large : small) - real * (x >= T(0) ? small : large);
-  }
-};
-struct Hinge {
-  template <class T>
-  static FASTGAN_DEVICE T value(T x, T real, T fake) {
-    return real * positive_part(T(1) - x) + fake * positive_part(T(1) + x);
-  }
-  template <class T>
-  static FASTGAN_DEVICE T derivative(T x, T real, T fake) {
-    return (x <= T(-1) ? T(0) : fake) - (x >= T(1) ? T(0) : real);
-  }
-};
-struct LeastSquares {
-  template <class T>
-  static FASTGAN_DEVICE T value(T x, T real, T) {
-    return (x - real) * (x - real);
-  }
-  template <class T>
-  static FASTGAN_DEVICE T derivative(T x, T real, T) {
-    return T(2) * (x - real);
-  }
-};
-struct Wasserstein {
-  template <class T>
-  static FASTGAN_DEVICE T value(T x, T real, T fake) {
-    return (fake - real) * x;
-  }
-  template <class T>
-  static FASTGAN_DEVICE T derivative(T, T real, T fake) {
-    return fake - real;
-  }
-};
-
-// ---- where things lie ----
-
-struct Place {
-  int64_t n, k, y, x;
-};
-FASTGAN_DEVICE Place place_of(const Args& a, int64_t logit) {
-  Place p;
-  int64_t rest;
-  int64_t row = split(logit, a.out_width, p.x);
-  rest = split(row, a.out_height, p.y);
-  p.n = split(rest, a.outputs, p.k);
-  return p;
-}
-
-template <class S>
-FASTGAN_DEVICE Accumulate<S> at(const Strided& s, const Place& p) {
-  return widen(static_cast<const S*>(
-      s.data)[p.n * s.stride[0] + p.k * s.stride[1] + p.y * s.stride[2] + p.x * s.stride[3]]);
-}
-
-// The weights of the two terms, and the sample's.
-template <class T>
-FASTGAN_DEVICE void terms(const Args& a, const Place& p, T& real, T& fake, T& sample) {
-  T target = a.target.data ? at<T>(a.target, p) : T(a.target_value);
-  target = target * T(1 - a.label_smoothing) + T(0.5 * a.label_smoothing);
-  real = a.pos_weight.data ? target * at<T>(a.pos_weight, p) : target;
-  fake = T(1) - target;
-  sample = a.sample_weight.data ? at<T>(a.sample_weight, p) : T(1);
-}
 
 template <class S>
 FASTGAN_DEVICE Accumulate<S> input_at(const Args& a, int64_t n, int64_t c, int64_t y, int64_t x) {
@@ -144,25 +62,6 @@ FASTGAN_DEVICE Accumulate<S> dot(const Args& a, const Place& p, int first, int s
     sum = fma(input_at<S>(a, p.n, c, y0 + i, x0 + j), weight_at<S>(a, p.k, c, i, j), sum);
   }
   return sum;
-}
-
-// A logit is summed: what is made of it.
-template <class S, class Loss>
-FASTGAN_DEVICE void finish(const Args& a, const Place& p, int64_t logit, Accumulate<S> sum) {
-  using T = Accumulate<S>;
-  if (a.bias) sum += widen(static_cast<const S*>(a.bias)[p.k * a.bias_stride]);
-  S rounded;
-  narrow(rounded, sum);
-  static_cast<S*>(a.logits)[logit] = rounded;
-  T real, fake, sample;
-  terms(a, p, real, fake, sample);
-  T each = Loss::value(widen(rounded), real, fake) * sample;
-  if (a.reduction != Reduction::none)
-    static_cast<T*>(a.workspace)[logit] = each;
-  else if (a.loss_accumulates)
-    static_cast<T*>(a.loss_value)[logit] = each;
-  else
-    narrow(static_cast<S*>(a.loss_value)[logit], each);
 }
 
 // W warps a logit: all of the block, or one.
@@ -229,16 +128,7 @@ __global__ void __launch_bounds__(kThreads, 2) gradient_kernel(Args a, int64_t c
   using T = Accumulate<S>;
   int64_t logit = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (logit >= count) return;
-  Place p = place_of(a, logit);
-  T gradient = 0;
-  if (a.grad_loss.data) {
-    T scale = a.reduction == Reduction::mean ? T(1) / T(count) : T(1), real, fake, sample;
-    terms(a, p, real, fake, sample);
-    T x = widen(static_cast<const S*>(a.logits)[logit]);
-    gradient = at<T>(a.grad_loss, p) * scale * Loss::derivative(x, real, fake) * sample;
-  }
-  if (a.grad_logits.data) gradient += at<S>(a.grad_logits, p);
-  static_cast<T*>(a.workspace)[logit] = gradient;
+  static_cast<T*>(a.workspace)[logit] = gradient_of<S, Loss>(a, logit, count);
 }
 
 // How many blocks have which task; those of the biases come last.
@@ -339,12 +229,15 @@ Error forward(const Args& a, void* stream) {
   using T = Accumulate<S>;
   int64_t count = count_of(a);
   size_t shared = SharedMemory::bytes<T>(kWarps);
+  const bool covering = covers<S>(a);
   Patches patches = patches_of(a);
   Error error = patches.is_chosen ? patch_products(a, patches, stream) : nullptr;
   if (error) return error;
   if (patches.is_chosen)
     error = launch(patch_logits_kernel<S, Loss>, ceil_div(count, kPatchLogits), kPatchLogits, 0, stream, a,
                    patches, count);
+  else if (covering)
+    error = launch(covering_logits_kernel<S, Loss>, count, kThreads, shared, stream, a, length_of(a));
   else if (count <= kFewLogits)
     error = launch(logits_kernel<S, Loss, kWarps>, count, kThreads, shared, stream, a, count);
   else
@@ -357,6 +250,7 @@ template <class S, class Loss>
 Error backward(const Args& a, void* stream) {
   using T = Accumulate<S>;
   int64_t count = count_of(a);
+  if (covers<S>(a)) return covering_backward<S, Loss>(a, stream);
   Error error = launch(gradient_kernel<S, Loss>, ceil_div(count, kThreads), kThreads, 0, stream, a, count);
   if (error) return error;
   Patches patches = patches_of(a);

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import cuda_roofline as roofline
 from fastgan.ops import gan_loss as reference
 from tests.cuda_emulation.build import needs_compiler
 
@@ -41,6 +42,8 @@ def _check(
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
     weight = (torch.randn(k, c, *kernel) * (c * kernel[0] * kernel[1]) ** -0.5).to(dtype)
+    if channels_last and k == 1:
+        weight = weight.contiguous(memory_format=torch.channels_last)
     bias = torch.randn(k).to(dtype) if whole else None
     accumulate = reference.accumulate_dtype(dtype)
     target = torch.rand(n, 1, 1, 1, dtype=accumulate) if whole else None
@@ -84,6 +87,32 @@ def test_every_shape_and_loss(cuda_kernels, dtype, channels_last):
         _check(cuda_kernels, shape, dtype, channels_last, i % 4, i % 3)
         _check(cuda_kernels, shape, dtype, channels_last, (i + 1) % 4, (i + 1) % 3, whole=False, smoothing=0.0)
     _check(cuda_kernels, SHAPES[0], dtype, channels_last, 0, 1, float32_loss=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_taps_that_cover_the_picture(cuda_kernels, dtype, channels_last):
+    """Pictures as vectors: more of them than a block has threads, and a length that does not fill the last block."""
+    for i, (n, c, h, w) in enumerate([(3, 33, 4, 4), (261, 10, 4, 2), (1, 8, 1, 1), (17, 24, 3, 5)]):
+        shape = (n, c, h, w, 1, (h, w), (1, 1), (0, 0))
+        _check(cuda_kernels, shape, dtype, channels_last, i % 4, (i + 1) % 3)
+        _check(cuda_kernels, shape, dtype, channels_last, 0, i % 3, whole=False)
+
+
+def test_what_covers_the_picture_goes_by_vectors(emulated, emulated_library):
+    def kernels(x, weight):
+        settings = (None, 1.0, None, None, 0, (1, 1), (0, 0), 0.0, 1)
+        made = roofline.Recorder(emulated_library)(lambda: emulated.conv_gan_loss(x, weight, None, *settings, False))
+        return made[0].name
+
+    x, weight = torch.zeros(2, 16, 4, 4, dtype=torch.bfloat16), torch.zeros(1, 16, 4, 4, dtype=torch.bfloat16)
+    last = torch.channels_last
+    assert kernels(x, weight) == "covering_logits_kernel"
+    assert kernels(x.to(memory_format=last), weight.to(memory_format=last)) == "covering_logits_kernel"
+    assert kernels(x.to(memory_format=last), weight) == "logits_kernel"  # in another order
+    assert kernels(torch.zeros(2, 17, 4, 4, dtype=torch.bfloat16)[:, 1:], weight) == "covering_logits_kernel"
+    odd = torch.zeros(2 * 16 * 16 + 1, dtype=torch.bfloat16)[1:].view(2, 16, 4, 4)
+    assert kernels(odd, weight) == "logits_kernel"  # not at a multiple of 16 bytes
 
 
 def test_many_logits_have_a_warp_each(cuda_kernels):
