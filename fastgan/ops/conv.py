@@ -1,7 +1,8 @@
 """Convolutions of kernel 4, stride 2 and of kernel 3, stride 1 by kernels of ours; all else is torch's own.
 
 Between layers of 16 channels and more by Winograd's algorithm; from or to the few channels of a picture directly; and
-where the kernel covers the whole image, by one matrix product.
+where the kernel covers the whole image, by one matrix product. On a GPU the last alone: a discriminator's logits by
+``conv_gan_loss``'s kernel, a generator's first layer by a matrix product, which spares cuDNN's padding of its channels.
 
 Three operators, each linear in two tensors:
 
@@ -27,8 +28,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan import _impl
-from fastgan.ops._autograd import LIBRARY, define, is_plain
+from fastgan import _cuda, _impl
+from fastgan.ops import gan_loss
+from fastgan.ops._autograd import LIBRARY, cast_for_autocast, define, in_functorch, is_plain
 from fastgan.ops._output import new_output
 
 Algorithm = Literal["auto", "exact"]
@@ -449,7 +451,43 @@ def _whole_transposed_convolution(input: Tensor, weight: Tensor, bias: Tensor | 
         out = out.unflatten(1, (high, wide, channels)).permute(0, 3, 1, 2)
     else:
         out = out.unflatten(1, (channels, high, wide))
-    return out if bias is None else out + bias[:, None, None]
+    return out if bias is None else out + bias.to(out.dtype)[:, None, None]  # autocast has lowered out alone
+
+
+# ---- the same on a GPU ----
+
+_GPU = "cuda"  # its type of device
+_LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _goes_whole_on_a_gpu(*tensors: Tensor | None) -> bool:
+    if tensors[0] is None or tensors[0].device.type != _GPU or _algorithm == "exact" or _impl.reference_selected():
+        return False
+    if torch.compiler.is_compiling() or in_functorch():  # Inductor has its own choice, and vmap torch's rule
+        return False
+    return all(
+        t is None or (t.numel() > 0 and t.layout == torch.strided and type(t) in (Tensor, torch.nn.Parameter))
+        for t in tensors
+    )
+
+
+def _logits_on_a_gpu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """One number a picture, (N, C, R, S) and (1, C, R, S) -> (N, 1, 1, 1), beside a loss that nobody looks at.
+
+    None where that has no kernel, or one that does not pay: not for pictures and weights in different orders of memory.
+    """
+    if torch.is_autocast_enabled(_GPU):
+        dtype = torch.get_autocast_dtype(_GPU)
+        input, weight = cast_for_autocast(input, dtype), cast_for_autocast(weight, dtype)
+        bias = cast_for_autocast(bias, dtype)
+    same = all(t is None or t.dtype == input.dtype for t in (weight, bias))
+    if not same or input.dtype not in _LOGITS or input.stride()[1:] != weight.stride()[1:]:
+        return None
+    if not _cuda.has_kernel("conv_gan_loss"):
+        return None
+    wasserstein, none = gan_loss.LOSSES.index("wasserstein"), gan_loss.REDUCTIONS.index("none")
+    loss = (None, 1.0, None, None, wasserstein, [1, 1], [0, 0], 0.0, none, False)
+    return gan_loss.conv_gan_loss(input, weight, bias, *loss)[1]
 
 
 def convolution(
@@ -484,6 +522,11 @@ def convolution(
                 if slope != 1.0 and is_plain((input, weight, bias)):
                     return _conv_kernel(input, weight, bias, strides, pads, last, slope)
                 return _activated(conv(input, weight, bias, list(strides), list(pads), last), slope)
+    elif input.dim() == 4 and not isinstance(padding, str) and _goes_whole_on_a_gpu(input, weight, bias):
+        covers = _pair(padding) == (0, 0) and _pair(dilation) == (1, 1) and input.shape[1:] == weight.shape[1:]
+        logits = _logits_on_a_gpu(input, weight, bias) if covers and weight.shape[0] == 1 else None
+        if logits is not None:
+            return _activated(logits, slope)
     return _activated(convolution_reference(input, weight, bias, stride, padding, dilation, groups), slope)
 
 
@@ -517,5 +560,9 @@ def transposed_convolution(
                     return _conv_input_gradient_kernel(input, weight, bias, size, strides, pads, last, slope)
                 out = conv_input_gradient(input, weight, bias, size, list(strides), list(pads), last)
                 return _activated(out, slope)
+    elif input.dim() == 4 and input.shape[2:] == (1, 1) and _goes_whole_on_a_gpu(input, weight, bias):
+        pads, extra = _pair(padding), _pair(output_padding)
+        if pads == extra == (0, 0) and _pair(dilation) == (1, 1) and groups == 1:
+            return _activated(_whole_transposed_convolution(input, weight, bias), slope)
     out = transposed_convolution_reference(input, weight, bias, stride, padding, output_padding, groups, dilation)
     return _activated(out, slope)
