@@ -259,8 +259,10 @@ def _norm(batch, channels, size, dtype) -> Iterator[Case]:
     settings = (1e-5, "leaky_relu", 0.2, 1)
 
     def of(tensors: int) -> Callable[[Launch, int, int], Work]:
-        # Of two launches the first reads for the sums, the second reads again and writes; one reads again from cache.
-        return lambda _, index, count: Work((tensors - 1 if index + 1 < count else tensors) * tile)
+        # One launch reads again from the cache; of three the first reads for the sums, the last reads again and writes,
+        # and coefficients lie between.
+        moved = {"sums_kernel": (tensors - 1) * tile, "prepare_kernel": 20 * channels}
+        return lambda launch, *_: Work(moved.get(launch.name, tensors * tile))
 
     yield Case("norm_act", f"forward {shape}", dtype, lambda: ops.norm_act(x, *parameters, *settings),
                Work(2 * tile), of(2))  # fmt: skip
@@ -272,7 +274,7 @@ def _norm(batch, channels, size, dtype) -> Iterator[Case]:
 def _loss(batch, channels, size, dtype) -> Iterator[Case]:
     ops = torch.ops.fastgan_emulated
     x = torch.empty(batch, channels, size, size, dtype=dtype).to(memory_format=torch.channels_last)
-    weight = torch.empty(1, channels, 4, 4, dtype=dtype)
+    weight = torch.empty(1, channels, 4, 4, dtype=dtype).to(memory_format=torch.channels_last)
     out = size - 3
     count = batch * out * out
     tile, logits = x.numel() * x.element_size(), count * x.element_size()
@@ -284,6 +286,8 @@ def _loss(batch, channels, size, dtype) -> Iterator[Case]:
     def work(launch: Launch, *_: int) -> Work:
         return {
             "logits_kernel": Work(tile + logits, product),
+            "covering_logits_kernel": Work(tile + logits, product),
+            "covering_backward_kernel": Work(2 * tile + logits, 2 * product),
             "products_kernel": Work(tile + pixels, patches),
             "patch_logits_kernel": Work(pixels + logits),
             "gradients_kernel": Work(2 * tile + logits, 2 * patches),

@@ -58,14 +58,6 @@ constexpr int vector_width(bool channels_last) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// What a launch does of its blocks' items. `whole`: all; in training a block then has all of a channel.
-// `values`: by the coefficients in scratch, and from the last block to the first.
-enum class Phase { whole, sums, values };
-
-FASTGAN_DEVICE int number_of_block(Phase phase) {
-  return phase == Phase::values ? int(gridDim.x) - 1 - int(blockIdx.x) : int(blockIdx.x);
-}
-
 // Two sums over a channel. Forward: of x - pivot and of its square, the pivot being the channel's first value
 // in the group. Backward: of dz, and of dz (x - T(mean)).
 struct alignas(16) Sums {
@@ -111,9 +103,7 @@ struct Walk {
   using T = Accumulate<S>;
   static constexpr int K = Last ? V : 1;                                              // channels of a thread
   static constexpr int U = 8 / (sizeof(T) == 8 ? 2 : 1) / (!Last && V == 8 ? 2 : 1);  // items of a chunk
-  static constexpr int G = V == 4 && (!Last || sizeof(S) == 2) ? 3
-                           : U > 1                             ? U / 2
-                                                               : 1;  // where two tensors are read
+  static constexpr int G = V == 4 ? 3 : U > 1 ? U / 2 : 1;  // where two tensors are read
   static_assert(K <= kMostChannels);
 
   const NormActArgs& args;
@@ -394,73 +384,70 @@ FASTGAN_DEVICE void load_coefficients(const Coefficients<T>* shared, int column,
   for (int k = 0; k < K; ++k) out[k] = shared[column * K + k];
 }
 
-// A block has one (tile, split, group), the tile fastest: neighbours read neighbouring memory. A channel's
-// coefficients are found by one thread and shared: square roots and divisions in double are long, and take
-// many registers.
+// A block has one (tile, split, group), the tile fastest: neighbours read neighbouring memory.
+struct Where {
+  int tile, split;
+  int64_t group;
+  FASTGAN_DEVICE Where(const Plan& plan, int block)
+      : tile(block % plan.tiles),
+        split(block / plan.tiles % plan.splits),
+        group(block / plan.tiles / plan.splits) {}
+};
+
+// ---- a channel's sums and values by one block; in evaluation the values of a split ----
+
+// A channel's coefficients are found by one thread and shared: square roots and divisions in double are long,
+// and take many registers.
 template <class S, int V, bool Last>
-__global__ void __launch_bounds__(kThreads, 2) forward_kernel(NormActArgs args, Plan plan, Phase phase) {
+__global__ void __launch_bounds__(kThreads, 2) forward_kernel(NormActArgs args, Plan plan) {
   using W = Walk<S, V, Last>;
   using T = typename W::T;
   constexpr int K = W::K;
-  int block = number_of_block(phase);
-  int tile = block % plan.tiles, split = block / plan.tiles % plan.splits;
-  int64_t group = block / plan.tiles / plan.splits;
-  W walk(args, plan, tile);
-  Coefficients<T> coefficients[K];
-  if (phase == Phase::values) {
-    if (!walk.is_inside()) return;
-    load_coefficients(prepared<T>(args, plan, group, walk.channel), 0, coefficients);
-  } else {
-    SharedMemory shared;
-    Coefficients<T>* of_tile = shared.take<Coefficients<T>>(plan.columns * K);
-    Sums joined = {};
-    if (args.batch_statistics) {
-      Sums* memory = shared.take<Sums>(kThreads / kWarp * plan.columns * K);
-      Sums moments[K] = {};
-      if (walk.is_inside()) walk.moments(group, split, moments);
-      joined = join_rows(moments, plan.columns, memory);
-      if (phase == Phase::sums) return store_partial(walk, group, split, tile, joined);
-    }
-    int i = int(threadIdx.x);
-    int64_t c = walk.first_channel(tile) + i, at = group * args.channels + c;
-    if (i < plan.columns * K && c < args.channels) {
-      if (args.batch_statistics) walk.statistics(group, c, joined);
-      of_tile[i] = walk.affine(c, args.mean[at], args.var[at]);
-    }
-    block_sync();
-    if (!walk.is_inside()) return;
-    load_coefficients(of_tile, walk.column, coefficients);
+  SharedMemory shared;
+  Coefficients<T>* of_tile = shared.take<Coefficients<T>>(plan.columns * K);
+  const Where of(plan, int(blockIdx.x));
+  W walk(args, plan, of.tile);
+  Sums joined = {};
+  if (args.batch_statistics) {
+    Sums* memory = shared.take<Sums>(kThreads / kWarp * plan.columns * K);
+    Sums moments[K] = {};
+    if (walk.is_inside()) walk.moments(of.group, of.split, moments);
+    joined = join_rows(moments, plan.columns, memory);
   }
-  walk.outputs(group, split, coefficients);
+  int i = int(threadIdx.x);
+  int64_t c = walk.first_channel(of.tile) + i, at = of.group * args.channels + c;
+  if (i < plan.columns * K && c < args.channels) {
+    if (args.batch_statistics) walk.statistics(of.group, c, joined);
+    of_tile[i] = walk.affine(c, args.mean[at], args.var[at]);
+  }
+  block_sync();
+  if (!walk.is_inside()) return;
+  Coefficients<T> coefficients[K];
+  load_coefficients(of_tile, walk.column, coefficients);
+  walk.outputs(of.group, of.split, coefficients);
 }
 
 // Weight and bias gradients join all groups: a block that has all of a channel walks through them itself.
 template <class S, int V, bool Last>
-__global__ void __launch_bounds__(kThreads, 2)
-    backward_kernel(NormActArgs args, Plan plan, Phase phase, bool needs_sums) {
+__global__ void __launch_bounds__(kThreads, 2) backward_kernel(NormActArgs args, Plan plan, bool needs_sums) {
   using W = Walk<S, V, Last>;
   using T = typename W::T;
   constexpr int K = W::K;
-  int block = number_of_block(phase);
-  int tile = block % plan.tiles, split = block / plan.tiles % plan.splits;
-  int64_t begin = block / plan.tiles / plan.splits, end = begin + 1;
-  if (plan.whole) begin = 0, end = args.groups;
-  W walk(args, plan, tile);
-  Coefficients<T> coefficients[K];
-  if (phase == Phase::values) {
-    if (!walk.is_inside()) return;
-    load_coefficients(prepared<T>(args, plan, begin, walk.channel), 0, coefficients);
-    return walk.gradients(begin, split, coefficients);
-  }
   SharedMemory shared;
   Coefficients<T>* of_tile = shared.take<Coefficients<T>>(plan.columns * K);
   Sums* memory = shared.take<Sums>(kThreads / kWarp * plan.columns * K);
+  // Of thread i's channel: registers are scarce.
+  ParameterSums* of_parameters = shared.take<ParameterSums>(plan.columns * K);
+  const Where of(plan, int(blockIdx.x));
+  int group = plan.whole ? 0 : int(of.group), end = plan.whole ? int(args.groups) : group + 1;
+  W walk(args, plan, of.tile);
   int i = int(threadIdx.x);
-  int64_t c = walk.first_channel(tile) + i;
+  int c = int(walk.first_channel(of.tile)) + i;
   bool has_channel = i < plan.columns * K && c < args.channels;
-  ParameterSums of_parameters;
-  for (int64_t group = begin; group < end; ++group) {
+  if (has_channel) of_parameters[i] = {};
+  for (; group < end; ++group) {
     const int64_t at = group * args.channels + c;
+    Coefficients<T> coefficients[K];
     block_sync();  // the former group's coefficients may still be read
     if (has_channel) of_tile[i] = walk.affine(c, args.mean[at], args.var[at]);
     block_sync();
@@ -468,21 +455,50 @@ __global__ void __launch_bounds__(kThreads, 2)
       Sums sums[K] = {};
       if (walk.is_inside()) {
         load_coefficients(of_tile, walk.column, coefficients);
-        walk.sums(group, split, coefficients, sums);
+        walk.sums(group, of.split, coefficients, sums);
       }
       const Sums joined = join_rows(sums, plan.columns, memory);
-      if (phase == Phase::sums) return store_partial(walk, group, split, tile, joined);
       if (has_channel) {
-        of_parameters.add(walk, at, of_tile[i], joined);
+        of_parameters[i].add(walk, at, of_tile[i], joined);
         walk.gradient(of_tile[i], c, at, joined);
       }
       block_sync();
     }
     if (!args.grad_input || !walk.is_inside()) continue;
     load_coefficients(of_tile, walk.column, coefficients);
-    walk.gradients(group, split, coefficients);
+    walk.gradients(group, of.split, coefficients);
   }
-  if (needs_sums && has_channel) of_parameters.template store<T>(args, c);
+  if (needs_sums && has_channel) of_parameters[i].template store<T>(args, c);
+}
+
+// ---- the same in three launches ----
+
+// The sums of a split.
+template <class S, int V, bool Last, bool Backward>
+__global__ void __launch_bounds__(kThreads, 2) sums_kernel(NormActArgs args, Plan plan) {
+  using W = Walk<S, V, Last>;
+  using T = typename W::T;
+  constexpr int K = W::K;
+  SharedMemory shared;
+  Sums* memory = shared.take<Sums>(kThreads / kWarp * plan.columns * K);
+  const Where of(plan, int(blockIdx.x));
+  W walk(args, plan, of.tile);
+  Sums sums[K] = {};
+  if constexpr (Backward) {
+    Coefficients<T>* of_tile = shared.take<Coefficients<T>>(plan.columns * K);
+    int i = int(threadIdx.x);
+    int64_t c = walk.first_channel(of.tile) + i, at = of.group * args.channels + c;
+    if (i < plan.columns * K && c < args.channels) of_tile[i] = walk.affine(c, args.mean[at], args.var[at]);
+    block_sync();
+    if (walk.is_inside()) {
+      Coefficients<T> coefficients[K];
+      load_coefficients(of_tile, walk.column, coefficients);
+      walk.sums(of.group, of.split, coefficients, sums);
+    }
+  } else if (walk.is_inside()) {
+    walk.moments(of.group, of.split, sums);
+  }
+  store_partial(walk, of.group, of.split, of.tile, join_rows(sums, plan.columns, memory));
 }
 
 // Between sums and values: a warp for each channel.
@@ -514,6 +530,22 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(NormActArgs args, Pla
     *prepared<T>(args, plan, group, c) = out;
   }
   if (Backward && lane == 0) of_parameters.template store<T>(args, c);
+}
+
+// The values of a split, by coefficients that are prepared. From the last block to the first: of a tensor
+// larger than the cache, that still has what the sums read last.
+template <class S, int V, bool Last, bool Backward>
+__global__ void __launch_bounds__(kThreads, 2) values_kernel(NormActArgs args, Plan plan) {
+  using W = Walk<S, V, Last>;
+  const Where of(plan, int(gridDim.x) - 1 - int(blockIdx.x));
+  W walk(args, plan, of.tile);
+  if (!walk.is_inside()) return;
+  Coefficients<typename W::T> coefficients[W::K];
+  load_coefficients(prepared<typename W::T>(args, plan, of.group, walk.channel), 0, coefficients);
+  if (Backward)
+    walk.gradients(of.group, of.split, coefficients);
+  else
+    walk.outputs(of.group, of.split, coefficients);
 }
 
 template <class R>
@@ -561,40 +593,41 @@ Plan plan_of(const NormActArgs& args, bool may_use_vectors) {
   return plan;
 }
 
-template <class S, bool Last, bool Backward>
-Error prepare(const NormActArgs& args, const Plan& plan, void* stream) {
-  return launch(prepare_kernel<S, Last, Backward>, ceil_div(args.channels, kThreads / kWarp), kThreads, 0,
-                stream, args, plan);
+template <class S, int V, bool Last, bool Backward>
+Error in_three(const NormActArgs& args, const Plan& plan, void* stream) {
+  using W = Walk<S, V, Last>;
+  const int64_t grid = args.groups * plan.splits * plan.tiles;
+  const size_t shared =
+      join_bytes(plan.columns, W::K) +
+      (Backward ? SharedMemory::bytes<Coefficients<typename W::T>>(plan.columns * W::K) : 0);
+  Error error = launch(sums_kernel<S, V, Last, Backward>, grid, kThreads, shared, stream, args, plan);
+  if (!error)
+    error = launch(prepare_kernel<S, Last, Backward>, ceil_div(args.channels, kThreads / kWarp), kThreads, 0,
+                   stream, args, plan);
+  if (error || (Backward && !args.grad_input)) return error;
+  return launch(values_kernel<S, V, Last, Backward>, grid, kThreads, 0, stream, args, plan);
 }
 
 template <class S, int V, bool Last>
 Error forward(const NormActArgs& args, const Plan& plan, void* stream) {
-  auto kernel = forward_kernel<S, V, Last>;
   using W = Walk<S, V, Last>;
-  size_t shared = SharedMemory::bytes<Coefficients<typename W::T>>(plan.columns * W::K) +
-                  (args.batch_statistics ? join_bytes(plan.columns, W::K) : size_t(0));
-  int64_t grid = args.groups * plan.splits * plan.tiles;
-  if (plan.whole || !args.batch_statistics)
-    return launch(kernel, grid, kThreads, shared, stream, args, plan, Phase::whole);
-  Error error = launch(kernel, grid, kThreads, shared, stream, args, plan, Phase::sums);
-  if (!error) error = prepare<S, Last, false>(args, plan, stream);
-  return error ? error : launch(kernel, grid, kThreads, 0, stream, args, plan, Phase::values);
+  if (args.batch_statistics && !plan.whole) return in_three<S, V, Last, false>(args, plan, stream);
+  const size_t shared = SharedMemory::bytes<Coefficients<typename W::T>>(plan.columns * W::K) +
+                        (args.batch_statistics ? join_bytes(plan.columns, W::K) : size_t(0));
+  return launch(forward_kernel<S, V, Last>, args.groups * plan.splits * plan.tiles, kThreads, shared, stream,
+                args, plan);
 }
 
 template <class S, int V, bool Last>
 Error backward(const NormActArgs& args, const Plan& plan, void* stream) {
-  auto kernel = backward_kernel<S, V, Last>;
-  bool needs_sums = args.grad_weight || args.grad_bias || (args.grad_input && args.batch_statistics);
   using W = Walk<S, V, Last>;
-  size_t shared =
-      SharedMemory::bytes<Coefficients<typename W::T>>(plan.columns * W::K) + join_bytes(plan.columns, W::K);
-  int64_t grid = (plan.whole ? 1 : args.groups) * plan.splits * plan.tiles;
-  if (plan.whole || !needs_sums)
-    return launch(kernel, grid, kThreads, shared, stream, args, plan, Phase::whole, needs_sums);
-  Error error = launch(kernel, grid, kThreads, shared, stream, args, plan, Phase::sums, true);
-  if (!error) error = prepare<S, Last, true>(args, plan, stream);
-  if (error || !args.grad_input) return error;
-  return launch(kernel, grid, kThreads, 0, stream, args, plan, Phase::values, true);
+  const bool needs_sums = args.grad_weight || args.grad_bias || (args.grad_input && args.batch_statistics);
+  if (needs_sums && !plan.whole) return in_three<S, V, Last, true>(args, plan, stream);
+  const size_t shared = SharedMemory::bytes<Coefficients<typename W::T>>(plan.columns * W::K) +
+                        join_bytes(plan.columns, W::K) +
+                        SharedMemory::bytes<ParameterSums>(plan.columns * W::K);
+  return launch(backward_kernel<S, V, Last>, (plan.whole ? 1 : args.groups) * plan.splits * plan.tiles,
+                kThreads, shared, stream, args, plan, needs_sums);
 }
 
 template <class S>
