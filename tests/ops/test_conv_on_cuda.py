@@ -11,6 +11,8 @@ import fastgan
 from fastgan.nn.functional import conv2d, conv_transpose2d
 from fastgan.ops import conv, gan_loss
 
+pytestmark = pytest.mark.kernel
+
 LAYOUTS = [torch.contiguous_format, torch.channels_last]
 
 
