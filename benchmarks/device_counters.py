@@ -86,7 +86,7 @@ def run_cases(only: str) -> None:
 def short_name(kernel: str) -> str:
     """fastgan's kernel and its template arguments, without namespaces."""
     name = re.sub(r"\(anonymous namespace\)::|<unnamed>::|fastgan::|^void ", "", kernel)
-    return re.sub(r"\((?:AttentionArgs|NormActArgs|\w*Args)\b.*$", "", name)[:80]
+    return re.sub(r"\(\w*Args\b.*$", "", name)[:80]
 
 
 def read(lines: Iterable[str], names: list[str]) -> list[dict[str, Any]]:

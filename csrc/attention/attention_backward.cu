@@ -74,8 +74,7 @@ __global__ void __launch_bounds__(kRowThreads) rows_kernel(AttentionArgs args, P
   for (int step = lanes / 2; step > 0; step /= 2) sum += shuffle_xor(sum, step);
   if (lane != 0 || !inside) return;
   const RowNumbers<T> to = row_numbers<T>(args, batch, head);
-  const double natural = args.logsumexp[(int64_t(batch) * args.heads + head) * args.rows + row],
-               lse = natural * kLog2e;
+  const double natural = args.logsumexp[rows_before(args, batch, head) + row], lse = natural * kLog2e;
   const bool dead = natural == -double(INFINITY);
   to.lse[row] = dead ? T(INFINITY) : T(lse);
   to.rest[row] = dead ? T(0) : T(lse - double(T(lse)));

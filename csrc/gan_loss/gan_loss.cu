@@ -176,20 +176,19 @@ FASTGAN_DEVICE void weight_gradient(const Args& a, int64_t block, Accumulate<S>*
   using T = Accumulate<S>;
   const T* gradients = static_cast<const T*>(a.workspace);
   int lane = int(threadIdx.x) % kWarp, slice = int(threadIdx.x) / kWarp;
-  int64_t index = block * kWarp + lane, k = 0, c = 0, i = 0, j = 0;
+  int64_t index = block * kWarp + lane;
   bool is_inside = index < a.outputs * a.channels * a.kernel_height * a.kernel_width;
+  Tap t{};
   T sum = 0;
   if (is_inside) {
-    if (a.input.stride[1] == 1 && a.channels > 1)
-      k = split(split(split(index, a.channels, c), a.kernel_width, j), a.kernel_height, i);
-    else
-      k = split(split(split(index, a.kernel_width, j), a.kernel_height, i), a.channels, c);
+    t = tap_of(a, index);
     int64_t places = a.batch * a.out_height * a.out_width;
 #pragma unroll 4
     for (int64_t place = slice; place < places; place += kSlices) {
       int64_t y, x, n = split(split(place, a.out_width, x), a.out_height, y);
-      T gradient = gradients[((n * a.outputs + k) * a.out_height + y) * a.out_width + x];
-      T value = input_at<S>(a, n, c, y * a.stride[0] + i - a.padding[0], x * a.stride[1] + j - a.padding[1]);
+      T gradient = gradients[((n * a.outputs + t.k) * a.out_height + y) * a.out_width + x];
+      T value =
+          input_at<S>(a, n, t.c, y * a.stride[0] + t.i - a.padding[0], x * a.stride[1] + t.j - a.padding[1]);
       sum = fma(gradient, value, sum);
     }
   }
@@ -198,8 +197,7 @@ FASTGAN_DEVICE void weight_gradient(const Args& a, int64_t block, Accumulate<S>*
   if (slice != 0 || !is_inside) return;
 #pragma unroll
   for (int other = 1; other < kSlices; ++other) sum += memory[other * kWarp + lane];
-  const int64_t* s = a.grad_weight_stride;
-  narrow(static_cast<S*>(a.grad_weight)[k * s[0] + c * s[1] + i * s[2] + j * s[3]], sum);
+  store_weight_gradient<S>(a, t, sum);
 }
 
 template <class S>

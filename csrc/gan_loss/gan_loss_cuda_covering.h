@@ -98,13 +98,7 @@ FASTGAN_DEVICE void covering_weight_gradient(const Args& a, int64_t block, int64
   T sum = 0;
 #pragma unroll
   for (int s = 0; s < kPictureSlices; ++s) sum += memory[s * kVectorLanes * V + thread];
-  int64_t c, i, j;  // its gradient may lie in another order
-  if (a.input.stride[1] == 1)
-    i = split(split(at, a.channels, c), a.kernel_width, j);
-  else
-    c = split(split(at, a.kernel_width, j), a.kernel_height, i);
-  const int64_t* to = a.grad_weight_stride;
-  narrow(static_cast<S*>(a.grad_weight)[c * to[1] + i * to[2] + j * to[3]], sum);
+  store_weight_gradient<S>(a, tap_of(a, at), sum);  // it may lie in another order
 }
 
 template <class S, class Loss>

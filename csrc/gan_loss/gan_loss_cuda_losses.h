@@ -71,6 +71,24 @@ FASTGAN_DEVICE Place place_of(const Args& a, int64_t logit) {
   return p;
 }
 
+// A weight, by its number in the order that the input has in memory.
+struct Tap {
+  int64_t k, c, i, j;
+};
+FASTGAN_DEVICE Tap tap_of(const Args& a, int64_t index) {
+  Tap t;
+  if (a.input.stride[1] == 1 && a.channels > 1)
+    t.k = split(split(split(index, a.channels, t.c), a.kernel_width, t.j), a.kernel_height, t.i);
+  else
+    t.k = split(split(split(index, a.kernel_width, t.j), a.kernel_height, t.i), a.channels, t.c);
+  return t;
+}
+template <class S>
+FASTGAN_DEVICE void store_weight_gradient(const Args& a, const Tap& t, Accumulate<S> sum) {
+  const int64_t* s = a.grad_weight_stride;
+  narrow(static_cast<S*>(a.grad_weight)[t.k * s[0] + t.c * s[1] + t.i * s[2] + t.j * s[3]], sum);
+}
+
 template <class S>
 FASTGAN_DEVICE Accumulate<S> at(const Strided& s, const Place& p) {
   return widen(static_cast<const S*>(

@@ -427,13 +427,27 @@ def _takes(*tensors: Tensor | None) -> bool:
     ) and not torch.is_autocast_enabled("cpu")
 
 
-def _pair(value: int | Sequence[int]) -> tuple[int, int]:
+_Pair = tuple[int, int]
+
+
+def _pair(value: int | Sequence[int]) -> _Pair:
     return (value, value) if isinstance(value, int) else (value[0], value[-1])
 
 
 def _rows(tensor: Tensor, channels_last: bool) -> Tensor:
     """(N, C, H, W) -> (N, C * H * W), the numbers of a row in the order of (H, W, C) if ``channels_last``."""
     return (tensor.permute(0, 2, 3, 1) if channels_last else tensor).flatten(1)
+
+
+def _covers(input: Tensor, weight: Tensor, pads: _Pair, dilations: _Pair, groups: int) -> bool:
+    """Whether the kernel covers the whole image, of which there is at least one."""
+    plain = pads == (0, 0) and dilations == (1, 1) and groups == 1
+    return plain and input.shape[2:] == weight.shape[2:] and input.numel() > 0
+
+
+def _is_single(input: Tensor, pads: _Pair, extra: _Pair, dilations: _Pair, groups: int) -> bool:
+    """Whether a transposed convolution is of single pixels, each of which the kernel is spread over."""
+    return input.shape[2:] == (1, 1) and pads == extra == (0, 0) and dilations == (1, 1) and groups == 1
 
 
 def _whole_convolution(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -506,13 +520,7 @@ def convolution(
     """
     if input.dim() == 4 and not isinstance(padding, str) and _takes(input, weight, bias):
         strides, pads, dilations = _pair(stride), _pair(padding), _pair(dilation)
-        if (
-            pads == (0, 0)
-            and dilations == (1, 1)
-            and groups == 1
-            and input.shape[2:] == weight.shape[2:]
-            and input.numel() > 0
-        ):
+        if _covers(input, weight, pads, dilations, groups):
             return _activated(_whole_convolution(input, weight, bias), slope)
         name = algorithm_name(weight.shape[2:], strides, dilations, groups, weight.shape[1], weight.shape[0])
         if name != "torch":
@@ -522,9 +530,14 @@ def convolution(
                 if slope != 1.0 and is_plain((input, weight, bias)):
                     return _conv_kernel(input, weight, bias, strides, pads, last, slope)
                 return _activated(conv(input, weight, bias, list(strides), list(pads), last), slope)
-    elif input.dim() == 4 and not isinstance(padding, str) and _goes_whole_on_a_gpu(input, weight, bias):
-        covers = _pair(padding) == (0, 0) and _pair(dilation) == (1, 1) and input.shape[1:] == weight.shape[1:]
-        logits = _logits_on_a_gpu(input, weight, bias) if covers and weight.shape[0] == 1 else None
+    elif (
+        input.dim() == 4
+        and not isinstance(padding, str)
+        and weight.shape[0] == 1
+        and _covers(input, weight, _pair(padding), _pair(dilation), groups)
+        and _goes_whole_on_a_gpu(input, weight, bias)
+    ):
+        logits = _logits_on_a_gpu(input, weight, bias)
         if logits is not None:
             return _activated(logits, slope)
     return _activated(convolution_reference(input, weight, bias, stride, padding, dilation, groups), slope)
@@ -547,8 +560,7 @@ def transposed_convolution(
     """
     if input.dim() == 4 and _takes(input, weight, bias):
         strides, pads, extra, dilations = _pair(stride), _pair(padding), _pair(output_padding), _pair(dilation)
-        single = pads == extra == (0, 0) and dilations == (1, 1) and groups == 1 and input.shape[2:] == (1, 1)
-        if single and weight.numel() > 0:
+        if _is_single(input, pads, extra, dilations, groups) and weight.numel() > 0:
             return _activated(_whole_transposed_convolution(input, weight, bias), slope)
         name = algorithm_name(weight.shape[2:], strides, dilations, groups, weight.shape[1], weight.shape[0])
         if name != "torch":
@@ -560,9 +572,11 @@ def transposed_convolution(
                     return _conv_input_gradient_kernel(input, weight, bias, size, strides, pads, last, slope)
                 out = conv_input_gradient(input, weight, bias, size, list(strides), list(pads), last)
                 return _activated(out, slope)
-    elif input.dim() == 4 and input.shape[2:] == (1, 1) and _goes_whole_on_a_gpu(input, weight, bias):
-        pads, extra = _pair(padding), _pair(output_padding)
-        if pads == extra == (0, 0) and _pair(dilation) == (1, 1) and groups == 1:
-            return _activated(_whole_transposed_convolution(input, weight, bias), slope)
+    elif (
+        input.dim() == 4
+        and _is_single(input, _pair(padding), _pair(output_padding), _pair(dilation), groups)
+        and _goes_whole_on_a_gpu(input, weight, bias)
+    ):
+        return _activated(_whole_transposed_convolution(input, weight, bias), slope)
     out = transposed_convolution_reference(input, weight, bias, stride, padding, output_padding, groups, dilation)
     return _activated(out, slope)
