@@ -49,7 +49,7 @@ Jvp = Callable[[Sequence[Any], Sequence[torch.Tensor], Sequence[torch.Tensor | N
 #: stands for an argument that is not kept (``unsaved``) where a formula gets the arguments
 UNSAVED = object()
 
-# The two below are written without context managers of Python's: a small call's time is spent here.
+# What follows is written without context managers of Python's: a small call's time is spent here.
 
 
 def _call_below_autograd(operator: Callable[..., Any], args: Sequence[Any]) -> Any:
@@ -74,13 +74,26 @@ def _apply_at_one_level(function: Any, args: Sequence[Any]) -> Any:
         torch._C._functorch.set_single_level_autograd_function_allowed(before)
 
 
+def _has_one_level() -> bool:
+    """True in eager code outside torch.func and forward mode: what can ask for a derivative is the graph alone."""
+    return (
+        forward_ad._current_level < 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.compiler.is_compiling()
+    )
+
+
 def is_plain(tensors: Sequence[Any]) -> bool:
     """True if nothing can ask for a derivative of this call: the whole layer is then left out."""
-    if torch.compiler.is_compiling() or forward_ad._current_level >= 0:
-        return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return False
-    return not torch._C.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors)
+    return _has_one_level() and not _wants_graph(tensors)
+
+
+def _wants_graph(tensors: Sequence[Any]) -> bool:
+    if torch._C.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def _is_differentiable(value: Any) -> bool:
@@ -102,8 +115,18 @@ def _gradients_asked_for(ctx: Any, args: Sequence[Any]) -> list[bool]:
             continue
         node = next(edges, (None, 0))[0]
         if needs[i] and node is not None:
-            needs[i] = torch._C._will_engine_execute_node(node)
+            needs[i] = _runs(node)
     return needs
+
+
+def _runs(node: Any) -> bool:
+    """Whether this call of the engine executes a node, or asks for the gradient that reaches it."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:
+        # Raised for a leaf that is an input of autograd.grad: its gradient is handed out. It costs 40 microseconds
+        # there; passing leaves through views, about which the engine can be asked, cost 20 in every call.
+        return True
 
 
 def in_functorch() -> bool:
@@ -177,26 +200,29 @@ def define(
     operator = getattr(torch.ops.fastgan, name).default
     tensors = [i for i, argument in enumerate(operator._schema.arguments) if "Tensor" in str(argument.type)]
 
+    kept = [i for i in tensors if i not in unsaved]
+
+    def keep(ctx, args, output):
+        """Keeps what the formulas look at; the tensors among it, for ``save_for_forward``."""
+        ctx.is_single = not isinstance(output, tuple)
+        outputs = (output,) if ctx.is_single else output
+        ctx.constants = constants = list(args)
+        for i in tensors:
+            constants[i] = UNSAVED if i in unsaved and args[i] is not None else None
+        saved = [args[i] for i in kept] + [outputs[i] for i in save_outputs]
+        ctx.save_for_backward(*saved)
+        if nondifferentiable_outputs:
+            ctx.mark_non_differentiable(*[outputs[i] for i in nondifferentiable_outputs])
+        ctx.set_materialize_grads(False)
+        return saved
+
     class Node(_SingleLevelFunction):
         @staticmethod
-        def forward(*args):
-            return _call_below_autograd(operator, args)
-
-        @staticmethod
-        def setup_context(ctx, inputs, output):
-            outputs = output if isinstance(output, tuple) else (output,)
-            ctx.is_single = not isinstance(output, tuple)
-            given = [i for i in tensors if inputs[i] is not None]
-            ctx.where = [i for i in given if i not in unsaved]
-            ctx.constants = list(inputs)
-            for i in given:
-                ctx.constants[i] = UNSAVED if i in unsaved else None
-            kept = [inputs[i] for i in ctx.where] + [outputs[i] for i in save_outputs]
-            ctx.save_for_backward(*kept)
-            ctx.save_for_forward(*kept)
-            if nondifferentiable_outputs:
-                ctx.mark_non_differentiable(*[outputs[i] for i in nondifferentiable_outputs])
-            ctx.set_materialize_grads(False)
+        def forward(ctx, *args):
+            with torch._C._AutoDispatchBelowAutograd():
+                output = operator(*args)
+            keep(ctx, args, output)
+            return output
 
         @staticmethod
         def backward(ctx, *grads):
@@ -206,11 +232,22 @@ def define(
             needs = _gradients_asked_for(ctx, args)
             # Called inside autocast's region or outside, the bits are the same.
             with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST_KEYS):
-                if backward is None or torch.is_grad_enabled() or not is_plain(()):
+                if backward is None or torch._C.is_grad_enabled() or not _has_one_level():
                     return _pull_back(ctx, args, outputs, grads, needs)
                 # Nothing differentiates this backward: its operators go without their Autograd keys.
                 with torch._C._AutoDispatchBelowAutograd():
                     return _pull_back(ctx, args, outputs, grads, needs)
+
+    class NestedNode(Node):
+        """Inside transforms, forward mode and graphs that are being compiled."""
+
+        @staticmethod
+        def forward(*args):
+            return _call_below_autograd(operator, args)
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_forward(*keep(ctx, inputs, output))
 
         @staticmethod
         def jvp(ctx, *tangents):
@@ -255,9 +292,9 @@ def define(
 
     def _restore(ctx):
         args, saved = list(ctx.constants), ctx.saved_tensors
-        for i, tensor in zip(ctx.where, saved, strict=False):
+        for i, tensor in zip(kept, saved, strict=False):
             args[i] = tensor
-        return args, saved[len(ctx.where) :]
+        return args, saved[len(kept) :]
 
     def _as_function_of(where, args):
         def function(*tensors):
@@ -269,18 +306,12 @@ def define(
         return function
 
     def autograd_kernel(*args):
-        if is_plain([args[i] for i in tensors]):
-            with torch._C._AutoDispatchBelowAutograd():
-                return operator(*args)
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            # The engine cannot be asked about a leaf itself (see _gradients_asked_for), so leaves go through a view.
-            leaves = [i for i in tensors if args[i] is not None and args[i].requires_grad and args[i].is_leaf]
-            if leaves:
-                viewed = list(args)
-                for i in leaves:
-                    viewed[i] = args[i].view_as(args[i])
-                return _apply_at_one_level(Node, viewed)
-        return _apply_at_one_level(Node, args)
+        if not _has_one_level():
+            return _apply_at_one_level(NestedNode, args)
+        if _wants_graph([args[i] for i in tensors]):
+            return Node.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
 
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgan::{name}", fake)
