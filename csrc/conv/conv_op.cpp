@@ -1,9 +1,10 @@
-// fastgan::conv_pass: one of the three passes of a convolution into a tensor that is there;
-// fastgan/ops/conv.py makes operators with derivatives of it.
+// fastgan::conv_pass: one of the three passes of a convolution; fastgan/ops/conv.py makes operators with
+// derivatives of it.
 #include "conv/conv.h"
 
 #include <unistd.h>
 
+#include <tuple>
 #include <utility>
 
 #include "common/pool.h"
@@ -72,11 +73,14 @@ int64_t second_cache() {
 #endif
 }
 
-// which: 0, from x and w to y; 1, from y and w to x; 2, from x and y to w. True if all that was computed is
-// finite.
-bool conv_pass(int64_t which, Tensor first, Tensor second, Tensor out, std::optional<Tensor> bias,
-               double slope, int64_t stride, int64_t pad_height, int64_t pad_width) {
+// which: 0, from x and w to y; 1, from y and w to x; 2, from x and y to w. The result, of `size`, and whether
+// all that was computed is finite.
+std::tuple<Tensor, bool> conv_pass(int64_t which, Tensor first, Tensor second, std::vector<int64_t> size,
+                                   bool channels_last, std::optional<Tensor> bias, double slope,
+                                   int64_t stride, int64_t pad_height, int64_t pad_width) {
   FASTGAN_CHECK(which >= 0 && which <= 2, "conv_pass: which must be 0, 1 or 2");
+  FASTGAN_CHECK(size.size() == 4, "conv_pass: size must have 4 elements, got ", size.size());
+  Tensor out = empty(size, first.scalar_type(), first, channels_last);
   const Tensor &x = which == 1 ? out : first, &w = which == 2 ? out : second;
   const Tensor& y = which == 0 ? out : which == 1 ? first : second;
   FASTGAN_CHECK(x.dim() == 4 && w.dim() == 4 && y.dim() == 4, "conv_pass takes tensors of 4 dimensions");
@@ -109,16 +113,16 @@ bool conv_pass(int64_t which, Tensor first, Tensor second, Tensor out, std::opti
   a.slope = float(slope);
   a.x = view(x), a.w = view(w), a.y = view(y);
   int32_t nonfinite = 0;
-  int64_t size = 0;
-  a.nonfinite = &nonfinite, a.workspace_size = &size;
+  int64_t workspace_size = 0;
+  a.nonfinite = &nonfinite, a.workspace_size = &workspace_size;
   a.threads = int32_t(torch::stable::get_num_threads());
   a.second_cache = second_cache();
   const auto kernel = kernel_for(a, which);
   kernel(a, torch_threads());
-  const Workspace workspace(size);
+  const Workspace workspace(workspace_size);
   a.workspace = workspace.block.data;
   kernel(a, torch_threads());
-  return nonfinite == 0;
+  return {out, nonfinite == 0};
 }
 
 }  // namespace

@@ -31,7 +31,6 @@ from torch import Tensor
 from fastgan import _cuda, _impl
 from fastgan.ops import gan_loss
 from fastgan.ops._autograd import LIBRARY, cast_for_autocast, define, in_functorch, is_plain
-from fastgan.ops._output import new_output
 
 Algorithm = Literal["auto", "exact"]
 
@@ -279,8 +278,9 @@ def _conv_kernel(input, weight, bias, stride, padding, channels_last, slope=1.0)
     if not _has_kernel(input, weight, weight.shape[2:], stride, input.numel() * weight.numel()):
         return _activated(conv_reference(*arguments), slope)
     shape = (input.shape[0], weight.shape[0], *size)
-    output = new_output(input, shape, channels_last=channels_last)
-    finite = torch.ops.fastgan.conv_pass(0, input, weight, output, _bias(bias), slope, stride[0], *padding)
+    output, finite = _conv_pass(
+        0, input, weight, shape, channels_last, _bias(bias), slope, stride[0], padding[0], padding[1]
+    )  # fmt: skip
     return output if finite else _activated(conv_reference(*arguments), slope)
 
 
@@ -290,8 +290,9 @@ def _conv_input_gradient_kernel(gradient, weight, bias, size, stride, padding, c
     if not _has_kernel(gradient, weight, weight.shape[2:], stride, numbers):
         return _activated(conv_input_gradient_reference(*arguments), slope)
     shape = (gradient.shape[0], weight.shape[1], *size)
-    output = new_output(gradient, shape, channels_last=channels_last)
-    finite = torch.ops.fastgan.conv_pass(1, gradient, weight, output, _bias(bias), slope, stride[0], *padding)
+    output, finite = _conv_pass(
+        1, gradient, weight, shape, channels_last, _bias(bias), slope, stride[0], padding[0], padding[1]
+    )  # fmt: skip
     return output if finite else _activated(conv_input_gradient_reference(*arguments), slope)
 
 
@@ -300,8 +301,9 @@ def _conv_weight_gradient_kernel(gradient, input, kernel, stride, padding, chann
     if not _has_kernel(gradient, input, kernel, stride, gradient.numel() * input.numel()):
         return conv_weight_gradient_reference(*arguments)
     shape = (gradient.shape[1], input.shape[1], *kernel)
-    output = new_output(input, shape, channels_last=channels_last)
-    finite = torch.ops.fastgan.conv_pass(2, input, gradient, output, None, 1.0, stride[0], *padding)
+    output, finite = _conv_pass(
+        2, input, gradient, shape, channels_last, None, 1.0, stride[0], padding[0], padding[1]
+    )  # fmt: skip
     return output if finite else conv_weight_gradient_reference(*arguments)
 
 
@@ -402,11 +404,12 @@ conv_weight_gradient = define(
     autocast="lower",
 )
 
-# One of the three passes into `out`; true if all of it is finite. See csrc/conv/conv_op.cpp.
+# One of the three passes, and whether all of its result is finite. See csrc/conv/conv_op.cpp.
 LIBRARY.define(
-    "conv_pass(int which, Tensor first, Tensor second, Tensor(a!) out, Tensor? bias, float slope, int stride, "
-    "int pad_height, int pad_width) -> bool"
+    "conv_pass(int which, Tensor first, Tensor second, int[] size, bool channels_last, Tensor? bias, float slope, "
+    "int stride, int pad_height, int pad_width) -> (Tensor, bool)"
 )
+_conv_pass = torch.ops.fastgan.conv_pass.default
 if _impl.extension_error is None:
     LIBRARY.impl("conv", _conv_kernel, "CPU")
     LIBRARY.impl("conv_input_gradient", _conv_input_gradient_kernel, "CPU")
