@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fastgan import _impl
+from fastgan._hf_sinks import attention_with_sink, sink_of
 from fastgan.nn import _attention_inputs, functional
 from fastgan.ops.attention import draw_philox
 
@@ -59,16 +60,17 @@ def attention_forward(
 
     ``attention_mask`` is boolean (True takes part) or added to the scores, and broadcasts to (B, H, L, S). K may divide
     H: grouped heads are read in place, not repeated. Where attention maps are asked for they are computed as in plain
-    PyTorch, and the output from them. Raises ValueError for ``softcap`` and ``s_aux``, which the kernel does not have.
+    PyTorch, and the output from them. Sinks (``s_aux``, ``sinks``) are ``_hf_sinks``'; keys that the model has chosen
+    (``indices``, ``block_indices``) are a mask. Raises ValueError for ``softcap``, which the kernel does not have.
 
     A flattened batch, ``DataCollatorWithFlattening(return_flash_attn_kwargs=True)``, says by cu_seq_lens_q,
     cu_seq_lens_k, max_length_q and max_length_k where its sequences are, and only the scores within them are computed.
     Its mask says the same and is not read; one that hides a token from itself, padding, is refused by ValueError (not
     looked for on CUDA or under torch.compile).
     """
-    for name in ("softcap", "s_aux"):
-        if kwargs.get(name) is not None:
-            raise ValueError(f"attn_implementation='fastgan' does not support {name}; use 'eager' for this model")
+    if kwargs.get("softcap") is not None:
+        raise ValueError("attn_implementation='fastgan' does not support softcap; use 'eager' for this model")
+    sink = sink_of(query, kwargs)
     rows, columns = query.shape[2], key.shape[2]
     sequences = _sequences(module, query, value, attention_mask, position_bias, is_causal, kwargs)
     if sequences is not None:
@@ -82,19 +84,46 @@ def attention_forward(
         is_causal = getattr(module, "is_causal", not type(module).__module__.startswith("transformers."))
     # A mask that was made holds causality already; one query is the last position, which sees everything.
     is_causal = bool(is_causal) and attention_mask is None and rows > 1
+    attention_mask = _and_chosen(module, attention_mask, columns, query, kwargs)
     if is_causal and columns > rows:
         # The first step into a cache of fixed length: what lies beyond the queries is not written yet.
         key, value = key[:, :, :rows], value[:, :, :rows]
         position_bias = None if position_bias is None else position_bias[..., :rows]
+        attention_mask = None if attention_mask is None else attention_mask[..., :rows]
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     dropout = float(dropout) if module.training else 0.0
+    weights = None
+    arguments = (query, key, value, attention_mask, position_bias, dropout, is_causal, scaling)
     if _maps_are_wanted(kwargs):
-        output, weights = _with_maps(query, key, value, attention_mask, position_bias, dropout, is_causal, scaling)
+        output, weights = _with_maps(*arguments, sink)
+    elif sink is not None:
+        output = attention_with_sink(_attention, *arguments, sink)
     else:
-        weights = None
-        output = _attention(query, key, value, attention_mask, position_bias, dropout, is_causal, scaling)
+        output = _attention(*arguments)
     return output.transpose(1, 2).contiguous(), weights
+
+
+def _and_chosen(module, mask, columns, query, kwargs) -> Tensor | None:
+    """The mask, less what the model's indexer has not chosen.
+
+    Models of sparse attention (DeepSeek-V3.2 and what follows it, MiniMax-M3) make that mask themselves for "eager" and
+    "sdpa" alone, and hand their choice to any other function: (B, L, keys), or blocks, which their indexer knows.
+    """
+    blocks, indices = kwargs.get("block_indices"), kwargs.get("indices")
+    if blocks is not None:
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            positions = torch.arange(columns - query.shape[2], columns, device=query.device)
+        positions = positions.reshape(-1, query.shape[2]).expand(query.shape[0], -1)
+        return module.indexer.build_block_mask(blocks, mask, columns, query.dtype, query.device, positions) == 0
+    if indices is None:
+        return mask
+    chosen = torch.zeros((*indices.shape[:2], columns), dtype=torch.bool, device=query.device)
+    chosen = chosen.scatter(-1, indices.long(), True).unsqueeze(1)
+    if mask is None:
+        return chosen
+    return mask & chosen if mask.dtype == torch.bool else mask.masked_fill(~chosen, float("-inf"))
 
 
 def _sequences(module, query, value, mask, position_bias, is_causal, kwargs) -> tuple | None:
@@ -104,6 +133,8 @@ def _sequences(module, query, value, mask, position_bias, is_causal, kwargs) -> 
     """
     names = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
     where = [kwargs.get(name) for name in names]
+    if any(kwargs.get(name) is not None for name in ("s_aux", "sinks", "indices", "block_indices")):
+        return None
     is_causal = getattr(module, "is_causal", None) if is_causal is None else is_causal
     if any(given is None for given in where) or is_causal is None or position_bias is not None:
         return None
@@ -173,7 +204,7 @@ def _maps_are_wanted(kwargs: dict) -> bool:
     return collected is not None and any("attentions" in name for name in collected)
 
 
-def _with_maps(query, key, value, mask, bias, dropout, is_causal, scaling) -> tuple[Tensor, Tensor]:
+def _with_maps(query, key, value, mask, bias, dropout, is_causal, scaling, sink) -> tuple[Tensor, Tensor]:
     groups = query.shape[1] // key.shape[1]
     if groups > 1:
         key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
@@ -181,13 +212,18 @@ def _with_maps(query, key, value, mask, bias, dropout, is_causal, scaling) -> tu
     if bias is not None:
         scores = scores + bias
     if is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+        below = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+        scores = scores.masked_fill(~below, float("-inf"))
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    if sink is not None:
+        scores = torch.cat([scores, sink], -1)
     # In a row with nothing to attend to, softmax of -inf alone would be NaN; it is zero, as in the kernel.
     dead = (scores == float("-inf")).all(-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(dead, 0.0), -1, dtype=torch.float32).to(query.dtype)
-    weights = torch.nn.functional.dropout(weights.masked_fill(dead, 0.0), dropout)
+    weights = weights.masked_fill(dead, 0.0)
+    weights = weights if sink is None else weights[..., :-1]
+    weights = torch.nn.functional.dropout(weights, dropout)
     return weights @ value, weights
 
 
