@@ -86,10 +86,11 @@ def attention_forward(
     is_causal = bool(is_causal) and attention_mask is None and rows > 1
     attention_mask = _and_chosen(module, attention_mask, columns, query, kwargs)
     if is_causal and columns > rows:
-        # The first step into a cache of fixed length: what lies beyond the queries is not written yet.
-        key, value = key[:, :, :rows], value[:, :, :rows]
-        position_bias = None if position_bias is None else position_bias[..., :rows]
-        attention_mask = None if attention_mask is None else attention_mask[..., :rows]
+        # The last of the queries alone (Gemma 4 cuts the others off where only the last logits are wanted): for a cache
+        # of fixed length, whose first step also has more columns, there is a mask.
+        lower = torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)
+        attention_mask = lower[None, None] if attention_mask is None else attention_mask & lower
+        is_causal = False
     if scaling is None:
         scaling = query.shape[-1] ** -0.5
     dropout = float(dropout) if module.training else 0.0
@@ -241,10 +242,12 @@ def _is_written_for_sdpa(configuration: str) -> bool:
 def attention_mask(*, config=None, **kwargs) -> Tensor | None:
     """The mask that a model's attention gets, (B, 1, L, S).
 
-    transformers' sdpa mask: True takes part, and None where it would say nothing, or only "causal", which the attention
-    module says then. Models that SDPA may not run get the eager mask, which is added to scores: some never say that
+    transformers' sdpa mask: True takes part, and None where it would say nothing, or only "causal" of as many queries
+    as keys, which the attention module says then. Models that SDPA may not run get the eager mask, which is added to scores: some never say that
     they are causal (PegasusX), some add the mask themselves and never ask for an attention function (BLOOM, MPT, XGLM).
     """
+    if kwargs["q_length"] not in (1, kwargs["kv_length"]):
+        kwargs["allow_is_causal_skip"] = False
     make = sdpa_mask if config is None or _is_written_for_sdpa(type(config).__module__) else eager_mask
     return make(config=config, **kwargs)
 

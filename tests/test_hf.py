@@ -477,3 +477,18 @@ def test_a_flattened_batch_with_padding_is_refused():
     mask[0, 3] = 0
     with pytest.raises(ValueError, match="cu_seq_lens_q"):
         model(**flat, attention_mask=mask)
+
+
+def test_the_last_queries_alone_are_the_last():
+    """Gemma 4 cuts the other queries off where only the last logits are wanted, and leaves causality to the function."""
+    config = transformers.Gemma4TextConfig(
+        hidden_size=16, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24,
+        head_dim=8, global_head_dim=8, max_position_embeddings=32, hidden_size_per_layer_input=8,
+        vocab_size_per_layer_input=VOCABULARY, num_kv_shared_layers=2, sliding_window=4,
+        layer_types=["sliding_attention", "full_attention"] * 2, **SMALL,
+    )  # fmt: skip
+    model = made(lambda: transformers.Gemma4ForCausalLM(config))
+    ids = torch.randint(3, VOCABULARY, (2, 9))
+    with torch.no_grad():
+        whole, last = model(ids).logits, model(ids, logits_to_keep=3).logits
+    torch.testing.assert_close(last, whole[:, -3:], rtol=1e-4, atol=1e-5)
