@@ -23,6 +23,7 @@ import torch
 
 from benchmarks import attention_memory
 from benchmarks.peers import NOTES, compare, fastest
+from fastgan import hf
 from fastgan.nn import functional as F
 
 SDPA = torch.nn.functional.scaled_dot_product_attention
@@ -146,6 +147,44 @@ def test_learned_bias(benchmark):
         "formula": fastest([trained(formula, *make(shape, heads_inside=inside), bias) for inside in (True, False)]),
     }
     row(benchmark, "learned bias 1x12x512x512", peers, 14 * 12 * 512 * 512 * 64 / 1e9, 1.15, 1.25)
+
+
+def test_sink(benchmark):
+    """GPT-OSS's case, 8 heads on 2 of 64, causal: one more score a row. Beside what transformers has on a CPU, the
+    formula, and beside torch's kernel with the sink as one more key."""
+    length, bias = 1024, torch.full((1024, 1024), -math.inf).triu(1)
+    inputs = [torch.randn(1, heads, length, 64, requires_grad=True) for heads in (8, 2, 2)]
+    sink, grad = torch.randn(8, requires_grad=True), torch.randn(1, length, 8, 64)
+    seen = torch.ones(length, length + 1, dtype=torch.bool).tril(1)
+    module = torch.nn.Module()
+
+    def per_head(tensors):
+        query, key, value = tensors
+        return query, key.repeat_interleave(4, 1), value.repeat_interleave(4, 1)
+
+    def ours(query, key, value, sink):
+        return hf.attention_forward(module, query, key, value, None, is_causal=True, s_aux=sink)[0]
+
+    def formula(*tensors):
+        query, key, value = per_head(tensors[:3])
+        scores = (query @ key.transpose(2, 3)) * 0.125 + bias
+        column = tensors[3].reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        return (torch.cat([scores, column], -1).softmax(-1)[..., :-1] @ value).transpose(1, 2).contiguous()
+
+    def as_a_key(*tensors):
+        query, key, value = per_head(tensors[:3])
+        pad = torch.nn.functional.pad
+        added = torch.zeros(length, length + 1).masked_fill(~seen, -math.inf)
+        added = added + pad(tensors[3].reshape(1, -1, 1, 1), (0, length)).expand(1, 8, length, -1)
+        return SDPA(query, pad(key, (0, 0, 1, 0)), pad(value, (0, 0, 1, 0)), added).transpose(1, 2).contiguous()
+
+    leaves = [*inputs, sink]
+    peers = {
+        name: lambda function=function: torch.autograd.grad(function(*leaves), leaves, grad)
+        for name, function in {"fastgan": ours, "formula": formula, "SDPA": as_a_key}.items()
+    }
+    pairs = length * (length + 1) / 2
+    row(benchmark, "a sink, 1x8x1024x64 causal", peers, 7 * 2 * 8 * pairs * 64 / 1e9, 2.0, 4.0)
 
 
 def test_one_query_against_a_cache(benchmark):

@@ -50,7 +50,8 @@ def attention_with_sink(
 ) -> Tensor:
     """As ``attention``, in whose arguments the sink becomes a key. (B, H, L, E), (B, K, S, E) -> (B, H, L, V)."""
     if mask is not None and mask.dtype != torch.bool:  # added to scores
-        mask, bias = None, mask if bias is None else bias + mask
+        bias = mask if bias is None else bias + mask
+        mask = None
     if (
         not _impl.reference_selected()
         and is_plain((query, key, value, bias, sink))

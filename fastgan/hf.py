@@ -239,16 +239,24 @@ def _is_written_for_sdpa(configuration: str) -> bool:
     )
 
 
+#: models that SDPA may not run for their sinks' sake alone
+_SINKS_ALONE = ("flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash", "openai_privacy_filter")
+
+
 def attention_mask(*, config=None, **kwargs) -> Tensor | None:
     """The mask that a model's attention gets, (B, 1, L, S).
 
     transformers' sdpa mask: True takes part, and None where it would say nothing, or only "causal" of as many queries
-    as keys, which the attention module says then. Models that SDPA may not run get the eager mask, which is added to scores: some never say that
-    they are causal (PegasusX), some add the mask themselves and never ask for an attention function (BLOOM, MPT, XGLM).
+    as keys, which the attention module says then. Models that SDPA may not run get the eager mask, which is added to
+    scores: some never say that they are causal (PegasusX), some add the mask themselves and never ask for an attention
+    function (BLOOM, MPT, XGLM), or add to it (DeepSeek-V4).
     """
     if kwargs["q_length"] not in (1, kwargs["kv_length"]):
         kwargs["allow_is_causal_skip"] = False
-    make = sdpa_mask if config is None or _is_written_for_sdpa(type(config).__module__) else eager_mask
+    written_for_it = (
+        config is None or config.model_type in _SINKS_ALONE or _is_written_for_sdpa(type(config).__module__)
+    )
+    make = sdpa_mask if written_for_it else eager_mask
     return make(config=config, **kwargs)
 
 

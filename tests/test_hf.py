@@ -480,7 +480,7 @@ def test_a_flattened_batch_with_padding_is_refused():
 
 
 def test_the_last_queries_alone_are_the_last():
-    """Gemma 4 cuts the other queries off where only the last logits are wanted, and leaves causality to the function."""
+    """Gemma 4 cuts the other queries off where only the last logits are wanted; causality is the function's then."""
     config = transformers.Gemma4TextConfig(
         hidden_size=16, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1, intermediate_size=24,
         head_dim=8, global_head_dim=8, max_position_embeddings=32, hidden_size_per_layer_input=8,

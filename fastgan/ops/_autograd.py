@@ -309,7 +309,7 @@ def define(
         if not _has_one_level():
             return _apply_at_one_level(NestedNode, args)
         if _wants_graph([args[i] for i in tensors]):
-            return Node.apply(*args)
+            return Node.apply(*args)  # type: ignore[attr-defined]
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
