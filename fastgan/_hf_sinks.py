@@ -22,6 +22,9 @@ from fastgan.nn import _attention_inputs
 from fastgan.ops._autograd import is_plain
 from fastgan.ops.attention import draw_philox
 
+#: models that SDPA may not run for their sinks' sake alone, so that "eager" is all that transformers has for them
+SINKS_ALONE = ("flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash", "openai_privacy_filter")
+
 #: query, key, value, mask, bias, dropout, is_causal, scale -> (B, H, L, V)
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, float, bool, float], Tensor]
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastgan import _impl
-from fastgan._hf_sinks import attention_with_sink, sink_of
+from fastgan._hf_sinks import SINKS_ALONE, attention_with_sink, sink_of
 from fastgan.nn import _attention_inputs, functional
 from fastgan.ops.attention import draw_philox
 
@@ -239,10 +239,6 @@ def _is_written_for_sdpa(configuration: str) -> bool:
     )
 
 
-#: models that SDPA may not run for their sinks' sake alone
-_SINKS_ALONE = ("flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash", "openai_privacy_filter")
-
-
 def attention_mask(*, config=None, **kwargs) -> Tensor | None:
     """The mask that a model's attention gets, (B, 1, L, S).
 
@@ -253,9 +249,7 @@ def attention_mask(*, config=None, **kwargs) -> Tensor | None:
     """
     if kwargs["q_length"] not in (1, kwargs["kv_length"]):
         kwargs["allow_is_causal_skip"] = False
-    written_for_it = (
-        config is None or config.model_type in _SINKS_ALONE or _is_written_for_sdpa(type(config).__module__)
-    )
+    written_for_it = config is None or config.model_type in SINKS_ALONE or _is_written_for_sdpa(type(config).__module__)
     make = sdpa_mask if written_for_it else eager_mask
     return make(config=config, **kwargs)
 

@@ -109,10 +109,10 @@ def replace_modules(model: M) -> M:
       the norm later sees the activated output, and a slice of the Sequential that ends at the norm returns it.
     - ``nn.TransformerEncoder.use_nested_tensor`` is switched off over replaced attention: evaluation without
       gradients computes at padded positions what training does, instead of zeros.
-    - transformers models that run ``"sdpa"`` attention are set to ``"fastgan"`` once ``fastgan.hf`` has registered it,
-      and language models' heads and losses are fused: a call with labels in training mode returns no logits, unless
-      ``return_logits=True`` is given. In those that generate text, ``nn.Linear`` and ``Conv1D`` become subclasses of
-      theirs that are faster on few rows. GPT-2's GELU becomes one operation; in layers like BERT's, bias and GELU
+    - transformers models that run ``"sdpa"`` attention, or ``"eager"`` for want of it (GPT-OSS and others with sinks),
+      are set to ``"fastgan"`` once ``fastgan.hf`` has registered it, and language models' heads and losses are fused: a
+      call with labels in training mode returns no logits, unless ``return_logits=True`` is given. In those that
+      generate text, ``nn.Linear`` and ``Conv1D`` become subclasses of theirs that are faster on few rows. GPT-2's GELU becomes one operation; in layers like BERT's, bias and GELU
       become one, and dropout, residual and norm another, which call neither module unless somebody put hooks on it.
 
     The same objects stay: parameters, buffers, their names and dtypes, hooks, parametrizations (spectral and weight
@@ -245,7 +245,7 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
                 row = Row(name, type(module).__name__, "will be swapped", becomes, why)
                 yield _Decision(module, row, heads.fused_class(type(module)))
         elif (used := _attention_implementation(module)) is not None:
-            why = _OF_ITS_OWN if not _asks_for_attention(module) else _why_not_transformers(used)
+            why = _OF_ITS_OWN if not _asks_for_attention(module) else _why_not_transformers(module, used)
             if why:
                 yield _Decision(module, Row(name, type(module).__name__, "left", reason=why))
             else:
@@ -355,9 +355,15 @@ def _asks_for_attention(module: nn.Module) -> bool:
     return any("ALL_ATTENTION_FUNCTIONS" in f.__code__.co_names for f in functions if hasattr(f, "__code__"))
 
 
-def _why_not_transformers(used: str) -> str:
+def _begins_with_eager(module: nn.Module) -> bool:
+    """Whether transformers has nothing but "eager" for this model, so that nobody asked for it."""
+    sinks = sys.modules.get("fastgan._hf_sinks")
+    return sinks is not None and getattr(module.config, "model_type", None) in sinks.SINKS_ALONE
+
+
+def _why_not_transformers(module: nn.Module, used: str) -> str:
     """Empty if ``replace_modules`` switches attention from ``used`` to "fastgan", or has."""
-    if used == "fastgan":
+    if used == "fastgan" or (used == "eager" and _begins_with_eager(module)):
         return ""
     if used != "sdpa":
         return f'attn_implementation is "{used}": asked for, or what this model begins with'
@@ -374,7 +380,7 @@ def _switch_transformers(model: nn.Module) -> None:
     for module in model.modules():  # an outer model before those inside, which it sets as well
         if isinstance(module, pretrained):
             used = module.config._attn_implementation
-            if used is None or used == "fastgan" or _why_not_transformers(used):
+            if used is None or used == "fastgan" or _why_not_transformers(module, used):
                 continue
             if any(_attention_implementation(m) and _asks_for_attention(m) for m in module.modules()):
                 module.set_attn_implementation("fastgan")

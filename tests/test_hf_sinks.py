@@ -105,6 +105,19 @@ def test_replaced_models_keep_to_the_keys_that_they_choose():
     assert not torch.allclose(run(model, mask)[0], before[0], rtol=1e-2)  # three keys of nine made a difference
 
 
+def test_a_model_for_which_there_is_only_eager_is_replaced():
+    torch.manual_seed(0)
+    kind, config = gpt_oss()
+    model = kind(config)
+    assert model.config._attn_implementation == "eager"
+    mask = torch.ones(2, 9, dtype=torch.int64)
+    before = run(model, mask)
+    assert "GptOssAttention" in str(fastgan.explain(model))
+    fastgan.replace_modules(model)
+    assert model.config._attn_implementation == "fastgan"
+    torch.testing.assert_close(run(model, mask), before, rtol=2e-4, atol=2e-5)
+
+
 def test_chosen_blocks_are_asked_of_the_models_indexer():
     class Indexer:
         def build_block_mask(self, blocks, mask, columns, dtype, device, positions):
