@@ -112,8 +112,9 @@ def replace_modules(model: M) -> M:
     - transformers models that run ``"sdpa"`` attention, or ``"eager"`` for want of it (GPT-OSS and others with sinks),
       are set to ``"fastgan"`` once ``fastgan.hf`` has registered it, and language models' heads and losses are fused: a
       call with labels in training mode returns no logits, unless ``return_logits=True`` is given. In those that
-      generate text, ``nn.Linear`` and ``Conv1D`` become subclasses of theirs that are faster on few rows. GPT-2's GELU becomes one operation; in layers like BERT's, bias and GELU
-      become one, and dropout, residual and norm another, which call neither module unless somebody put hooks on it.
+      generate text, ``nn.Linear`` and ``Conv1D`` become subclasses of theirs that are faster on few rows. GPT-2's GELU
+      becomes one operation; in layers like BERT's, bias and GELU become one, and dropout, residual and norm another,
+      which call neither module unless somebody put hooks on it.
 
     The same objects stay: parameters, buffers, their names and dtypes, hooks, parametrizations (spectral and weight
     norm of both kinds, pruning), training mode and requires_grad. State dicts are interchangeable with the unreplaced
