@@ -13,7 +13,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from transformers.modeling_outputs import (
     MaskedLMOutput,
     Seq2SeqLMOutput,
 )
+from transformers.models.bart.modeling_bart import shift_tokens_right
 from transformers.utils.generic import can_return_tuple
 
 from fastgan._hooks import has_hooks
@@ -71,10 +72,14 @@ def _from_base(model: Any, call: Call, labels: Tensor) -> tuple[Any, Tensor]:
     return outputs, outputs[0]
 
 
+def _from_pair_with_cache(model: Any, call: Call, labels: Tensor) -> tuple[Any, Tensor]:
+    _with_decoder_ids(model, call, labels)
+    return _from_base(model, call, labels)
+
+
 def _from_pair(model: Any, call: Call, labels: Tensor) -> tuple[Any, Tensor]:
     """BART's kind: encoder and decoder in one base model."""
-    _with_decoder_ids(model, call, labels)
-    return _from_base(model, call | {"use_cache": False}, labels)
+    return _from_pair_with_cache(model, call | {"use_cache": False}, labels)
 
 
 def _from_t5(model: Any, call: Call, labels: Tensor) -> tuple[Any, Tensor]:
@@ -107,7 +112,11 @@ def _from_t5(model: Any, call: Call, labels: Tensor) -> tuple[Any, Tensor]:
 
 def _with_decoder_ids(model: Any, call: Call, labels: Tensor) -> None:
     if call.get("decoder_input_ids") is None and call.get("decoder_inputs_embeds") is None:
-        call["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+        if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+            call["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+        else:
+            config = model.config
+            call["decoder_input_ids"] = shift_tokens_right(labels, config.pad_token_id, config.decoder_start_token_id)
 
 
 def _t5_features(model: Any, hidden: Tensor) -> Tensor:
@@ -127,28 +136,49 @@ def _lm_head(model: Any) -> nn.Module:
     return model.lm_head
 
 
+def _scaled(factor: Callable[[Any], float]) -> _Head:
+    """Of logits that are multiplied by a number: the linear layer has no bias, so its input may be instead."""
+    return replace(_CAUSAL, features=lambda model, hidden: hidden * factor(model))
+
+
 _CAUSAL = _Head(CausalLMOutputWithPast, _lm_head, _from_base, causal=True)
+_BERT = _Head(
+    MaskedLMOutput,
+    lambda model: model.cls.predictions.decoder,
+    _from_base,
+    lambda model, hidden: model.cls.predictions.transform(hidden),
+    on_the_way=("cls", "cls.predictions"),
+)
+_ROBERTA = _Head(
+    MaskedLMOutput, lambda model: model.lm_head.decoder, _from_base, _roberta_features, on_the_way=("lm_head",)
+)
+_T5 = _Head(Seq2SeqLMOutput, _lm_head, _from_t5, _t5_features)
 _PAIR = _Head(Seq2SeqLMOutput, _lm_head, _from_pair, logits_bias="final_logits_bias")
+
+#: classes whose forward is that of the one in front, with other names (tests compare the sources)
+LIKE = {
+    "LlamaForCausalLM": (
+        "Apertus Arcee Cwm DiffLlama Ernie4_5 Exaone4 Gemma Glm Glm4 Helium HunYuanDenseV1 Jais2 Lfm2 Ministral "
+        "Ministral3 Mistral Nemotron Olmo Olmo2 Olmo3 Persimmon Phi Phi3 Qwen2 Qwen3 Qwen3_5 SeedOss SmolLM3 StableLm "
+        "Starcoder2"
+    ),
+    "RobertaForMaskedLM": "Camembert Data2VecText RobertaPreLayerNorm XLMRoberta XLMRobertaXL",
+    "BertForMaskedLM": "Ernie RoCBert",
+    "BartForConditionalGeneration": "Blenderbot BlenderbotSmall MBart Pegasus",
+    "T5ForConditionalGeneration": "UMT5",
+}
 _TABLE: dict[str, _Head] = {
     "GPT2LMHeadModel": _Head(CausalLMOutputWithCrossAttentions, _lm_head, _from_base, causal=True),
+    "GPTNeoXForCausalLM": _CAUSAL,
+    "GPTJForCausalLM": _CAUSAL,
     "LlamaForCausalLM": _CAUSAL,
-    "MistralForCausalLM": _CAUSAL,
-    "Qwen2ForCausalLM": _CAUSAL,
-    "Qwen3ForCausalLM": _CAUSAL,
-    "BertForMaskedLM": _Head(
-        MaskedLMOutput,
-        lambda model: model.cls.predictions.decoder,
-        _from_base,
-        lambda model, hidden: model.cls.predictions.transform(hidden),
-        on_the_way=("cls", "cls.predictions"),
-    ),
-    "RobertaForMaskedLM": _Head(
-        MaskedLMOutput,
-        lambda model: model.lm_head.decoder,
-        _from_base,
-        _roberta_features,
-        on_the_way=("lm_head",),
-    ),
+    "OPTForCausalLM": _CAUSAL,
+    "CohereForCausalLM": _scaled(lambda model: model.logit_scale),
+    "Cohere2ForCausalLM": _scaled(lambda model: model.logit_scale),
+    "GraniteForCausalLM": _scaled(lambda model: 1.0 / model.config.logits_scaling),
+    "GraniteSWAForCausalLM": _scaled(lambda model: 1.0 / model.config.logits_scaling),
+    "BertForMaskedLM": _BERT,
+    "RobertaForMaskedLM": _ROBERTA,
     "ElectraForMaskedLM": _Head(
         MaskedLMOutput,
         lambda model: model.generator_lm_head,
@@ -158,12 +188,15 @@ _TABLE: dict[str, _Head] = {
     "DistilBertForMaskedLM": _Head(
         MaskedLMOutput, lambda model: model.vocab_projector, _from_base, _distilbert_features
     ),
-    "T5ForConditionalGeneration": _Head(Seq2SeqLMOutput, _lm_head, _from_t5, _t5_features),
+    "T5ForConditionalGeneration": _T5,
     "MT5ForConditionalGeneration": _Head(Seq2SeqLMOutput, _lm_head, _from_t5),
     "BartForConditionalGeneration": _PAIR,
-    "MBartForConditionalGeneration": _PAIR,
     "MarianMTModel": _PAIR,
+    "M2M100ForConditionalGeneration": _Head(Seq2SeqLMOutput, _lm_head, _from_pair_with_cache),
 }
+for _first, _others in LIKE.items():
+    _kind = _first[_first.index("For") :]
+    _TABLE.update({f"{_name}{_kind}": _TABLE[_first] for _name in _others.split()})
 _KINDS = ("LMHeadModel", "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration", "MTModel")
 
 

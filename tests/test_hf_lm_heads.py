@@ -24,6 +24,7 @@ QWEN = {
     "intermediate_size": 24,
     "max_position_embeddings": 32,
 }
+LLAMA = {name: value for name, value in QWEN.items() if name != "head_dim"}
 ENCODER = {
     "hidden_size": 16,
     "num_hidden_layers": 1,
@@ -67,8 +68,12 @@ def _of(name, config, **settings):
 MODELS = [
     gpt2,
     llama,
-    _of("MistralForCausalLM", "MistralConfig", **QWEN),
-    _of("Qwen2ForCausalLM", "Qwen2Config", **{k: v for k, v in QWEN.items() if k != "head_dim"}),
+    _of("GPTNeoXForCausalLM", "GPTNeoXConfig", **ENCODER),
+    _of("GPTJForCausalLM", "GPTJConfig", n_embd=16, n_layer=1, n_head=2, n_positions=32, rotary_dim=4),
+    _of("OPTForCausalLM", "OPTConfig", ffn_dim=24, word_embed_proj_dim=16, **ENCODER),
+    _of("CohereForCausalLM", "CohereConfig", logit_scale=0.3, **LLAMA),
+    _of("GraniteForCausalLM", "GraniteConfig", logits_scaling=3.0, **LLAMA),
+    _of("Qwen2ForCausalLM", "Qwen2Config", **LLAMA),
     _of("Qwen3ForCausalLM", "Qwen3Config", tie_word_embeddings=True, **QWEN),
     bert,
     _of("RobertaForMaskedLM", "RobertaConfig", pad_token_id=1, **ENCODER),
@@ -80,6 +85,7 @@ MODELS = [
     bart,
     _of("MBartForConditionalGeneration", "MBartConfig", **PAIR),
     _of("MarianMTModel", "MarianConfig", **PAIR),
+    _of("M2M100ForConditionalGeneration", "M2M100Config", encoder_layerdrop=0.0, decoder_layerdrop=0.0, **PAIR),
 ]  # fmt: skip
 
 
@@ -101,7 +107,7 @@ def pair_of(make):
         if hasattr(plain, "final_logits_bias"):
             plain.final_logits_bias.normal_()
     for module in plain.modules():  # some have dropout as a number
-        for name in ("dropout", "attention_dropout", "activation_dropout", "dropout_prob"):
+        for name in ("dropout", "attention_dropout", "activation_dropout", "residual_dropout", "dropout_prob"):
             if isinstance(getattr(module, name, None), float):
                 setattr(module, name, 0.0)
         if isinstance(module, torch.nn.Dropout):
@@ -127,9 +133,30 @@ def gradients(model, loss):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("make", MODELS, ids=lambda make: make.__name__)
+def _alike():
+    """A maker for each class that ``_lm_heads.LIKE`` says is as one that has a row above."""
+    sizes = {"Llama": QWEN, "Roberta": ENCODER, "Bert": ENCODER, "Bart": PAIR, "T5": T5}
+    rope = {"rope_theta": 1e4, "partial_rotary_factor": 0.5, "rope_type": "default"}
+    special = {
+        "Nemotron": {"rope_parameters": rope},
+        "RoCBert": {"pronunciation_vocab_size": 9, "shape_vocab_size": 9},
+        "Lfm2": {"layer_types": ["full_attention"]},
+        "Qwen3_5": {"layer_types": ["full_attention"]},
+    }
+    for first, others in _lm_heads.LIKE.items():
+        family, _, kind = first.partition("For")
+        for name in others.split():
+            config = "Qwen3_5TextConfig" if name == "Qwen3_5" else f"{name}Config"
+            settings = {"pad_token_id": 0} | sizes[family] | special.get(name, {})
+            if not hasattr(getattr(transformers, config)(), "head_dim"):
+                settings.pop("head_dim", None)
+            yield _of(f"{name}For{kind}", config, **settings)
+
+
+@pytest.mark.parametrize("make", [*MODELS, *_alike()], ids=lambda make: make.__name__)
 def test_loss_and_every_gradient_equal_the_plain_models(make):
     plain, fused = pair_of(make)
+    assert _lm_heads.is_fused(fused)
     inputs = batch(plain)
     expected, outputs = plain(**inputs), fused(**inputs)
     assert type(outputs) is type(expected)
@@ -332,8 +359,7 @@ def test_explain_and_unknown_classes():
 
     unknown = [
         MyLMHeadModel(gpt2().config),
-        _of("OPTForCausalLM", "OPTConfig", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=16,
-            word_embed_proj_dim=16)(),
+        _of("BloomForCausalLM", "BloomConfig", hidden_size=16, n_layer=1, n_head=2)(),
     ]  # fmt: skip
     for other in unknown:
         kind = type(other)
