@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <map>
 #include <mutex>
+#include <utility>
 #include <vector>
 #ifdef __linux__
 #include <pthread.h>
@@ -10,44 +12,48 @@
 #endif
 
 namespace fastgan {
-namespace {
-
-constexpr int64_t kPage = 4096, kLargePage = int64_t(2) << 20;
-constexpr int64_t kStale = 512;
-// Sizes from one power of two to the next: the untouched rest of a block costs nothing.
-constexpr int64_t kClasses = 16;
-constexpr int64_t kLooseness = 8;  // a block serves whoever wants at least 1 - 1/8 of it
-
-int64_t class_of(int64_t bytes) {
-  int64_t step = kPage;
-  while (step * kClasses * 2 <= bytes) step *= 2;
-  return (bytes + step - 1) / step * step;
-}
-
-// Blocks begin at different places of a page, in turn: where all begin at the same one, a loop that reads two
-// and writes a third waits for stores that only look as if they were to the place it reads (4 KB apart), and
-// all meet in the same sets of the caches.
-constexpr int64_t kColours = 16;
 
 #ifdef __linux__
-void* map(int64_t size, int64_t colour) {
-  // Large ones on a boundary of large pages, which spare faults and misses of the address cache.
-  const int64_t room = size + kPage, boundary = size < kLargePage ? kPage : kLargePage;
-  void* raw = mmap(nullptr, size_t(room + boundary - kPage), PROT_READ | PROT_WRITE,
-                   MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+namespace {
+
+constexpr int64_t kPage = 4096;
+// Regions are of large pages, which spare faults and misses of the address cache.
+constexpr int64_t kLargePage = int64_t(2) << 20;
+constexpr int64_t kRegion = int64_t(256) << 20;  // address space alone: pages come when they are touched
+constexpr int64_t kStale = 512;
+// Blocks begin at different places of their first pages, neighbours at different ones: where all begin at the
+// same one, a loop that reads two and writes a third waits for stores that only look as if they were to the
+// place it reads (4 KB apart), and all meet in the same sets of the caches.
+constexpr int64_t kColours = 16;
+
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+// Address space of large pages. Of each page: whether memory is behind it, and when it was last used.
+struct Region {
+  char* begin;
+  int64_t size;
+  struct Page {
+    bool there;
+    int64_t since;
+  };
+  std::vector<Page> pages;
+
+  int64_t since(const char* place) const { return pages[size_t((place - begin) / kLargePage)].since; }
+};
+
+char* map(int64_t size) {
+  void* raw = mmap(nullptr, size_t(size + kLargePage), PROT_READ | PROT_WRITE,
+                   MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (raw == MAP_FAILED) return nullptr;
   char* begin = static_cast<char*>(raw);
   const int64_t before =
-      (boundary - int64_t(reinterpret_cast<uintptr_t>(begin) % uintptr_t(boundary))) % boundary;
+      (kLargePage - int64_t(reinterpret_cast<uintptr_t>(begin) % uintptr_t(kLargePage))) % kLargePage;
   if (before) munmap(begin, size_t(before));
-  if (const int64_t after = boundary - kPage - before) munmap(begin + before + room, size_t(after));
-  if (boundary == kLargePage) madvise(begin + before, size_t(room), MADV_HUGEPAGE);
-  return begin + before + colour * (kPage / kColours);
+  if (before < kLargePage) munmap(begin + before + size, size_t(kLargePage - before));
+  madvise(begin + before, size_t(size), MADV_HUGEPAGE);
+  return begin + before;
 }
-void unmap(Block block) {
-  char* data = static_cast<char*>(block.data);
-  munmap(data - reinterpret_cast<uintptr_t>(data) % uintptr_t(kPage), size_t(block.size + kPage));
-}
+
 // malloc takes what it once gave back, up to 32 MB, for the size from which on it asks the system each time,
 // and twice that for what it keeps at hand. Large results are no longer among what it sees, so it is shown
 // one: torch's own tensors of 128 KB and more would otherwise meet new pages at every step.
@@ -55,36 +61,147 @@ void teach_malloc() {
   void* volatile once = std::malloc((size_t(32) << 20) - size_t(2 * kPage));
   std::free(once);
 }
-#else
-void* map(int64_t size, int64_t) { return std::aligned_alloc(size_t(kPage), size_t(size)); }
-void unmap(Block block) { std::free(block.data); }
-void teach_malloc() {}
-#endif
 
-struct Kept {
-  Block block;
-  int64_t since;
-};
-
-struct Pool {
+class Pool {
+ public:
   std::mutex mutex;
-  std::vector<Kept> kept;  // the longest waiting first
-  int64_t used = 0, waiting = 0, clock = 0, colour = 0;
-  int64_t peak = 0, last_peak = 0;  // of `used`, in this and in the last kStale takings
 
-  void drop_first() {
-    unmap(kept.front().block);
-    waiting -= kept.front().block.size;
-    kept.erase(kept.begin());
+  Block take(int64_t bytes) {
+    if (++clock_ % (kStale / 8) == 0) drop(kStale);
+    const int64_t size =
+        round_up(bytes, kPage) + kPage;  // a page more for the place that the block begins at
+    auto range =
+        std::find_if(free_.begin(), free_.end(), [&](const auto& each) { return each.second >= size; });
+    if (range == free_.end()) range = add_region(size);
+    if (range == free_.end()) return {};
+    const auto [begin, room] = *range;
+    free_.erase(range);
+    if (room > size) free_.emplace(begin + size, room - size);
+    touch(begin, size, true);
+    used_ += size;
+    const int64_t colour = int64_t(reinterpret_cast<uintptr_t>(begin) / uintptr_t(kPage)) * 5 % kColours;
+    return {begin + colour * (kPage / kColours), size - kPage};
   }
-  // A quarter more than the most that was used, 32 MB at least: the sizes needed at one moment are not those
-  // of another.
-  int64_t limit() const {
-    const int64_t most = std::max(peak, last_peak);
-    return most + std::max(most / 4, int64_t(32) << 20);
+
+  void give(Block block) {
+    char* begin = begin_of(block);
+    int64_t size = block.size + kPage;
+    touch(begin, size, false);
+    used_ -= size;
+    auto next = free_.lower_bound(begin);
+    if (next != free_.begin()) {
+      const auto before = std::prev(next);
+      if (before->first + before->second == begin && !begins_region(begin)) {
+        begin = before->first, size += before->second;
+        free_.erase(before);
+      }
+    }
+    if (next != free_.end() && begin + size == next->first && !begins_region(next->first)) {
+      size += next->second;
+      free_.erase(next);
+    }
+    free_.emplace(begin, size);
   }
-  void shrink(int64_t coming) {
-    while (!kept.empty() && used + waiting + coming > limit()) drop_first();
+
+  Block take_scratch(int64_t bytes) {
+    if (scratch_.data && scratch_.size >= bytes) {
+      const Block block = std::exchange(scratch_, Block{});
+      touch(begin_of(block), block.size + kPage, true);
+      used_ += block.size + kPage;
+      return block;
+    }
+    free_scratch();
+    return take(bytes);
+  }
+
+  void give_scratch(Block block) {
+    if (scratch_.data) return give(block);
+    touch(begin_of(block), block.size + kPage, false);
+    used_ -= block.size + kPage;
+    scratch_ = block;
+  }
+
+  // Gives back the pages of which no byte is in use, and was not for so many takings; and regions of such.
+  void drop(int64_t takings) {
+    if (scratch_.data && clock_ - region_of(begin_of(scratch_)).since(begin_of(scratch_)) >= takings)
+      free_scratch();
+    for (const auto& [begin, size] : free_) {
+      Region& region = region_of(begin);
+      const int64_t last = (begin + size - region.begin) / kLargePage;
+      for (int64_t page = round_up(begin - region.begin, kLargePage) / kLargePage; page < last; ++page) {
+        const int64_t first = page;
+        while (page < last && region.pages[size_t(page)].there &&
+               clock_ - region.pages[size_t(page)].since >= takings)
+          region.pages[size_t(page++)].there = false;
+        if (page > first)
+          madvise(region.begin + first * kLargePage, size_t((page - first) * kLargePage), MADV_DONTNEED);
+      }
+    }
+    auto is_unused = [&](const Region& region) {
+      const auto range = free_.find(region.begin);
+      if (range == free_.end() || range->second != region.size ||
+          std::any_of(region.pages.begin(), region.pages.end(), [](const auto& page) { return page.there; }))
+        return false;
+      free_.erase(range);
+      munmap(region.begin, size_t(region.size));
+      return true;
+    };
+    regions_.erase(std::remove_if(regions_.begin(), regions_.end(), is_unused), regions_.end());
+  }
+
+  PoolState state() const {
+    int64_t there = 0;
+    for (const Region& region : regions_)
+      there += std::count_if(region.pages.begin(), region.pages.end(),
+                             [](const auto& page) { return page.there; });
+    return {used_, there * kLargePage - used_};
+  }
+
+ private:
+  std::vector<Region> regions_;    // by address
+  std::map<char*, int64_t> free_;  // ranges of bytes that nobody uses, never across regions
+  Block scratch_{};                // waits for the next kernel that wants some
+  int64_t used_ = 0, clock_ = 0;
+
+  static char* begin_of(Block block) {
+    char* data = static_cast<char*>(block.data);
+    return data - reinterpret_cast<uintptr_t>(data) % uintptr_t(kPage);
+  }
+
+  void free_scratch() {
+    if (!scratch_.data) return;
+    used_ += scratch_.size + kPage;
+    give(std::exchange(scratch_, Block{}));
+  }
+
+  std::map<char*, int64_t>::iterator add_region(int64_t size) {
+    int64_t all = 0;
+    for (const Region& region : regions_) all += region.size;
+    size = round_up(size, kLargePage);
+    int64_t wanted = std::max({size, all, kRegion});
+    char* begin = map(wanted);
+    if (!begin) begin = map(wanted = size);
+    if (!begin) return free_.end();
+    Region region{begin, wanted, std::vector<Region::Page>(size_t(wanted / kLargePage))};
+    auto at = std::upper_bound(regions_.begin(), regions_.end(), begin,
+                               [](const char* place, const Region& each) { return place < each.begin; });
+    regions_.insert(at, std::move(region));
+    return free_.emplace(begin, wanted).first;
+  }
+
+  Region& region_of(const char* place) {
+    return *std::prev(std::upper_bound(regions_.begin(), regions_.end(), place,
+                                       [](const char* p, const Region& each) { return p < each.begin; }));
+  }
+  bool begins_region(const char* place) { return region_of(place).begin == place; }
+
+  void touch(char* begin, int64_t size, bool taken) {
+    Region& region = region_of(begin);
+    const int64_t last = (begin + size - 1 - region.begin) / kLargePage;
+    for (int64_t page = (begin - region.begin) / kLargePage; page <= last; ++page) {
+      Region::Page& each = region.pages[size_t(page)];
+      each.there = each.there || taken, each.since = clock_;
+    }
   }
 };
 
@@ -96,9 +213,7 @@ void after_fork() { pool().mutex.unlock(); }
 // Never destroyed: tensors may outlive every static object.
 Pool& pool() {
   static Pool& the = *[] {
-#ifdef __linux__
     pthread_atfork(before_fork, after_fork, after_fork);
-#endif
     teach_malloc();
     return new Pool;
   }();
@@ -108,53 +223,47 @@ Pool& pool() {
 }  // namespace
 
 Block take_from_pool(int64_t bytes) {
-  Pool& p = pool();
-  const int64_t size = class_of(bytes);
-  std::lock_guard<std::mutex> lock(p.mutex);
-  if (++p.clock % kStale == 0) p.last_peak = p.peak, p.peak = p.used;
-  while (!p.kept.empty() && p.clock - p.kept.front().since > kStale) p.drop_first();
-  auto best = p.kept.end();
-  for (auto each = p.kept.begin(); each != p.kept.end(); ++each)
-    if (each->block.size >= size && each->block.size - each->block.size / kLooseness <= size &&
-        (best == p.kept.end() || each->block.size <= best->block.size))
-      best = each;  // of equals the last given back, whose memory may still be in a cache
-  Block block{};
-  if (best != p.kept.end()) {
-    block = best->block;
-    p.waiting -= block.size;
-    p.kept.erase(best);
-  } else {
-    p.peak = std::max(p.peak, p.used + size);
-    p.shrink(size);
-    p.colour = (p.colour + 5) % kColours;
-    block = {map(size, p.colour), size};
-    while (!block.data && !p.kept.empty()) p.drop_first(), block.data = map(size, p.colour);
-    if (!block.data) return {};
-  }
-  p.used += block.size;
-  p.peak = std::max(p.peak, p.used);
-  return block;
+  std::lock_guard<std::mutex> lock(pool().mutex);
+  return pool().take(bytes);
 }
 
 void give_to_pool(Block block) {
-  Pool& p = pool();
-  std::lock_guard<std::mutex> lock(p.mutex);
-  p.used -= block.size;
-  p.waiting += block.size;
-  p.kept.push_back({block, p.clock});
-  p.shrink(0);
+  std::lock_guard<std::mutex> lock(pool().mutex);
+  pool().give(block);
+}
+
+Block take_scratch(int64_t bytes) {
+  std::lock_guard<std::mutex> lock(pool().mutex);
+  return pool().take_scratch(bytes);
+}
+
+void give_scratch(Block block) {
+  std::lock_guard<std::mutex> lock(pool().mutex);
+  pool().give_scratch(block);
 }
 
 void empty_pool() {
-  Pool& p = pool();
-  std::lock_guard<std::mutex> lock(p.mutex);
-  while (!p.kept.empty()) p.drop_first();
+  std::lock_guard<std::mutex> lock(pool().mutex);
+  pool().drop(0);
 }
 
 PoolState pool_state() {
-  Pool& p = pool();
-  std::lock_guard<std::mutex> lock(p.mutex);
-  return {p.used, p.waiting};
+  std::lock_guard<std::mutex> lock(pool().mutex);
+  return pool().state();
 }
+
+#else  // nothing is kept
+
+Block take_from_pool(int64_t bytes) {
+  bytes = (bytes + 255) / 256 * 256;
+  void* data = std::aligned_alloc(256, size_t(bytes));
+  return {data, data ? bytes : 0};
+}
+void give_to_pool(Block block) { std::free(block.data); }
+Block take_scratch(int64_t bytes) { return take_from_pool(bytes); }
+void give_scratch(Block block) { give_to_pool(block); }
+void empty_pool() {}
+PoolState pool_state() { return {0, 0}; }
+#endif
 
 }  // namespace fastgan

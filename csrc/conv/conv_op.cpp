@@ -17,10 +17,10 @@ namespace {
 // page of its own otherwise.
 struct Workspace {
   Block block;
-  explicit Workspace(int64_t size) : block(take_from_pool(size)) {
+  explicit Workspace(int64_t size) : block(take_scratch(size)) {
     FASTGAN_CHECK(block.data, "conv: no memory for a workspace of ", size, " bytes");
   }
-  ~Workspace() { give_to_pool(block); }
+  ~Workspace() { give_scratch(block); }
 };
 
 ConvTensor view(const Tensor& tensor) {

@@ -31,8 +31,8 @@ def new_output(
 def empty_cache() -> None:
     """Gives the memory that fastgan keeps for coming results on the CPU back to the system.
 
-    Results of 1 MB and more are made in memory kept from call to call: at most a quarter, or 32 MB, more than was in
-    use at once of late, less whatever went unused for 512 results. Tensors in use are not touched.
+    Results of 1 MB and more are made in memory kept from call to call, less whatever went unused for 512 results.
+    Tensors in use are not touched, nor the rest of the pages (2 MB) that they lie in.
     """
     if _impl.extension_error is None:
         from fastgan import _C
