@@ -84,17 +84,17 @@ class Pool {
     const auto [begin, room] = *range;
     free_.erase(range);
     if (room > size) free_.emplace(begin + size, room - size);
-    touch(begin, size, true);
-    used_ += size;
+    touch(begin, size);
+    taken_ += size;
     const int64_t colour = int64_t(reinterpret_cast<uintptr_t>(begin) / uintptr_t(kPage)) * 5 % kColours;
     return {begin + colour * (kPage / kColours), size - kPage};
   }
 
   void give(Block block) {
     char* begin = begin_of(block);
-    int64_t size = block.size + kPage;
-    touch(begin, size, false);
-    used_ -= size;
+    int64_t size = extent_of(block);
+    touch(begin, size);
+    taken_ -= size;
     auto next = free_.lower_bound(begin);
     if (next != free_.begin()) {
       const auto before = std::prev(next);
@@ -111,20 +111,14 @@ class Pool {
   }
 
   Block take_scratch(int64_t bytes) {
-    if (scratch_.data && scratch_.size >= bytes) {
-      const Block block = std::exchange(scratch_, Block{});
-      touch(begin_of(block), block.size + kPage, true);
-      used_ += block.size + kPage;
-      return block;
-    }
+    if (scratch_.size >= bytes && scratch_.data) return std::exchange(scratch_, Block{});
     free_scratch();
     return take(bytes);
   }
 
   void give_scratch(Block block) {
     if (scratch_.data) return give(block);
-    touch(begin_of(block), block.size + kPage, false);
-    used_ -= block.size + kPage;
+    touch(begin_of(block), extent_of(block));
     scratch_ = block;
   }
 
@@ -161,24 +155,25 @@ class Pool {
     for (const Region& region : regions_)
       there += std::count_if(region.pages.begin(), region.pages.end(),
                              [](const auto& page) { return page.there; });
-    return {used_, there * kLargePage - used_};
+    const int64_t used = taken_ - (scratch_.data ? extent_of(scratch_) : 0);
+    return {used, there * kLargePage - used};
   }
 
  private:
   std::vector<Region> regions_;    // by address
   std::map<char*, int64_t> free_;  // ranges of bytes that nobody uses, never across regions
   Block scratch_{};                // waits for the next kernel that wants some
-  int64_t used_ = 0, clock_ = 0;
+  int64_t taken_ = 0, clock_ = 0;  // bytes that are not free, scratch that waits among them; takings so far
 
   static char* begin_of(Block block) {
     char* data = static_cast<char*>(block.data);
     return data - reinterpret_cast<uintptr_t>(data) % uintptr_t(kPage);
   }
 
+  static int64_t extent_of(Block block) { return block.size + kPage; }
+
   void free_scratch() {
-    if (!scratch_.data) return;
-    used_ += scratch_.size + kPage;
-    give(std::exchange(scratch_, Block{}));
+    if (scratch_.data) give(std::exchange(scratch_, Block{}));
   }
 
   std::map<char*, int64_t>::iterator add_region(int64_t size) {
@@ -202,13 +197,12 @@ class Pool {
   }
   bool begins_region(const char* place) { return region_of(place).begin == place; }
 
-  void touch(char* begin, int64_t size, bool taken) {
+  // Of a block that is taken or given: memory is behind its pages, and now is when they were last used.
+  void touch(char* begin, int64_t size) {
     Region& region = region_of(begin);
     const int64_t last = (begin + size - 1 - region.begin) / kLargePage;
-    for (int64_t page = (begin - region.begin) / kLargePage; page <= last; ++page) {
-      Region::Page& each = region.pages[size_t(page)];
-      each.there = each.there || taken, each.since = clock_;
-    }
+    for (int64_t page = (begin - region.begin) / kLargePage; page <= last; ++page)
+      region.pages[size_t(page)] = {true, clock_};
   }
 };
 
