@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fastgan import _impl
-from fastgan.nn import _attention_inputs
+from fastgan.nn._functional.attention import _attention_with_logsumexp
 from fastgan.ops._autograd import is_plain
-from fastgan.ops.attention import draw_philox
 
 #: models that SDPA may not run for their sinks' sake alone, so that "eager" is all that transformers has for them
 SINKS_ALONE = ("flint", "gpt_oss", "granite_swa", "granitemoe_swa", "hy_v4", "mimo_v2_flash", "openai_privacy_filter")
@@ -55,17 +53,11 @@ def attention_with_sink(
     if mask is not None and mask.dtype != torch.bool:  # added to scores
         bias = mask if bias is None else bias + mask
         mask = None
-    if (
-        not _impl.reference_selected()
-        and is_plain((query, key, value, bias, sink))
-        and _attention_inputs.has_kernel(query, key, value, mask)
-        and (bias is None or bias.dtype in (query.dtype, torch.float32))
-    ):
-        philox = draw_philox(query.device) if dropout > 0.0 else None
-        output, logsumexp = torch.ops.fastgan.attention(
-            query, key, value, mask, bias, philox, dropout, is_causal, scale
-        )
-        return output * torch.sigmoid(logsumexp.unsqueeze(-1) - sink).to(output.dtype)
+    if is_plain((query, key, value, bias, sink)):
+        results = _attention_with_logsumexp(query, key, value, mask, bias, dropout, is_causal, scale)
+        if results is not None:
+            output, logsumexp = results
+            return output * torch.sigmoid(logsumexp.unsqueeze(-1) - sink).to(output.dtype)
     # The first key, so that it is seen by every row; under is_causal a row of zeros before the first moves the corner.
     rows = int(is_causal)
     query = F.pad(torch.cat([query, sink / scale], -1), (0, 0, rows, 0))

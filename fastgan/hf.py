@@ -19,10 +19,9 @@ import sys
 import torch
 from torch import Tensor
 
-from fastgan import _impl
 from fastgan._hf_sinks import SINKS_ALONE, attention_with_sink, sink_of
 from fastgan.nn import _attention_inputs, functional
-from fastgan.ops.attention import draw_philox
+from fastgan.nn._functional.attention import _attention_with_logsumexp
 
 MINIMUM = (5, 24)
 _HOW = "pip install 'transformers>=5.24' (or fastgan[text])"
@@ -172,23 +171,20 @@ def _within_sequences(query, key, value, sequences, dropout, scaling) -> Tensor:
 
 def _attention(query, key, value, mask, bias, dropout, is_causal, scaling) -> Tensor:
     if mask is not None and bias is not None:
-        if mask.dtype != torch.bool:
-            mask, bias = None, bias + mask
-        elif (
-            _impl.reference_selected()
-            or bias.dtype not in (query.dtype, torch.float32)
-            or not _attention_inputs.has_kernel(query, key, value, mask)
-        ):
-            mask, bias = None, torch.where(mask, bias, float("-inf"))
-    if mask is None or bias is None:
-        joined = mask if bias is None else bias
-        return functional.scaled_dot_product_attention(
-            query, key, value, joined, dropout, is_causal, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
-        )
-    # T5: a boolean mask (B, 1, L, S) and a learned bias (1, H, L, S). The operator takes both; joined they would be one
-    # (B, H, L, S) tensor, kept for the backward.
-    philox = draw_philox(query.device) if dropout > 0.0 else None
-    return torch.ops.fastgan.attention(query, key, value, mask, bias, philox, dropout, is_causal, scaling)[0]
+        if mask.dtype == torch.bool:
+            # T5: a boolean mask (B, 1, L, S) and a learned bias (1, H, L, S). The operator takes both; joined they
+            # would be one (B, H, L, S) tensor, kept for the backward.
+            results = _attention_with_logsumexp(query, key, value, mask, bias, dropout, is_causal, scaling)
+            if results is not None:
+                return results[0]
+            bias = torch.where(mask, bias, float("-inf"))
+        else:
+            bias = bias + mask
+        mask = None
+    joined = mask if bias is None else bias
+    return functional.scaled_dot_product_attention(
+        query, key, value, joined, dropout, is_causal, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
+    )
 
 
 def _maps_are_wanted(kwargs: dict) -> bool:

@@ -101,6 +101,27 @@ def _attention(arguments) -> tuple[Tensor, Tensor]:
     return operator(*arguments)
 
 
+def _attention_with_logsumexp(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    bias: Tensor | None,
+    dropout_p: float,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor] | None:
+    """For (B, H, L, E), a boolean mask and a bias beside each other: the output and the rows' log-sum-exp (B, H, L).
+
+    None where no kernel takes these inputs.
+    """
+    fits = bias is None or bias.dtype in (query.dtype, torch.float32)
+    if _impl.reference_selected() or not fits or not _attention_inputs.has_kernel(query, key, value, mask):
+        return None
+    philox = draw_philox(query.device) if dropout_p > 0.0 else None
+    return _attention((query, key, value, mask, bias, philox, dropout_p, is_causal, scale))
+
+
 def _attention_and_weights(
     query: Tensor,
     key: Tensor,
