@@ -162,6 +162,8 @@ LIKE = {
         "Ministral3 Mistral Nemotron Olmo Olmo2 Olmo3 Persimmon Phi Phi3 Qwen2 Qwen3 Qwen3_5 SeedOss SmolLM3 StableLm "
         "Starcoder2"
     ),
+    "CohereForCausalLM": "Cohere2",
+    "GraniteForCausalLM": "GraniteSWA",
     "RobertaForMaskedLM": "Camembert Data2VecText RobertaPreLayerNorm XLMRoberta XLMRobertaXL",
     "BertForMaskedLM": "Ernie RoCBert",
     "BartForConditionalGeneration": "Blenderbot BlenderbotSmall MBart Pegasus",
@@ -174,9 +176,7 @@ _TABLE: dict[str, _Head] = {
     "LlamaForCausalLM": _CAUSAL,
     "OPTForCausalLM": _CAUSAL,
     "CohereForCausalLM": _scaled(lambda model: model.logit_scale),
-    "Cohere2ForCausalLM": _scaled(lambda model: model.logit_scale),
     "GraniteForCausalLM": _scaled(lambda model: 1.0 / model.config.logits_scaling),
-    "GraniteSWAForCausalLM": _scaled(lambda model: 1.0 / model.config.logits_scaling),
     "BertForMaskedLM": _BERT,
     "RobertaForMaskedLM": _ROBERTA,
     "ElectraForMaskedLM": _Head(

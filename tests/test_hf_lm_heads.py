@@ -135,7 +135,15 @@ def gradients(model, loss):
 
 def _alike():
     """A maker for each class that ``_lm_heads.LIKE`` says is as one that has a row above."""
-    sizes = {"Llama": QWEN, "Roberta": ENCODER, "Bert": ENCODER, "Bart": PAIR, "T5": T5}
+    sizes = {
+        "Llama": QWEN,
+        "Cohere": LLAMA | {"logit_scale": 0.3},
+        "Granite": LLAMA | {"logits_scaling": 3.0},
+        "Roberta": ENCODER,
+        "Bert": ENCODER,
+        "Bart": PAIR,
+        "T5": T5,
+    }
     rope = {"rope_theta": 1e4, "partial_rotary_factor": 0.5, "rope_type": "default"}
     special = {
         "Nemotron": {"rope_parameters": rope},
