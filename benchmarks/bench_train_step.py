@@ -10,6 +10,7 @@ What is compared is in ``gan_steps``. Machines that have more than AVX2 compare 
 
 import functools
 import itertools
+import statistics
 
 import pytest
 
@@ -62,7 +63,9 @@ def test_penalty(benchmark, penalty):
 
 
 def test_peak_memory():
-    ours, theirs = gan_steps.peak_memory("fastgan"), gan_steps.peak_memory("best PyTorch")
+    # Either side's varies by a tenth from process to process, with the moments at which its threads allocate.
+    pairs = [(gan_steps.peak_memory("fastgan"), gan_steps.peak_memory("best PyTorch")) for _ in range(5)]
+    ours, theirs = (statistics.median(each) for each in zip(*pairs, strict=True))
     met = "met" if ours <= theirs else "NOT met"
     NOTES.append(
         f"peak memory of a step: {ours:.0f} MB, best PyTorch {theirs:.0f} MB ({ours / theirs:.2f}), "

@@ -127,7 +127,7 @@ def table() -> str:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if not ROWS:
+    if not (ROWS or NOTES):
         return
     import fastgan
 

@@ -20,7 +20,7 @@ from fastgan._hooks import has_hooks
 from fastgan.nn.activation import FusedLeakyReLU, FusedReLU
 from fastgan.nn.conv import Conv2d, ConvTranspose2d
 from fastgan.nn.norm_act import BatchNormAct2d
-from fastgan.ops import conv as _conv
+from fastgan.ops._layout import format_of, is_channels_last
 from fastgan.replace import in_sequence, obstacle_of, torch_type
 
 M = TypeVar("M", bound=nn.Module)
@@ -32,15 +32,9 @@ _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, FusedReLU, FusedLeakyReLU)
 class FoldedConv2d(Conv2d):
     """A convolution with a norm or an activation, or both, in it."""
 
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, slope={self.slope}"
-
 
 class FoldedConvTranspose2d(ConvTranspose2d):
     """A transposed convolution with a norm or an activation, or both, in it."""
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, slope={self.slope}"
 
 
 _FOLDED: dict[type[nn.Module], type[FoldedConv2d] | type[FoldedConvTranspose2d]] = {
@@ -91,7 +85,8 @@ def _runs(module: nn.Module, slots: Counter[int]) -> Iterator[list[str]]:
         if torch_type(children[name]) not in _FOLDED or not is_free(name):
             continue
         end = i + 1
-        if end < len(names) and type(norm := children[names[end]]) in _NORMS and is_free(names[end]):
+        is_linear = getattr(children[name], "slope", 1.0) == 1.0  # no activation in it yet
+        if is_linear and end < len(names) and type(norm := children[names[end]]) in _NORMS and is_free(names[end]):
             if norm.running_mean is None or norm.running_var is None:
                 continue
             end += 1
@@ -117,14 +112,14 @@ def _fold(module: nn.Module, names: list[str]) -> None:
         folded.output_padding = conv.output_padding
     folded.weight = nn.Parameter(weight.detach().clone())
     folded.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-    folded.slope = math.prod(map(_slope, after))
+    folded.slope = math.prod(map(_slope, after), start=getattr(conv, "slope", 1.0))
     module._modules[names[0]] = folded.eval()
     for name in names[1:]:
         module._modules[name] = nn.Identity()
 
 
 def _slope(module: nn.Module | None) -> float:
-    """By which a module multiplies what is negative; a fused activation leaves that to the norm before it."""
+    """By which a module multiplies what is negative; a fused activation leaves that to the layer before it."""
     if isinstance(module, BatchNormAct2d):
         return {"none": 1.0, "relu": 0.0, "leaky_relu": float(module.negative_slope)}[module.act]
     if isinstance(module, (FusedReLU, FusedLeakyReLU, nn.BatchNorm2d)):
@@ -152,6 +147,5 @@ def _folded(conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d) -> tuple
         weight = (parts * factor.reshape(conv.groups, 1, -1, 1, 1)).flatten(0, 1)
     else:
         weight = weight * factor[:, None, None, None]
-    last = _conv.is_channels_last(conv.weight)
-    format = torch.channels_last if last else torch.contiguous_format
+    format = format_of(is_channels_last(conv.weight))
     return weight.to(conv.weight.dtype).contiguous(memory_format=format), shift.to(conv.weight.dtype)

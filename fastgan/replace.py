@@ -40,6 +40,8 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {nn.ReLU: FusedReLU, nn.LeakyRe
 _NOTHING = "fastgan has nothing for"
 _OF_ITS_OWN = "computes attention itself and never asks for attn_implementation's"
 _OURS = (*_SWAPS.values(), *_FUSED.values())
+_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d, Conv2d, ConvTranspose2d)
+_TAKEN_OVER = "in the layer before it"
 
 State = Literal["swapped", "will be swapped", "left"]
 M = TypeVar("M", bound=nn.Module)
@@ -102,11 +104,12 @@ def replace_modules(model: M) -> M:
       ``Conv2d``, ``ConvTranspose2d``, ``MultiheadAttention`` and ``BatchNormAct2d``, which are subclasses of theirs.
     - ``nn.Embedding`` of 1 MB and more becomes fastgan.nn's, whose gradient lies in memory kept from step to step.
     - ``nn.Dropout`` becomes fastgan.nn's, which draws other numbers from the same generator.
-    - Where an ``nn.ReLU`` or ``nn.LeakyReLU`` follows the norm in an ``nn.Sequential``, the norm takes it over; in its
-      place a module of the same name and kind passes its input on. Not where that could be seen: hooks on the norm's
-      output, pre-hooks or backward hooks on the activation, either module in use elsewhere in the model. A forward hook
-      on the activation fires with the activation's output, which is then its input too. A hook that is put on
-      the norm later sees the activated output, and a slice of the Sequential that ends at the norm returns it.
+    - Where an ``nn.ReLU`` or ``nn.LeakyReLU`` follows the norm, or a convolution that has kernels here, in an
+      ``nn.Sequential``, that layer takes it over; in its place a module of the same name and kind passes its input on.
+      Not where that could be seen: hooks on the layer's output, pre-hooks or backward hooks on the activation, either
+      module in use elsewhere in the model. A forward hook on the activation fires with the activation's output, which
+      is then its input too. A hook that is put on the layer later sees the activated output, and a slice of the
+      Sequential that ends at the layer returns it: take features before an activation from the model as it was.
     - ``nn.TransformerEncoder.use_nested_tensor`` is switched off over replaced attention: evaluation without
       gradients computes at padded positions what training does, instead of zeros.
     - transformers models that run ``"sdpa"`` attention, or ``"eager"`` for want of it (GPT-OSS and others with sinks),
@@ -190,7 +193,7 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
         id(child) for _, module in named if isinstance(module, nn.MultiheadAttention) for child in module.children()
     }
     slots = Counter(id(child) for _, module in named for child in module._modules.values() if child is not None)
-    after = {id(norm): act for _, module in named for norm, act in _norms_with_activation(module)}
+    after = {id(layer): act for _, module in named for layer, act in _layers_with_activation(module)}
     fused: set[int] = set()
     # Both are None until fastgan.hf is imported.
     heads, layers = (sys.modules.get(f"fastgan.{name}") for name in ("_lm_heads", "_hf_layers"))
@@ -199,38 +202,36 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
         kind = torch_type(module)
         if id(module) in fused:
             target = _FUSED[kind]
-            row = Row(name, type(module).__name__, "will be swapped", target.__name__, "in the norm before it")
+            row = Row(name, type(module).__name__, "will be swapped", target.__name__, _TAKEN_OVER)
             yield _Decision(module, row, target)
         elif kind in _SWAPS and not obstacle_of(module):
-            target, attributes, reason = _SWAPS[kind], {}, ""
+            target, attributes, reasons = _SWAPS[kind], {}, []
+            if isinstance(module, _CONVOLUTIONS):
+                reasons.append(algorithm_of(module))
             if id(module) in after:
                 act = after[id(module)]
                 if not (seen := _fusion_obstacle(module, act, slots)):
                     fused.add(id(act))
-                    attributes = _activation_attributes(act)
-                    reason = f"with the {type(act).__name__} after it"
+                    attributes = _activation_attributes(module, act)
+                    reasons.append(f"with the {type(act).__name__} after it")
                 else:
-                    reason = f"without the {type(act).__name__} after it: {seen}"
-            elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-                reason = algorithm_of(module)
-            row = Row(name, type(module).__name__, "will be swapped", target.__name__, reason)
+                    reasons.append(f"without the {type(act).__name__} after it: {seen}")
+            row = Row(name, type(module).__name__, "will be swapped", target.__name__, ", ".join(reasons))
             yield _Decision(module, row, target, attributes)
         elif isinstance(module, nn.TransformerEncoder) and _uses_nested_tensors(module):
             reason = "use_nested_tensor off: at padded positions evaluation computes what training does"
             row = Row(name, type(module).__name__, "will be swapped", "use_nested_tensor=False", reason)
             yield _Decision(module, row, None, {"use_nested_tensor": False})
         elif kind in _OURS:
-            reason = ""
-            if isinstance(module, BatchNormAct2d) and module.act != "none":
-                reason = f"with the {module.act}"
+            reasons = [algorithm_of(module)] if isinstance(module, _CONVOLUTIONS) else []
+            if activation := _activation_in(module):
+                reasons.append(f"with the {activation}")
             elif id(module) in after:
-                seen = _fusion_obstacle(module, after[id(module)], slots) or "only an nn.BatchNorm2d takes one over"
-                reason = f"without the {type(after[id(module)]).__name__} after it: {seen}"
-            elif isinstance(module, (FusedReLU, FusedLeakyReLU)):
-                reason = "in the norm before it"
-            elif isinstance(module, (Conv2d, ConvTranspose2d)):
-                reason = algorithm_of(module)
-            yield _Decision(module, Row(name, type(module).__name__, "swapped", kind.__name__, reason))
+                seen = _fusion_obstacle(module, after[id(module)], slots) or "only a module of torch's takes one over"
+                reasons.append(f"without the {type(after[id(module)]).__name__} after it: {seen}")
+            elif isinstance(module, tuple(_FUSED.values())):
+                reasons.append(_TAKEN_OVER)
+            yield _Decision(module, Row(name, type(module).__name__, "swapped", kind.__name__, ", ".join(reasons)))
         elif id(module) in of_transformers and not obstacle_of(module):
             target, reason = of_transformers[id(module)]
             state: State = "swapped" if kind is target else "will be swapped"
@@ -265,20 +266,25 @@ def in_sequence(module: nn.Module) -> dict[str, nn.Module]:
     return {name: child for name, child in module._modules.items() if child is not None}
 
 
-def _norms_with_activation(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """(norm, activation) for the neighbours in a Sequential."""
-    for norm, act in pairwise(in_sequence(module).values()):
-        if torch_type(norm) in (nn.BatchNorm2d, BatchNormAct2d) and type(act) in _FUSED:
-            yield norm, act
+def _layers_with_activation(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """(norm or convolution, activation) for the neighbours in a Sequential."""
+    for layer, act in pairwise(in_sequence(module).values()):
+        kind = torch_type(layer)
+        takes = kind in (nn.BatchNorm2d, BatchNormAct2d) or (
+            kind in _CONVOLUTIONS and isinstance(layer, _CONVOLUTIONS) and algorithm_of(layer) != "torch"
+        )
+        if takes and type(act) in _FUSED:
+            yield layer, act
 
 
-def _fusion_obstacle(norm: nn.Module, act: nn.Module, slots: Counter[int]) -> str:
-    if slots[id(norm)] > 1:
-        return "the norm is used elsewhere in the model"
+def _fusion_obstacle(layer: nn.Module, act: nn.Module, slots: Counter[int]) -> str:
+    what = "convolution" if isinstance(layer, _CONVOLUTIONS) else "norm"
+    if slots[id(layer)] > 1:
+        return f"the {what} is used elsewhere in the model"
     if slots[id(act)] > 1:
         return "the activation is used elsewhere in the model"
-    if norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks:
-        return "a hook on the norm would see the activated output"
+    if layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
+        return f"a hook on the {what} would see the activated output"
     if act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks:
         return "a hook on the activation would miss its input"
     if "forward" in vars(act):
@@ -288,10 +294,20 @@ def _fusion_obstacle(norm: nn.Module, act: nn.Module, slots: Counter[int]) -> st
     return ""
 
 
-def _activation_attributes(act: nn.Module) -> dict[str, Any]:
-    if isinstance(act, nn.LeakyReLU):
-        return {"act": "leaky_relu", "negative_slope": act.negative_slope}
-    return {"act": "relu"}
+def _activation_attributes(layer: nn.Module, act: nn.Module) -> dict[str, Any]:
+    slope = float(act.negative_slope) if isinstance(act, nn.LeakyReLU) else None
+    if isinstance(layer, _CONVOLUTIONS):
+        return {"slope": slope or 0.0}
+    return {"act": "relu"} if slope is None else {"act": "leaky_relu", "negative_slope": slope}
+
+
+def _activation_in(module: nn.Module) -> str:
+    """The activation that one of our layers has taken over, or ""."""
+    if isinstance(module, BatchNormAct2d):
+        return "" if module.act == "none" else module.act
+    if isinstance(module, (Conv2d, ConvTranspose2d)) and module.slope != 1.0:
+        return "leaky_relu" if module.slope else "relu"
+    return ""
 
 
 def _uses_nested_tensors(encoder: nn.TransformerEncoder) -> bool:
@@ -336,7 +352,7 @@ def _why_left(module: nn.Module, kind: type[nn.Module]) -> str:
         if isinstance(module, torch_class):
             return f"a subclass of nn.{torch_class.__name__} may compute something else"
     if kind in _FUSED:
-        return "no norm directly before it in a Sequential takes it over"
+        return "no layer directly before it in a Sequential takes it over"
     return f"{_NOTHING} {kind.__name__}"
 
 

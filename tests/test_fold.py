@@ -12,7 +12,7 @@ from torch import nn
 import fastgan
 from fastgan.fold import FoldedConv2d, FoldedConvTranspose2d
 from fastgan.models import DCGAN
-from fastgan.ops import conv as ops
+from fastgan.ops import conv_layer as ops
 
 
 def random_norms(model: nn.Module) -> nn.Module:
@@ -192,3 +192,18 @@ def test_the_activation_within_the_kernels(transposed, channels, outputs, kernel
             got = convolve(spoiled, *arguments[1:], slope)
             after = convolve(spoiled, *arguments[1:])
             torch.testing.assert_close(got, after.relu() if slope == 0 else F.leaky_relu(after, slope), equal_nan=True)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_norm_after_an_activation_stays(replaced):
+    torch.manual_seed(0)
+    layers = nn.Conv2d(16, 20, 4, 2, 1), nn.LeakyReLU(0.2), nn.BatchNorm2d(20), nn.LeakyReLU(0.3), nn.Conv2d(20, 16, 3)
+    model = random_norms(nn.Sequential(*layers, nn.ReLU(), nn.ReLU()))
+    input = torch.randn(3, 16, 24, 24)
+    expected = copy.deepcopy(model).eval().double()(input.double())
+    if replaced:
+        fastgan.replace_modules(model)
+    folded = fastgan.fold_norms(model)
+    assert any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
+    assert folded[0].slope == 0.2
+    torch.testing.assert_close(folded(input).double(), expected, atol=2e-5, rtol=2e-5)

@@ -20,6 +20,9 @@ struct ConvTensor {
 // is positive, and out_height <= (height + 2 pad_height - kernel) / stride + 1, likewise the width. Kernel 4
 // with stride 2, or kernel 3 with stride 1.
 //
+// The gradient of an activation needs no tensor of its own: with `mask`, the activation's results, of y's
+// shape, strides and dtype, the last two read y times its derivative there, 1 or `mask_slope`.
+//
 // Called with workspace null, a kernel only says in *workspace_size how many bytes it needs, 64-byte aligned,
 // for `threads` threads; more may come and will allocate. *nonfinite becomes 1 where something that was
 // computed is infinite or NaN: the fast algorithm spreads those over a tile, so the caller then computes
@@ -32,6 +35,8 @@ struct ConvArgs {
   const float* bias;
   float slope =
       1;  // what is negative in the result is multiplied by it, after the bias; not in the weight gradient
+  const void* mask;
+  float mask_slope;
   void* workspace;
   int64_t* workspace_size;
   int32_t threads;

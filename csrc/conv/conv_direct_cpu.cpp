@@ -76,15 +76,15 @@ void read_band(const Image& image, int64_t row, int64_t rows, int64_t pad_height
   }
 }
 
-// A row of y: all its pixels with their channels side by side, where it lies if it lies so.
+// A row of y: all its pixels with their channels side by side, where it lies if it lies so and has no mask.
 struct Row {
   const float* data;
   int64_t pixel_stride;
 };
 
 Row row_of_y(const ConvArgs& a, int64_t n, int64_t row, int64_t columns, float* scratch) {
-  const Image image = image_of(a.y, a.dtype, n, a.outputs, a.out_height, a.out_width);
-  if (image.channel_stride == 1 && a.dtype == Dtype::float32 && columns == a.outputs)
+  const Image image = image_of_y(a, n);
+  if (!image.mask && image.channel_stride == 1 && a.dtype == Dtype::float32 && columns == a.outputs)
     return {static_cast<const float*>(a.y.data) + n * a.y.strides[0] + row * image.row_stride,
             image.column_stride};
   for (int64_t k = 0; k < columns; k += kSlice)

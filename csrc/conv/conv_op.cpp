@@ -33,6 +33,7 @@ ConvTensor view(const Tensor& tensor) {
 // A plain convolution from many channels to few is the transpose of one from few to many, its weights read
 // from the end: so it becomes one that the direct kernels take. Returns the pass that it then is.
 int64_t turn(ConvArgs& a, int64_t which) {
+  FASTGAN_CHECK(!a.mask, "conv_pass takes no mask over ", a.outputs, " channels");
   const int64_t size = a.dtype == Dtype::float32 ? 4 : 2;
   std::swap(a.x, a.y), std::swap(a.channels, a.outputs);
   std::swap(a.height, a.out_height), std::swap(a.width, a.out_width);
@@ -77,7 +78,8 @@ int64_t second_cache() {
 // all that was computed is finite.
 std::tuple<Tensor, bool> conv_pass(int64_t which, Tensor first, Tensor second, std::vector<int64_t> size,
                                    bool channels_last, std::optional<Tensor> bias, double slope,
-                                   int64_t stride, int64_t pad_height, int64_t pad_width) {
+                                   std::optional<Tensor> mask, double mask_slope, int64_t stride,
+                                   int64_t pad_height, int64_t pad_width) {
   FASTGAN_CHECK(which >= 0 && which <= 2, "conv_pass: which must be 0, 1 or 2");
   FASTGAN_CHECK(size.size() == 4, "conv_pass: size must have 4 elements, got ", size.size());
   Tensor out = empty(size, first.scalar_type(), first, channels_last);
@@ -111,6 +113,14 @@ std::tuple<Tensor, bool> conv_pass(int64_t which, Tensor first, Tensor second, s
   }
   FASTGAN_CHECK(slope == 1 || which < 2, "conv_pass: no activation of a weight gradient");
   a.slope = float(slope);
+  if (mask) {
+    FASTGAN_CHECK(which > 0 && mask->scalar_type() == type && sizes_of(*mask) == sizes_of(y),
+                  "conv_pass: a mask is of y's shape and dtype, and for the gradients alone");
+    for (int i = 0; i < 4; ++i)
+      FASTGAN_CHECK(mask->size(i) == 1 || mask->stride(i) == y.stride(i),
+                    "conv_pass: a mask has y's strides");
+    a.mask = mask->const_data_ptr(), a.mask_slope = float(mask_slope);
+  }
   a.x = view(x), a.w = view(w), a.y = view(y);
   int32_t nonfinite = 0;
   int64_t workspace_size = 0;

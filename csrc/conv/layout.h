@@ -21,12 +21,15 @@ struct Window {
   int64_t pixel_stride;  // of the scratch, from a column to the next
 };
 
-// One image of a tensor: (channels, height, width).
+// One image of a tensor: (channels, height, width). Where there is a mask, reading gives the numbers times
+// the derivative of an activation whose results lie there, at the same strides.
 struct Image {
   Dtype dtype;
   char* data;
   int64_t channel_stride, row_stride, column_stride;
   int64_t channels, height, width;
+  const char* mask = nullptr;
+  float mask_slope = 1;
 };
 
 FASTGAN_INLINE int64_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
@@ -43,12 +46,30 @@ inline Image image_of(const ConvTensor& tensor, Dtype dtype, int64_t n, int64_t 
           width};
 }
 
+// y, as the two gradients read it.
+inline Image image_of_y(const ConvArgs& a, int64_t n) {
+  Image image = image_of(a.y, a.dtype, n, a.outputs, a.out_height, a.out_width);
+  if (a.mask) image.mask = static_cast<const char*>(a.mask) + (image.data - static_cast<char*>(a.y.data));
+  image.mask_slope = a.mask_slope;
+  return image;
+}
+
 FASTGAN_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTGAN_INLINE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // ReLU (slope 0), leaky ReLU, or nothing (1).
 FASTGAN_INLINE Vec<float> activate(Vec<float> v, float slope) { return select(v > 0.0f, v, v * slope); }
 FASTGAN_INLINE float activate(float v, float slope) { return v > 0.0f ? v : v * slope; }
+
+// A gradient times the derivative where the result is `y`; as torch's, also where that is NaN.
+FASTGAN_INLINE Vec<float> masked(Vec<float> gradient, Vec<float> y, float slope) {
+  if (slope == 0) return select(y <= 0.0f, Vec<float>{}, gradient);
+  return select(y > 0.0f, gradient, gradient * slope);
+}
+FASTGAN_INLINE float masked(float gradient, float y, float slope) {
+  if (slope == 0) return y <= 0.0f ? 0.0f : gradient;
+  return y > 0.0f ? gradient : gradient * slope;
+}
 
 FASTGAN_INLINE void zero(float* to, int64_t count) {
   for (int64_t i = 0; i < count; ++i) to[i] = 0;
@@ -79,8 +100,30 @@ FASTGAN_INLINE void exchange(const Load& load_row, const Store& store_column) {
   for (int i = 0; i < W; ++i) store_column(i, square[i]);
 }
 
-template <class Storage>
-void read_row(const Storage* from, int64_t channel_stride, int64_t column_stride, int64_t channels,
+// What is read, and the mask beside it if there is one.
+template <class Storage, bool kMasked>
+struct Reading {
+  const Storage *from, *mask;
+  float slope;
+
+  FASTGAN_INLINE Vec<float> vector(int64_t at) const {
+    const Vec<float> v = load<float>(from + at);
+    if constexpr (kMasked) return masked(v, load<float>(mask + at), slope);
+    return v;
+  }
+  FASTGAN_INLINE float one(int64_t at) const {
+    const float v = load1<float>(from + at);
+    if constexpr (kMasked) return masked(v, load1<float>(mask + at), slope);
+    return v;
+  }
+  FASTGAN_INLINE void prefetch(int64_t at) const {
+    __builtin_prefetch(from + at, 0, 2);
+    if constexpr (kMasked) __builtin_prefetch(mask + at, 0, 2);
+  }
+};
+
+template <class Reading>
+void read_row(const Reading& read, int64_t channel_stride, int64_t column_stride, int64_t channels,
               int64_t columns, float* to, int64_t pixel_stride) {
   constexpr int W = lanes<float>;
   int64_t done = 0;
@@ -90,22 +133,21 @@ void read_row(const Storage* from, int64_t channel_stride, int64_t column_stride
     const int64_t whole = columns / W * W;
     for (int64_t c = 0; c < kSlice; c += W)
       for (done = 0; done < whole; done += W) {
-        exchange([&](int i) { return load<float>(from + (c + i) * channel_stride + done); },
+        exchange([&](int i) { return read.vector((c + i) * channel_stride + done); },
                  [&](int i, Vec<float> v) { store(to + (done + i) * pixel_stride + c, v); });
       }
   } else if (channel_stride == 1 && channels == kSlice) {
     for (; done < columns; ++done) {
       // The next slice of these pixels is what is read next, and no hardware foresees it.
-      __builtin_prefetch(from + done * column_stride + kSlice, 0, 2);
+      read.prefetch(done * column_stride + kSlice);
 #pragma GCC unroll 4
       for (int64_t c = 0; c < kSlice; c += W)
-        store(to + done * pixel_stride + c, load<float>(from + done * column_stride + c));
+        store(to + done * pixel_stride + c, read.vector(done * column_stride + c));
     }
   }
   for (; done < columns; ++done)
     for (int64_t c = 0; c < kSlice; ++c)
-      to[done * pixel_stride + c] =
-          c < channels ? load1<float>(from + c * channel_stride + done * column_stride) : 0.0f;
+      to[done * pixel_stride + c] = c < channels ? read.one(c * channel_stride + done * column_stride) : 0.0f;
 }
 
 // Channels [channel, channel + kSlice) of the image into a window of scratch.
@@ -122,10 +164,18 @@ inline void read_window(const Image& image, int64_t channel, const Window& windo
     for (int64_t j = last; j < window.columns; ++j) zero(row + j * window.pixel_stride, kSlice);
     if (!inside) continue;
     with_storage(image.dtype, image.data, [&](auto* data) {
-      read_row(data + channel * image.channel_stride + at * image.row_stride +
-                   (window.column0 + before) * image.column_stride,
-               image.channel_stride, image.column_stride, channels, end - before,
-               row + before * window.pixel_stride, window.pixel_stride);
+      using Storage = std::remove_reference_t<decltype(*data)>;
+      const int64_t first_one = channel * image.channel_stride + at * image.row_stride +
+                                (window.column0 + before) * image.column_stride;
+      const auto read = [&](const auto& reading) {
+        read_row(reading, image.channel_stride, image.column_stride, channels, end - before,
+                 row + before * window.pixel_stride, window.pixel_stride);
+      };
+      if (image.mask)
+        read(Reading<Storage, true>{
+            data + first_one, reinterpret_cast<const Storage*>(image.mask) + first_one, image.mask_slope});
+      else
+        read(Reading<Storage, false>{data + first_one, nullptr, 1});
     });
   }
 }

@@ -112,43 +112,36 @@ void transform_piece(const Image& image, const Side& side, const Tiling& tiling,
   }
 }
 
-// What is transformed: the images and how they are read.
-struct Source {
-  const ConvTensor& tensor;
-  Dtype dtype;
-  int64_t height, width, pad_height, pad_width;
-};
-
 // A unit is one piece of a row of tiles in one slice of channels.
 inline int64_t units_of(const Side& side, const Tiling& tiling, int64_t images) {
   return images * tiling.high * divide_up(tiling.wide, kPiece) * side.slices;
 }
 
-template <class Algorithm, auto kMatrix, int kStride>
-void transform_unit(const Source& source, const Side& side, const Tiling& tiling, int64_t first, int64_t unit,
-                    float* scratch) {
+template <class Algorithm, auto kMatrix, int kStride, class ImageAt>
+void transform_unit(const ImageAt& image_at, int64_t pad_height, int64_t pad_width, const Side& side,
+                    const Tiling& tiling, int64_t first, int64_t unit, float* scratch) {
   const int64_t pieces = divide_up(tiling.wide, kPiece);
   const int64_t slice = unit % side.slices, piece = unit / side.slices % pieces;
   const int64_t row = unit / side.slices / pieces % tiling.high,
                 i = unit / side.slices / pieces / tiling.high;
-  transform_piece<Algorithm, kMatrix, kStride>(
-      image_of(source.tensor, source.dtype, first + i, side.channels, source.height, source.width), side,
-      tiling, i, row, piece * kPiece, least(kPiece, tiling.wide - piece * kPiece), slice, source.pad_height,
-      source.pad_width, scratch);
+  transform_piece<Algorithm, kMatrix, kStride>(image_at(first + i), side, tiling, i, row, piece * kPiece,
+                                               least(kPiece, tiling.wide - piece * kPiece), slice, pad_height,
+                                               pad_width, scratch);
 }
 
 template <class Algorithm>
 void transform_x(const ConvArgs& a, const Side& side, const Tiling& tiling, int64_t first, int64_t unit,
                  float* scratch) {
-  const Source x{a.x, a.dtype, a.height, a.width, a.pad_height, a.pad_width};
-  transform_unit<Algorithm, Algorithm::B, Algorithm::stride>(x, side, tiling, first, unit, scratch);
+  const auto x = [&](int64_t n) { return image_of(a.x, a.dtype, n, a.channels, a.height, a.width); };
+  transform_unit<Algorithm, Algorithm::B, Algorithm::stride>(x, a.pad_height, a.pad_width, side, tiling,
+                                                             first, unit, scratch);
 }
 
 template <class Algorithm>
 void transform_y(const ConvArgs& a, const Side& side, const Tiling& tiling, int64_t first, int64_t unit,
                  float* scratch) {
-  const Source y{a.y, a.dtype, a.out_height, a.out_width, 0, 0};
-  transform_unit<Algorithm, Algorithm::A, 1>(y, side, tiling, first, unit, scratch);
+  const auto y = [&](int64_t n) { return image_of_y(a, n); };
+  transform_unit<Algorithm, Algorithm::A, 1>(y, 0, 0, side, tiling, first, unit, scratch);
 }
 
 }  // namespace

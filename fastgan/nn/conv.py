@@ -29,7 +29,8 @@ class Conv2d(nn.Conv2d):
     It adds no state, so an existing module becomes one by ``Conv2d.from_torch(module)``.
     """
 
-    #: by which what is negative in the result is multiplied; ``fastgan.fold_norms`` makes copies with another
+    #: By which what is negative in the result is multiplied: the (leaky) ReLU after it, taken over by
+    #: ``fastgan.replace_modules`` or ``fastgan.fold_norms``.
     slope: float = 1.0
 
     @classmethod
@@ -48,6 +49,9 @@ class Conv2d(nn.Conv2d):
         return convolution._conv2d(
             input, weight, bias, self.stride, padding, self.dilation, self.groups, self.slope  # type: ignore[arg-type]
         )  # fmt: skip
+
+    def extra_repr(self) -> str:
+        return _with_slope(super().extra_repr(), self.slope)
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
@@ -85,3 +89,10 @@ class ConvTranspose2d(nn.ConvTranspose2d):
             self.dilation,  # type: ignore[arg-type]
             self.slope,
         )
+
+    def extra_repr(self) -> str:
+        return _with_slope(super().extra_repr(), self.slope)
+
+
+def _with_slope(text: str, slope: float) -> str:
+    return text if slope == 1.0 else f"{text}, slope={slope:g}"

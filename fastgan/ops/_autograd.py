@@ -88,6 +88,16 @@ def is_plain(tensors: Sequence[Any]) -> bool:
     return _has_one_level() and not _wants_graph(tensors)
 
 
+def runs_directly(*tensors: torch.Tensor) -> bool:
+    """True if a backward formula may call kernels itself: nothing differentiates, batches or traces this call."""
+    return (
+        _has_one_level()
+        and not torch.is_grad_enabled()
+        and all(type(t) in (torch.Tensor, torch.nn.Parameter) for t in tensors)
+        and not any(torch._C._functorch.is_legacy_batchedtensor(t) for t in tensors)
+    )
+
+
 def _wants_graph(tensors: Sequence[Any]) -> bool:
     if torch._C.is_grad_enabled():
         for tensor in tensors:

@@ -1,16 +1,17 @@
-"""Convolutions of kernel 4, stride 2 and of kernel 3, stride 1 by kernels of ours; all else is torch's own.
+"""Convolutions of kernel 4, stride 2 and of kernel 3, stride 1 by kernels of ours: the operators.
 
-Between layers of 16 channels and more by Winograd's algorithm; from or to the few channels of a picture directly; and
-where the kernel covers the whole image, by one matrix product. On a GPU the last alone: a discriminator's logits by
-``conv_gan_loss``'s kernel, a generator's first layer by a matrix product, which spares cuDNN's padding of its channels.
-
-Three operators, each linear in two tensors:
+Between layers of 16 channels and more by Winograd's algorithm; from or to the few channels of a picture directly.
+``conv_layer.py`` chooses between them and torch's own. Three operators, each linear in two tensors:
 
 - ``conv``: x, w → y[n, k, i, j] = Σ x[n, c, s·i + r − p, s·j + t − q] w[k, c, r, t] (+ bias[k]);
 - ``conv_input_gradient``: y, w → x, the transpose of the first in x (+ bias[c]). It is also the transposed convolution;
 - ``conv_weight_gradient``: y, x → w, the transpose of the first in w.
 
 The derivatives of each are the other two, so gradients of any order run on the same kernels.
+
+Two more, ``conv_act`` and ``conv_input_gradient_act``, are the first two with a (leaky) ReLU where results are written.
+They keep the activation's results alone, and a gradient is multiplied by its derivative where the kernels of a
+convolution's two gradients read it (``mask``), or, where those cannot, by ``leaky_relu_backward``.
 
 **Precision.** F(4,2) on the points ±1/2, ±5/4, ∞ (kernel 4) and F(4,3) on 0, ±5/8, ±3/2, ∞ (kernel 3). The errors, as
 measured against float64, are in ``ERRORS``. The error of an output is relative to the largest terms of its 4 × 4 tile,
@@ -28,9 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgan import _cuda, _impl
-from fastgan.ops import gan_loss
-from fastgan.ops._autograd import LIBRARY, cast_for_autocast, define, in_functorch, is_plain
+from fastgan import _impl
+from fastgan.ops._autograd import LIBRARY, define, runs_directly
+from fastgan.ops._layout import format_of, is_channels_last
+from fastgan.ops.leaky_relu import activated, leaky_relu_backward
 
 Algorithm = Literal["auto", "exact"]
 
@@ -74,34 +76,7 @@ def get_conv_algorithm() -> Algorithm:
     return _algorithm
 
 
-# ---- torch's convolutions: what is computed, and what runs where there is no kernel ----
-
-
-def convolution_reference(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int | Sequence[int],
-    padding: int | Sequence[int] | str,
-    dilation: int | Sequence[int],
-    groups: int,
-) -> Tensor:
-    """torch's convolution: input (N, C, H, W) or (C, H, W), weight (K, C / groups, R, S)."""
-    return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-
-
-def transposed_convolution_reference(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int | Sequence[int],
-    padding: int | Sequence[int],
-    output_padding: int | Sequence[int],
-    groups: int,
-    dilation: int | Sequence[int],
-) -> Tensor:
-    """torch's transposed convolution: input (N, C, H, W) or (C, H, W), weight (C, K / groups, R, S)."""
-    return F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+# ---- sizes ----
 
 
 def output_size(
@@ -180,26 +155,6 @@ def pays(large: Sequence[int], weight: Sequence[int], small: Sequence[int], name
 # ---- the operators ----
 
 
-def is_channels_last(tensor: Tensor) -> bool:
-    """Whether torch's convolutions would take this layout for their result.
-
-    By strides: under vmap a tensor cannot be asked whether it is contiguous in another format.
-    """
-    if tensor.dim() != 4 or tensor.is_contiguous():
-        return False
-    expected = 1
-    for dimension in (1, 3, 2, 0):
-        if tensor.shape[dimension] != 1:
-            if tensor.stride(dimension) != expected:
-                return False
-            expected *= tensor.shape[dimension]
-    return True
-
-
-def _format(channels_last: bool) -> torch.memory_format:
-    return torch.channels_last if channels_last else torch.contiguous_format
-
-
 def _has_kernel(first: Tensor, second: Tensor, kernel: Sequence[int], stride: Sequence[int], numbers: int) -> bool:
     return (
         numbers > 0
@@ -217,7 +172,7 @@ def conv_reference(
     input: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], padding: list[int], channels_last: bool
 ) -> Tensor:
     """``fastgan::conv`` in PyTorch."""
-    return F.conv2d(input, weight, bias, stride, padding).contiguous(memory_format=_format(channels_last))
+    return F.conv2d(input, weight, bias, stride, padding).contiguous(memory_format=format_of(channels_last))
 
 
 def conv_input_gradient_reference(
@@ -235,7 +190,7 @@ def conv_input_gradient_reference(
         for n, m, s, p, k in zip(size, gradient.shape[2:], stride, padding, weight.shape[2:], strict=True)
     ]
     out = F.conv_transpose2d(gradient, weight, bias, stride, padding, extra)
-    return out.contiguous(memory_format=_format(channels_last))
+    return out.contiguous(memory_format=format_of(channels_last))
 
 
 def conv_weight_gradient_reference(
@@ -246,65 +201,76 @@ def conv_weight_gradient_reference(
     out = torch.ops.aten.convolution_backward(
         gradient, input, weight, None, stride, padding, [1, 1], False, [0, 0], 1, [False, True, False]
     )[1]
-    return out.contiguous(memory_format=_format(channels_last))
+    return out.contiguous(memory_format=format_of(channels_last))
 
 
 def _conv_fake(input, weight, bias, stride, padding, channels_last):
     size = output_size(input.shape[2:], weight.shape[2:], stride, padding, (1, 1))
     shape = (input.shape[0], weight.shape[0], *size)
-    return input.new_empty(shape).contiguous(memory_format=_format(channels_last))
+    return input.new_empty(shape).contiguous(memory_format=format_of(channels_last))
 
 
 def _conv_input_gradient_fake(gradient, weight, bias, size, stride, padding, channels_last):
     shape = (gradient.shape[0], weight.shape[1], *size)
-    return gradient.new_empty(shape).contiguous(memory_format=_format(channels_last))
+    return gradient.new_empty(shape).contiguous(memory_format=format_of(channels_last))
 
 
 def _conv_weight_gradient_fake(gradient, input, kernel, stride, padding, channels_last):
     shape = (gradient.shape[1], input.shape[1], *kernel)
-    return gradient.new_empty(shape).contiguous(memory_format=_format(channels_last))
+    return gradient.new_empty(shape).contiguous(memory_format=format_of(channels_last))
 
 
-def _activated(output: Tensor, slope: float) -> Tensor:
-    """What is negative is multiplied by ``slope``: 0 is ReLU, 1 nothing."""
-    if slope == 0.0:
-        return F.relu(output)  # of -inf 0, where leaky_relu has NaN
-    return output if slope == 1.0 else F.leaky_relu(output, slope)
+#: an activation's results, or None, and its slope
+Mask = tuple[Tensor | None, float]
+_NO_MASK: Mask = (None, 1.0)
 
 
 def _conv_kernel(input, weight, bias, stride, padding, channels_last, slope=1.0):
     arguments = (input, weight, bias, stride, padding, channels_last)
     size = output_size(input.shape[2:], weight.shape[2:], stride, padding, (1, 1))
     if not _has_kernel(input, weight, weight.shape[2:], stride, input.numel() * weight.numel()):
-        return _activated(conv_reference(*arguments), slope)
+        return activated(conv_reference(*arguments), slope, inplace=True)
     shape = (input.shape[0], weight.shape[0], *size)
     output, finite = _conv_pass(
-        0, input, weight, shape, channels_last, _bias(bias), slope, stride[0], padding[0], padding[1]
+        0, input, weight, shape, channels_last, _bias(bias), slope, None, 1.0, stride[0], padding[0], padding[1]
     )  # fmt: skip
-    return output if finite else _activated(conv_reference(*arguments), slope)
+    return output if finite else activated(conv_reference(*arguments), slope, inplace=True)
 
 
-def _conv_input_gradient_kernel(gradient, weight, bias, size, stride, padding, channels_last, slope=1.0):
-    arguments = (gradient, weight, bias, size, stride, padding, channels_last)
+def _conv_input_gradient_kernel(
+    gradient, weight, bias, size, stride, padding, channels_last, slope=1.0, mask: Mask = _NO_MASK
+):
+    def reference():
+        plain = _unmasked(gradient, mask)
+        out = conv_input_gradient_reference(plain, weight, bias, size, stride, padding, channels_last)
+        return activated(out, slope, inplace=True)
+
     numbers = gradient.numel() * weight.numel() * size[0] * size[1]
     if not _has_kernel(gradient, weight, weight.shape[2:], stride, numbers):
-        return _activated(conv_input_gradient_reference(*arguments), slope)
+        return reference()
     shape = (gradient.shape[0], weight.shape[1], *size)
     output, finite = _conv_pass(
-        1, gradient, weight, shape, channels_last, _bias(bias), slope, stride[0], padding[0], padding[1]
+        1, gradient, weight, shape, channels_last, _bias(bias), slope, *mask, stride[0], padding[0], padding[1]
     )  # fmt: skip
-    return output if finite else _activated(conv_input_gradient_reference(*arguments), slope)
+    return output if finite else reference()
 
 
-def _conv_weight_gradient_kernel(gradient, input, kernel, stride, padding, channels_last):
-    arguments = (gradient, input, kernel, stride, padding, channels_last)
+def _conv_weight_gradient_kernel(gradient, input, kernel, stride, padding, channels_last, mask: Mask = _NO_MASK):
+    def reference():
+        plain = _unmasked(gradient, mask)
+        return conv_weight_gradient_reference(plain, input, kernel, stride, padding, channels_last)
+
     if not _has_kernel(gradient, input, kernel, stride, gradient.numel() * input.numel()):
-        return conv_weight_gradient_reference(*arguments)
+        return reference()
     shape = (gradient.shape[1], input.shape[1], *kernel)
     output, finite = _conv_pass(
-        2, input, gradient, shape, channels_last, None, 1.0, stride[0], padding[0], padding[1]
+        2, input, gradient, shape, channels_last, None, 1.0, *mask, stride[0], padding[0], padding[1]
     )  # fmt: skip
-    return output if finite else conv_weight_gradient_reference(*arguments)
+    return output if finite else reference()
+
+
+def _unmasked(gradient: Tensor, mask: Mask) -> Tensor:
+    return gradient if mask[0] is None else leaky_relu_backward(gradient, *mask)
 
 
 # ---- derivatives: each operator's are the other two ----
@@ -404,182 +370,88 @@ conv_weight_gradient = define(
     autocast="lower",
 )
 
+
+# ---- with an activation ----
+
+
+def _act_fake(fake):
+    return lambda *args: fake(*args[:-1])
+
+
+def _act_jvp(name):
+    plain = _bilinear_jvp(name, 2)
+
+    def jvp(args, saved, tangents):
+        (tangent,) = plain(args[:-1], (), tangents[:-1])
+        return (leaky_relu_backward(tangent, saved[0], args[-1]),)
+
+    return jvp
+
+
+def _reads_mask(gradient: Tensor, output: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels of both gradients can read ``gradient`` through a mask, and are what runs."""
+    return (
+        runs_directly(gradient, output, weight)
+        and gradient.device.type == "cpu"
+        and _impl.extension_error is None
+        and gradient.dtype == output.dtype
+        and gradient.stride() == output.stride()
+        and weight.shape[0] > FEW_CHANNELS  # else x and y may change places (csrc/conv/conv_op.cpp)
+    )
+
+
+def _conv_act_backward(args, saved, grads, needs):
+    input, weight, _bias, stride, padding, _last, slope = args
+    (output,), (grad,) = saved, grads
+    if needs[2] or not _reads_mask(grad, output, weight):
+        masked = (leaky_relu_backward(grad, output, slope),)
+        return (*_conv_backward(args[:-1], (), masked, needs), None)
+    mask = (output, slope)
+    size, kernel = list(input.shape[2:]), list(weight.shape[2:])
+    to_input = to_weight = None
+    if needs[0]:
+        last = is_channels_last(input)
+        to_input = _conv_input_gradient_kernel(grad, weight, None, size, stride, padding, last, mask=mask)
+    if needs[1]:
+        to_weight = _conv_weight_gradient_kernel(grad, input, kernel, stride, padding, is_channels_last(weight), mask)
+    return (to_input, to_weight, *(None,) * 5)
+
+
+def _conv_input_gradient_act_backward(args, saved, grads, needs):
+    masked = (leaky_relu_backward(grads[0], saved[0], args[-1]),)
+    return (*_conv_input_gradient_backward(args[:-1], (), masked, needs), None)
+
+
+conv_act = define(
+    "conv_act(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, bool channels_last, "
+    "float slope) -> Tensor",
+    reference=lambda *args: activated(conv_reference(*args[:-1]), args[-1]),
+    fake=_act_fake(_conv_fake),
+    backward=_conv_act_backward,
+    jvp=_act_jvp("conv"),
+    save_outputs=(0,),
+    autocast="lower",
+)
+conv_input_gradient_act = define(
+    "conv_input_gradient_act(Tensor gradient, Tensor weight, Tensor? bias, SymInt[] size, SymInt[] stride, "
+    "SymInt[] padding, bool channels_last, float slope) -> Tensor",
+    reference=lambda *args: activated(conv_input_gradient_reference(*args[:-1]), args[-1]),
+    fake=_act_fake(_conv_input_gradient_fake),
+    backward=_conv_input_gradient_act_backward,
+    jvp=_act_jvp("conv_input_gradient"),
+    save_outputs=(0,),
+    autocast="lower",
+)
+
 # One of the three passes, and whether all of its result is finite. See csrc/conv/conv_op.cpp.
 LIBRARY.define(
     "conv_pass(int which, Tensor first, Tensor second, int[] size, bool channels_last, Tensor? bias, float slope, "
-    "int stride, int pad_height, int pad_width) -> (Tensor, bool)"
+    "Tensor? mask, float mask_slope, int stride, int pad_height, int pad_width) -> (Tensor, bool)"
 )
 _conv_pass = torch.ops.fastgan.conv_pass.default
 if _impl.extension_error is None:
     LIBRARY.impl("conv", _conv_kernel, "CPU")
     LIBRARY.impl("conv_input_gradient", _conv_input_gradient_kernel, "CPU")
     LIBRARY.impl("conv_weight_gradient", _conv_weight_gradient_kernel, "CPU")
-
-
-# ---- what fastgan.nn.functional calls, its checks done ----
-
-
-def _takes(*tensors: Tensor | None) -> bool:
-    if _algorithm == "exact" or not _impl.kernels_run():
-        return False
-    first = tensors[0]
-    assert first is not None
-    return all(
-        t is None or (t.dtype == torch.float32 and t.device.type == "cpu" and t.layout == torch.strided)
-        for t in tensors
-    ) and not torch.is_autocast_enabled("cpu")
-
-
-_Pair = tuple[int, int]
-
-
-def _pair(value: int | Sequence[int]) -> _Pair:
-    return (value, value) if isinstance(value, int) else (value[0], value[-1])
-
-
-def _rows(tensor: Tensor, channels_last: bool) -> Tensor:
-    """(N, C, H, W) -> (N, C * H * W), the numbers of a row in the order of (H, W, C) if ``channels_last``."""
-    return (tensor.permute(0, 2, 3, 1) if channels_last else tensor).flatten(1)
-
-
-def _covers(input: Tensor, weight: Tensor, pads: _Pair, dilations: _Pair, groups: int) -> bool:
-    """Whether the kernel covers the whole image, of which there is at least one."""
-    plain = pads == (0, 0) and dilations == (1, 1) and groups == 1
-    return plain and input.shape[2:] == weight.shape[2:] and input.numel() > 0
-
-
-def _is_single(input: Tensor, pads: _Pair, extra: _Pair, dilations: _Pair, groups: int) -> bool:
-    """Whether a transposed convolution is of single pixels, each of which the kernel is spread over."""
-    return input.shape[2:] == (1, 1) and pads == extra == (0, 0) and dilations == (1, 1) and groups == 1
-
-
-def _whole_convolution(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A convolution whose kernel covers the image: (N, C, R, S) and (K, C, R, S) -> (N, K, 1, 1), one product."""
-    last = is_channels_last(input) or is_channels_last(weight)
-    return F.linear(_rows(input, last), _rows(weight, last), bias)[:, :, None, None]
-
-
-def _whole_transposed_convolution(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A transposed convolution of single pixels: (N, K, 1, 1) and (K, C, R, S) -> (N, C, R, S), one product."""
-    channels, high, wide = weight.shape[1:]
-    last = is_channels_last(input) or is_channels_last(weight)
-    out = input.flatten(1) @ _rows(weight, last)
-    if last:
-        out = out.unflatten(1, (high, wide, channels)).permute(0, 3, 1, 2)
-    else:
-        out = out.unflatten(1, (channels, high, wide))
-    return out if bias is None else out + bias.to(out.dtype)[:, None, None]  # autocast has lowered out alone
-
-
-# ---- the same on a GPU ----
-
-_GPU = "cuda"  # its type of device
-_LOGITS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-
-def _goes_whole_on_a_gpu(*tensors: Tensor | None) -> bool:
-    if tensors[0] is None or tensors[0].device.type != _GPU or _algorithm == "exact" or _impl.reference_selected():
-        return False
-    if torch.compiler.is_compiling() or in_functorch():  # Inductor has its own choice, and vmap torch's rule
-        return False
-    return all(
-        t is None or (t.numel() > 0 and t.layout == torch.strided and type(t) in (Tensor, torch.nn.Parameter))
-        for t in tensors
-    )
-
-
-def _logits_on_a_gpu(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
-    """One number a picture, (N, C, R, S) and (1, C, R, S) -> (N, 1, 1, 1), beside a loss that nobody looks at.
-
-    None where that has no kernel, or one that does not pay: not for pictures and weights in different orders of memory.
-    """
-    if torch.is_autocast_enabled(_GPU):
-        dtype = torch.get_autocast_dtype(_GPU)
-        input, weight = cast_for_autocast(input, dtype), cast_for_autocast(weight, dtype)
-        bias = cast_for_autocast(bias, dtype)
-    same = all(t is None or t.dtype == input.dtype for t in (weight, bias))
-    if not same or input.dtype not in _LOGITS or input.stride()[1:] != weight.stride()[1:]:
-        return None
-    if not _cuda.has_kernel("conv_gan_loss"):
-        return None
-    wasserstein, none = gan_loss.LOSSES.index("wasserstein"), gan_loss.REDUCTIONS.index("none")
-    loss = (None, 1.0, None, None, wasserstein, [1, 1], [0, 0], 0.0, none, False)
-    return gan_loss.conv_gan_loss(input, weight, bias, *loss)[1]
-
-
-def convolution(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int | Sequence[int],
-    padding: int | Sequence[int] | str,
-    dilation: int | Sequence[int],
-    groups: int,
-    slope: float = 1.0,
-) -> Tensor:
-    """A convolution by the algorithm for its shapes; arguments as ``convolution_reference``'s.
-
-    What is negative in the result is multiplied by ``slope``: in the kernel itself where no derivative is asked for.
-    """
-    if input.dim() == 4 and not isinstance(padding, str) and _takes(input, weight, bias):
-        strides, pads, dilations = _pair(stride), _pair(padding), _pair(dilation)
-        if _covers(input, weight, pads, dilations, groups):
-            return _activated(_whole_convolution(input, weight, bias), slope)
-        name = algorithm_name(weight.shape[2:], strides, dilations, groups, weight.shape[1], weight.shape[0])
-        if name != "torch":
-            size = output_size(input.shape[2:], weight.shape[2:], strides, pads, dilations)
-            if pays(input.shape, weight.shape, size, name):
-                last = is_channels_last(input) or is_channels_last(weight)
-                if slope != 1.0 and is_plain((input, weight, bias)):
-                    return _conv_kernel(input, weight, bias, strides, pads, last, slope)
-                return _activated(conv(input, weight, bias, list(strides), list(pads), last), slope)
-    elif (
-        input.dim() == 4
-        and not isinstance(padding, str)
-        and weight.shape[0] == 1
-        and _covers(input, weight, _pair(padding), _pair(dilation), groups)
-        and _goes_whole_on_a_gpu(input, weight, bias)
-    ):
-        logits = _logits_on_a_gpu(input, weight, bias)
-        if logits is not None:
-            return _activated(logits, slope)
-    return _activated(convolution_reference(input, weight, bias, stride, padding, dilation, groups), slope)
-
-
-def transposed_convolution(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    stride: int | Sequence[int],
-    padding: int | Sequence[int],
-    output_padding: int | Sequence[int],
-    groups: int,
-    dilation: int | Sequence[int],
-    slope: float = 1.0,
-) -> Tensor:
-    """A transposed convolution by the algorithm for its shapes; arguments as ``transposed_convolution_reference``'s.
-
-    ``slope`` as ``convolution``'s.
-    """
-    if input.dim() == 4 and _takes(input, weight, bias):
-        strides, pads, extra, dilations = _pair(stride), _pair(padding), _pair(output_padding), _pair(dilation)
-        if _is_single(input, pads, extra, dilations, groups) and weight.numel() > 0:
-            return _activated(_whole_transposed_convolution(input, weight, bias), slope)
-        name = algorithm_name(weight.shape[2:], strides, dilations, groups, weight.shape[1], weight.shape[0])
-        if name != "torch":
-            size = transposed_output_size(input.shape[2:], weight.shape[2:], strides, pads, extra, dilations)
-            large = (input.shape[0], weight.shape[1], *size)
-            if pays(large, weight.shape, input.shape[2:], name):
-                last = is_channels_last(input) or is_channels_last(weight)
-                if slope != 1.0 and is_plain((input, weight, bias)):
-                    return _conv_input_gradient_kernel(input, weight, bias, size, strides, pads, last, slope)
-                out = conv_input_gradient(input, weight, bias, size, list(strides), list(pads), last)
-                return _activated(out, slope)
-    elif (
-        input.dim() == 4
-        and _is_single(input, _pair(padding), _pair(output_padding), _pair(dilation), groups)
-        and _goes_whole_on_a_gpu(input, weight, bias)
-    ):
-        return _activated(_whole_transposed_convolution(input, weight, bias), slope)
-    out = transposed_convolution_reference(input, weight, bias, stride, padding, output_padding, groups, dilation)
-    return _activated(out, slope)
+    LIBRARY.impl("conv_act", _conv_kernel, "CPU")
+    LIBRARY.impl("conv_input_gradient_act", _conv_input_gradient_kernel, "CPU")

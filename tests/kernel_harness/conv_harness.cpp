@@ -119,6 +119,23 @@ void check(const Case& c, bool direct = false) {
           harness::expect(out[i] == (first[i] > 0 ? first[i] : 0.25f * first[i]), "leaky ReLU");
         a.slope = 1;
       }
+      // A gradient read through the derivative of an activation.
+      for (const float slope : {0.0f, 0.25f}) {
+        if (pass == 0) break;
+        Buffer<float> mask = harness::normal<float>(y_size), expected(size);
+        mask[0] = 0, mask[y_size / 2] = NAN;
+        a.mask = mask.get(), a.mask_slope = slope;
+        call(direct, pass, a, threads);
+        a.mask = nullptr;
+        for (int64_t i = 0; i < size; ++i) expected[i] = out[i];
+        Buffer<float> gradient(y_size);
+        for (int64_t i = 0; i < y_size; ++i) gradient[i] = in[2][i];
+        for (int64_t i = 0; i < y_size; ++i)
+          if (slope == 0 ? mask[i] <= 0 : !(mask[i] > 0)) in[2][i] *= slope;
+        call(direct, pass, a, threads);
+        for (int64_t i = 0; i < size; ++i) harness::expect(out[i] == expected[i], "a mask");
+        for (int64_t i = 0; i < y_size; ++i) in[2][i] = gradient[i];
+      }
       // Anything that is not finite, wherever it lies inside, is told.
       Buffer<float>& spoiled = in[pass == 0 ? 0 : 2];
       const int64_t where = spoiled.size / 2;

@@ -9,7 +9,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import fastgan
 from fastgan.nn.functional import conv2d, conv_transpose2d
-from fastgan.ops import conv, gan_loss
+from fastgan.ops import conv_layer, gan_loss
 
 pytestmark = pytest.mark.kernel
 
@@ -26,9 +26,9 @@ def calls(monkeypatch):
         made.append(args)
         return operator(*args)
 
-    monkeypatch.setattr(conv, "_GPU", "cpu")
-    monkeypatch.setattr(conv, "_takes", lambda *tensors: False)
-    monkeypatch.setattr(conv._cuda, "has_kernel", lambda operator: True)
+    monkeypatch.setattr(conv_layer, "_GPU", "cpu")
+    monkeypatch.setattr(conv_layer, "_takes", lambda *tensors: False)
+    monkeypatch.setattr(conv_layer._cuda, "has_kernel", lambda operator: True)
     monkeypatch.setattr(gan_loss, "conv_gan_loss", counted)
     return made
 
@@ -98,7 +98,7 @@ def test_what_is_left_to_torch(calls, monkeypatch):
         conv2d(x, w)
     finally:
         fastgan.set_conv_algorithm("auto")
-    monkeypatch.setattr(conv._cuda, "has_kernel", lambda operator: False)
+    monkeypatch.setattr(conv_layer._cuda, "has_kernel", lambda operator: False)
     conv2d(x, w)
     assert not calls
 

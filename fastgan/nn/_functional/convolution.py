@@ -10,6 +10,7 @@ from fastgan.nn._inputs import Pair as _Pair
 from fastgan.nn._inputs import check_tensors
 from fastgan.nn._inputs import pair as _pair
 from fastgan.ops import conv as _conv
+from fastgan.ops import conv_layer as _conv_layer
 
 
 def conv2d(
@@ -51,7 +52,7 @@ def _conv2d(
     groups: int,
     slope: float = 1.0,
 ) -> Tensor:
-    """What is negative in the result is multiplied by ``slope``, for the modules that ``fold_norms`` makes."""
+    """What is negative in the result is multiplied by ``slope``: the activation that a module has taken over."""
     check_tensors("bias", input=input, weight=weight, bias=bias)
     if _is_plain_convolution(input, weight, bias):
         _check_convolution_arguments(input, weight, bias, stride, dilation, groups)
@@ -69,7 +70,7 @@ def _conv2d(
                 )
             padding = pads
         stride, dilation = strides, dilations
-    return _conv.convolution(input, weight, bias, stride, padding, dilation, groups, slope)
+    return _conv_layer.convolution(input, weight, bias, stride, padding, dilation, groups, slope)
 
 
 def conv_transpose2d(
@@ -130,7 +131,9 @@ def _conv_transpose2d(
                 f"{tuple(weight.shape)}, stride={stride} give {size[0]} x {size[1]}"
             )
         stride, padding, output_padding, dilation = strides, pads, extra, dilations
-    return _conv.transposed_convolution(input, weight, bias, stride, padding, output_padding, groups, dilation, slope)
+    return _conv_layer.transposed_convolution(
+        input, weight, bias, stride, padding, output_padding, groups, dilation, slope
+    )
 
 
 def _is_plain_convolution(*tensors: Tensor | None) -> bool:
