@@ -1,10 +1,11 @@
-"""What a user may have put on a module that sees or changes its calls."""
+"""What a user may have put on a module, or on all, that sees or changes calls."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as _all
 
 
 def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
@@ -14,3 +15,13 @@ def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
 
 def has_hooks(module: nn.Module) -> bool:
     return any(hooks_of(module))
+
+
+def has_hooks_on_all() -> bool:
+    """Whether hooks are registered that see the calls of every module."""
+    return bool(
+        _all._global_forward_hooks
+        or _all._global_forward_pre_hooks
+        or _all._global_backward_hooks
+        or _all._global_backward_pre_hooks
+    )

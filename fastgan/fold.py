@@ -32,9 +32,15 @@ _ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, FusedReLU, FusedLeakyReLU)
 class FoldedConv2d(Conv2d):
     """A convolution with a norm or an activation, or both, in it."""
 
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, slope={self.slope}"
+
 
 class FoldedConvTranspose2d(ConvTranspose2d):
     """A transposed convolution with a norm or an activation, or both, in it."""
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, slope={self.slope}"
 
 
 _FOLDED: dict[type[nn.Module], type[FoldedConv2d] | type[FoldedConvTranspose2d]] = {
@@ -85,8 +91,7 @@ def _runs(module: nn.Module, slots: Counter[int]) -> Iterator[list[str]]:
         if torch_type(children[name]) not in _FOLDED or not is_free(name):
             continue
         end = i + 1
-        is_linear = getattr(children[name], "slope", 1.0) == 1.0  # no activation in it yet
-        if is_linear and end < len(names) and type(norm := children[names[end]]) in _NORMS and is_free(names[end]):
+        if end < len(names) and type(norm := children[names[end]]) in _NORMS and is_free(names[end]):
             if norm.running_mean is None or norm.running_var is None:
                 continue
             end += 1
@@ -112,14 +117,14 @@ def _fold(module: nn.Module, names: list[str]) -> None:
         folded.output_padding = conv.output_padding
     folded.weight = nn.Parameter(weight.detach().clone())
     folded.bias = None if bias is None else nn.Parameter(bias.detach().clone())
-    folded.slope = math.prod(map(_slope, after), start=getattr(conv, "slope", 1.0))
+    folded.slope = math.prod(map(_slope, after))
     module._modules[names[0]] = folded.eval()
     for name in names[1:]:
         module._modules[name] = nn.Identity()
 
 
 def _slope(module: nn.Module | None) -> float:
-    """By which a module multiplies what is negative; a fused activation leaves that to the layer before it."""
+    """By which a module multiplies what is negative; a fused activation leaves that to the norm before it."""
     if isinstance(module, BatchNormAct2d):
         return {"none": 1.0, "relu": 0.0, "leaky_relu": float(module.negative_slope)}[module.act]
     if isinstance(module, (FusedReLU, FusedLeakyReLU, nn.BatchNorm2d)):

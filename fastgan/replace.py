@@ -22,6 +22,7 @@ from torch.nn.utils import parametrize
 
 from fastgan.nn.activation import FusedLeakyReLU, FusedReLU
 from fastgan.nn.attention import MultiheadAttention
+from fastgan.nn.container import Sequential
 from fastgan.nn.conv import Conv2d, ConvTranspose2d, algorithm_of
 from fastgan.nn.dropout import Dropout
 from fastgan.nn.embedding import Embedding
@@ -40,8 +41,6 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {nn.ReLU: FusedReLU, nn.LeakyRe
 _NOTHING = "fastgan has nothing for"
 _OF_ITS_OWN = "computes attention itself and never asks for attn_implementation's"
 _OURS = (*_SWAPS.values(), *_FUSED.values())
-_CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d, Conv2d, ConvTranspose2d)
-_TAKEN_OVER = "in the layer before it"
 
 State = Literal["swapped", "will be swapped", "left"]
 M = TypeVar("M", bound=nn.Module)
@@ -104,12 +103,13 @@ def replace_modules(model: M) -> M:
       ``Conv2d``, ``ConvTranspose2d``, ``MultiheadAttention`` and ``BatchNormAct2d``, which are subclasses of theirs.
     - ``nn.Embedding`` of 1 MB and more becomes fastgan.nn's, whose gradient lies in memory kept from step to step.
     - ``nn.Dropout`` becomes fastgan.nn's, which draws other numbers from the same generator.
-    - Where an ``nn.ReLU`` or ``nn.LeakyReLU`` follows the norm, or a convolution that has kernels here, in an
-      ``nn.Sequential``, that layer takes it over; in its place a module of the same name and kind passes its input on.
-      Not where that could be seen: hooks on the layer's output, pre-hooks or backward hooks on the activation, either
-      module in use elsewhere in the model. A forward hook on the activation fires with the activation's output, which
-      is then its input too. A hook that is put on the layer later sees the activated output, and a slice of the
-      Sequential that ends at the layer returns it: take features before an activation from the model as it was.
+    - Where an ``nn.ReLU`` or ``nn.LeakyReLU`` follows the norm in an ``nn.Sequential``, the norm takes it over; in its
+      place a module of the same name and kind passes its input on. Not where that could be seen: hooks on the norm's
+      output, pre-hooks or backward hooks on the activation, either module in use elsewhere in the model. A forward hook
+      on the activation fires with the activation's output, which is then its input too. A hook that is put on
+      the norm later sees the activated output, and a slice of the Sequential that ends at the norm returns it.
+    - An ``nn.Sequential`` in which a convolution that has kernels here comes before an ``nn.ReLU`` or ``nn.LeakyReLU``
+      becomes fastgan.nn's, which computes both as one where neither has hooks at the time of the call.
     - ``nn.TransformerEncoder.use_nested_tensor`` is switched off over replaced attention: evaluation without
       gradients computes at padded positions what training does, instead of zeros.
     - transformers models that run ``"sdpa"`` attention, or ``"eager"`` for want of it (GPT-OSS and others with sinks),
@@ -193,8 +193,9 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
         id(child) for _, module in named if isinstance(module, nn.MultiheadAttention) for child in module.children()
     }
     slots = Counter(id(child) for _, module in named for child in module._modules.values() if child is not None)
-    after = {id(layer): act for _, module in named for layer, act in _layers_with_activation(module)}
+    after = {id(norm): act for _, module in named for norm, act in _norms_with_activation(module)}
     fused: set[int] = set()
+    with_convolutions: set[int] = set()
     # Both are None until fastgan.hf is imported.
     heads, layers = (sys.modules.get(f"fastgan.{name}") for name in ("_lm_heads", "_hf_layers"))
     of_transformers = layers.swaps(model) if layers else {}
@@ -202,39 +203,52 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
         kind = torch_type(module)
         if id(module) in fused:
             target = _FUSED[kind]
-            row = Row(name, type(module).__name__, "will be swapped", target.__name__, _TAKEN_OVER)
+            row = Row(name, type(module).__name__, "will be swapped", target.__name__, "in the norm before it")
             yield _Decision(module, row, target)
         elif kind in _SWAPS and not obstacle_of(module):
-            target, attributes, reasons = _SWAPS[kind], {}, []
-            if isinstance(module, _CONVOLUTIONS):
-                reasons.append(algorithm_of(module))
+            target, attributes, reason = _SWAPS[kind], {}, ""
             if id(module) in after:
                 act = after[id(module)]
                 if not (seen := _fusion_obstacle(module, act, slots)):
                     fused.add(id(act))
-                    attributes = _activation_attributes(module, act)
-                    reasons.append(f"with the {type(act).__name__} after it")
+                    attributes = _activation_attributes(act)
+                    reason = f"with the {type(act).__name__} after it"
                 else:
-                    reasons.append(f"without the {type(act).__name__} after it: {seen}")
-            row = Row(name, type(module).__name__, "will be swapped", target.__name__, ", ".join(reasons))
+                    reason = f"without the {type(act).__name__} after it: {seen}"
+            elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                reason = algorithm_of(module)
+            row = Row(name, type(module).__name__, "will be swapped", target.__name__, reason)
             yield _Decision(module, row, target, attributes)
+        elif acts := _activations_after_convolutions(module):
+            state: State = "swapped" if kind is Sequential else "will be swapped"
+            row = Row(
+                name,
+                type(module).__name__,
+                state,
+                Sequential.__name__,
+                f"convolution and activation as one: {len(acts)}",
+            )
+            yield _Decision(module, row, Sequential)
+            with_convolutions.update(map(id, acts))
         elif isinstance(module, nn.TransformerEncoder) and _uses_nested_tensors(module):
             reason = "use_nested_tensor off: at padded positions evaluation computes what training does"
             row = Row(name, type(module).__name__, "will be swapped", "use_nested_tensor=False", reason)
             yield _Decision(module, row, None, {"use_nested_tensor": False})
         elif kind in _OURS:
-            reasons = [algorithm_of(module)] if isinstance(module, _CONVOLUTIONS) else []
-            if activation := _activation_in(module):
-                reasons.append(f"with the {activation}")
+            reason = ""
+            if isinstance(module, BatchNormAct2d) and module.act != "none":
+                reason = f"with the {module.act}"
             elif id(module) in after:
-                seen = _fusion_obstacle(module, after[id(module)], slots) or "only a module of torch's takes one over"
-                reasons.append(f"without the {type(after[id(module)]).__name__} after it: {seen}")
-            elif isinstance(module, tuple(_FUSED.values())):
-                reasons.append(_TAKEN_OVER)
-            yield _Decision(module, Row(name, type(module).__name__, "swapped", kind.__name__, ", ".join(reasons)))
+                seen = _fusion_obstacle(module, after[id(module)], slots) or "only an nn.BatchNorm2d takes one over"
+                reason = f"without the {type(after[id(module)]).__name__} after it: {seen}"
+            elif isinstance(module, (FusedReLU, FusedLeakyReLU)):
+                reason = "in the norm before it"
+            elif isinstance(module, (Conv2d, ConvTranspose2d)):
+                reason = algorithm_of(module)
+            yield _Decision(module, Row(name, type(module).__name__, "swapped", kind.__name__, reason))
         elif id(module) in of_transformers and not obstacle_of(module):
             target, reason = of_transformers[id(module)]
-            state: State = "swapped" if kind is target else "will be swapped"
+            state = "swapped" if kind is target else "will be swapped"
             row = Row(name, type(module).__name__, state, target.__name__, reason)
             yield _Decision(module, row, None if kind is target else target)
         elif heads is not None and heads.is_language_model(module):
@@ -254,37 +268,53 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
                 state = "swapped" if used == "fastgan" else "will be swapped"
                 yield _Decision(module, Row(name, type(module).__name__, state, 'attn_implementation="fastgan"'))
         elif id(module) not in inner and _is_worth_a_row(name, module):
-            yield _Decision(module, Row(name, type(module).__name__, "left", reason=_why_left(module, kind)))
+            reason = (
+                "as one with the convolution before it" if id(module) in with_convolutions else _why_left(module, kind)
+            )
+            yield _Decision(module, Row(name, type(module).__name__, "left", reason=reason))
 
 
 def in_sequence(module: nn.Module) -> dict[str, nn.Module]:
     """What a Sequential, or a subclass that runs as one, runs one after another; empty for any other module."""
     if not isinstance(module, nn.Sequential) or "forward" in vars(module):
         return {}
-    if type(module).forward is not nn.Sequential.forward or type(module).__iter__ is not nn.Sequential.__iter__:
+    if (
+        type(module).forward not in (nn.Sequential.forward, Sequential.forward)
+        or type(module).__iter__ is not nn.Sequential.__iter__
+    ):
         return {}
     return {name: child for name, child in module._modules.items() if child is not None}
 
 
-def _layers_with_activation(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """(norm or convolution, activation) for the neighbours in a Sequential."""
-    for layer, act in pairwise(in_sequence(module).values()):
-        kind = torch_type(layer)
-        takes = kind in (nn.BatchNorm2d, BatchNormAct2d) or (
-            kind in _CONVOLUTIONS and isinstance(layer, _CONVOLUTIONS) and algorithm_of(layer) != "torch"
-        )
-        if takes and type(act) in _FUSED:
-            yield layer, act
+def _activations_after_convolutions(module: nn.Module) -> list[nn.Module]:
+    """The activations in an ``nn.Sequential`` that ours computes with the convolution before them."""
+    if type(module) not in (nn.Sequential, Sequential):
+        return []
+    return [
+        act
+        for layer, act in pairwise(in_sequence(module).values())
+        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))
+        and torch_type(layer) in (nn.Conv2d, nn.ConvTranspose2d, Conv2d, ConvTranspose2d)
+        and type(act) in _FUSED
+        and algorithm_of(layer) != "torch"
+        and not obstacle_of(layer)
+    ]
 
 
-def _fusion_obstacle(layer: nn.Module, act: nn.Module, slots: Counter[int]) -> str:
-    what = "convolution" if isinstance(layer, _CONVOLUTIONS) else "norm"
-    if slots[id(layer)] > 1:
-        return f"the {what} is used elsewhere in the model"
+def _norms_with_activation(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """(norm, activation) for the neighbours in a Sequential."""
+    for norm, act in pairwise(in_sequence(module).values()):
+        if torch_type(norm) in (nn.BatchNorm2d, BatchNormAct2d) and type(act) in _FUSED:
+            yield norm, act
+
+
+def _fusion_obstacle(norm: nn.Module, act: nn.Module, slots: Counter[int]) -> str:
+    if slots[id(norm)] > 1:
+        return "the norm is used elsewhere in the model"
     if slots[id(act)] > 1:
         return "the activation is used elsewhere in the model"
-    if layer._forward_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        return f"a hook on the {what} would see the activated output"
+    if norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks:
+        return "a hook on the norm would see the activated output"
     if act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks:
         return "a hook on the activation would miss its input"
     if "forward" in vars(act):
@@ -294,20 +324,10 @@ def _fusion_obstacle(layer: nn.Module, act: nn.Module, slots: Counter[int]) -> s
     return ""
 
 
-def _activation_attributes(layer: nn.Module, act: nn.Module) -> dict[str, Any]:
-    slope = float(act.negative_slope) if isinstance(act, nn.LeakyReLU) else None
-    if isinstance(layer, _CONVOLUTIONS):
-        return {"slope": slope or 0.0}
-    return {"act": "relu"} if slope is None else {"act": "leaky_relu", "negative_slope": slope}
-
-
-def _activation_in(module: nn.Module) -> str:
-    """The activation that one of our layers has taken over, or ""."""
-    if isinstance(module, BatchNormAct2d):
-        return "" if module.act == "none" else module.act
-    if isinstance(module, (Conv2d, ConvTranspose2d)) and module.slope != 1.0:
-        return "leaky_relu" if module.slope else "relu"
-    return ""
+def _activation_attributes(act: nn.Module) -> dict[str, Any]:
+    if isinstance(act, nn.LeakyReLU):
+        return {"act": "leaky_relu", "negative_slope": act.negative_slope}
+    return {"act": "relu"}
 
 
 def _uses_nested_tensors(encoder: nn.TransformerEncoder) -> bool:
@@ -352,7 +372,7 @@ def _why_left(module: nn.Module, kind: type[nn.Module]) -> str:
         if isinstance(module, torch_class):
             return f"a subclass of nn.{torch_class.__name__} may compute something else"
     if kind in _FUSED:
-        return "no layer directly before it in a Sequential takes it over"
+        return "no norm directly before it in a Sequential takes it over"
     return f"{_NOTHING} {kind.__name__}"
 
 

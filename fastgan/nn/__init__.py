@@ -2,6 +2,7 @@
 
 from fastgan.nn import functional
 from fastgan.nn.attention import MultiheadAttention
+from fastgan.nn.container import Sequential
 from fastgan.nn.conv import Conv2d, ConvTranspose2d
 from fastgan.nn.dropout import Dropout
 from fastgan.nn.embedding import Embedding
@@ -22,5 +23,6 @@ __all__ = [
     "Linear",
     "LinearCrossEntropyLoss",
     "MultiheadAttention",
+    "Sequential",
     "functional",
 ]

@@ -29,8 +29,7 @@ class Conv2d(nn.Conv2d):
     It adds no state, so an existing module becomes one by ``Conv2d.from_torch(module)``.
     """
 
-    #: By which what is negative in the result is multiplied: the (leaky) ReLU after it, taken over by
-    #: ``fastgan.replace_modules`` or ``fastgan.fold_norms``.
+    #: by which what is negative in the result is multiplied; ``fastgan.fold_norms`` makes copies with another
     slope: float = 1.0
 
     @classmethod
@@ -42,16 +41,23 @@ class Conv2d(nn.Conv2d):
         return convert(module, nn.Conv2d, cls)
 
     def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return self._convolve(input, weight, bias, self.slope)
+
+    def activated(self, input: Tensor, slope: float) -> Tensor:
+        """``F.leaky_relu(self(input), slope)``, or ``F.relu`` if ``slope`` is 0, as one.
+
+        Results are written with the activation, and gradients read through its derivative. Hooks do not fire.
+        """
+        return self._convolve(input, self.weight, self.bias, slope * self.slope)
+
+    def _convolve(self, input: Tensor, weight: Tensor, bias: Tensor | None, slope: float) -> Tensor:
         padding = self.padding
         if self.padding_mode != "zeros":
             input = F.pad(input, self._reversed_padding_repeated_twice, mode=self.padding_mode)
             padding = (0, 0)
         return convolution._conv2d(
-            input, weight, bias, self.stride, padding, self.dilation, self.groups, self.slope  # type: ignore[arg-type]
+            input, weight, bias, self.stride, padding, self.dilation, self.groups, slope  # type: ignore[arg-type]
         )  # fmt: skip
-
-    def extra_repr(self) -> str:
-        return _with_slope(super().extra_repr(), self.slope)
 
 
 class ConvTranspose2d(nn.ConvTranspose2d):
@@ -69,6 +75,13 @@ class ConvTranspose2d(nn.ConvTranspose2d):
 
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """``output_size`` (H, W) chooses among the sizes that stride makes ambiguous, as in torch."""
+        return self._convolve(input, output_size, self.slope)
+
+    def activated(self, input: Tensor, slope: float) -> Tensor:
+        """As ``Conv2d.activated``."""
+        return self._convolve(input, None, slope * self.slope)
+
+    def _convolve(self, input: Tensor, output_size: list[int] | None, slope: float) -> Tensor:
         output_padding = self._output_padding(
             input,
             output_size,
@@ -87,12 +100,5 @@ class ConvTranspose2d(nn.ConvTranspose2d):
             output_padding,
             self.groups,
             self.dilation,  # type: ignore[arg-type]
-            self.slope,
+            slope,
         )
-
-    def extra_repr(self) -> str:
-        return _with_slope(super().extra_repr(), self.slope)
-
-
-def _with_slope(text: str, slope: float) -> str:
-    return text if slope == 1.0 else f"{text}, slope={slope:g}"
