@@ -207,3 +207,17 @@ def test_a_norm_after_an_activation_stays(replaced):
     assert any(isinstance(module, nn.BatchNorm2d) for module in folded.modules())
     assert folded[0].slope == 0.2
     torch.testing.assert_close(folded(input).double(), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_negative_slope_and_its_gradient(transposed):
+    conv = nn.ConvTranspose2d(16, 16, 4, 2, 1) if transposed else nn.Conv2d(16, 16, 4, 2, 1)
+    model = nn.Sequential(conv, nn.LeakyReLU(-0.3))
+    input = torch.randn(3, 16, 24, 24)
+    found = []
+    for module in (model, fastgan.fold_norms(model)):
+        leaf = input.clone().requires_grad_()
+        out = module(leaf)
+        found.append([out, *torch.autograd.grad(out.square().sum(), leaf)])
+    for got, expected in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)

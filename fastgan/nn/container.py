@@ -31,13 +31,13 @@ class Sequential(nn.Sequential):
     def forward(self, input: Any) -> Any:
         layers: list[Any] = list(self)
         whole = not has_hooks_on_all()
-        done = None
+        done = False  # by the layer before
         for layer, after in pairwise([*layers, None]):
-            if layer is done:
-                done = None
+            if done:
+                done = False
             elif whole and (slope := _slope_of(layer, after)) is not None:
                 input = layer.activated(input, slope)
-                done = after
+                done = True
             else:
                 input = layer(input)
         return input

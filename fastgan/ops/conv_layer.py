@@ -128,6 +128,8 @@ def convolution(
 
     What is negative in the result is multiplied by ``slope``, where a kernel of ours writes it.
     """
+    if not slope >= 0:  # the sign of a result would not tell that of what it was
+        return activated(convolution(input, weight, bias, stride, padding, dilation, groups), slope)
     if input.dim() == 4 and not isinstance(padding, str) and _takes(input, weight, bias):
         strides, pads, dilations = _pair(stride), _pair(padding), _pair(dilation)
         if _covers(input, weight, pads, dilations, groups):
@@ -167,6 +169,9 @@ def transposed_convolution(
 
     ``slope`` as ``convolution``'s.
     """
+    if not slope >= 0:
+        out = transposed_convolution(input, weight, bias, stride, padding, output_padding, groups, dilation)
+        return activated(out, slope)
     if input.dim() == 4 and _takes(input, weight, bias):
         strides, pads, extra, dilations = _pair(stride), _pair(padding), _pair(output_padding), _pair(dilation)
         if _is_single(input, pads, extra, dilations, groups) and weight.numel() > 0:

@@ -52,7 +52,7 @@ def _conv2d(
     groups: int,
     slope: float = 1.0,
 ) -> Tensor:
-    """What is negative in the result is multiplied by ``slope``: the activation that a module has taken over."""
+    """What is negative in the result is multiplied by ``slope``: the activation that goes with it."""
     check_tensors("bias", input=input, weight=weight, bias=bias)
     if _is_plain_convolution(input, weight, bias):
         _check_convolution_arguments(input, weight, bias, stride, dilation, groups)
