@@ -20,7 +20,7 @@ from fastgan._hooks import has_hooks
 from fastgan.nn.activation import FusedLeakyReLU, FusedReLU
 from fastgan.nn.conv import Conv2d, ConvTranspose2d
 from fastgan.nn.norm_act import BatchNormAct2d
-from fastgan.ops._layout import format_of, is_channels_last
+from fastgan.ops._layout import format_like
 from fastgan.replace import in_sequence, obstacle_of, torch_type
 
 M = TypeVar("M", bound=nn.Module)
@@ -152,5 +152,5 @@ def _folded(conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d) -> tuple
         weight = (parts * factor.reshape(conv.groups, 1, -1, 1, 1)).flatten(0, 1)
     else:
         weight = weight * factor[:, None, None, None]
-    format = format_of(is_channels_last(conv.weight))
+    format = format_like(conv.weight)
     return weight.to(conv.weight.dtype).contiguous(memory_format=format), shift.to(conv.weight.dtype)

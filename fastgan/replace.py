@@ -221,13 +221,8 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
             yield _Decision(module, row, target, attributes)
         elif acts := _activations_after_convolutions(module):
             state: State = "swapped" if kind is Sequential else "will be swapped"
-            row = Row(
-                name,
-                type(module).__name__,
-                state,
-                Sequential.__name__,
-                f"convolution and activation as one: {len(acts)}",
-            )
+            reason = f"convolution and activation as one: {len(acts)}"
+            row = Row(name, type(module).__name__, state, Sequential.__name__, reason)
             yield _Decision(module, row, Sequential)
             with_convolutions.update(map(id, acts))
         elif isinstance(module, nn.TransformerEncoder) and _uses_nested_tensors(module):
@@ -268,9 +263,9 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
                 state = "swapped" if used == "fastgan" else "will be swapped"
                 yield _Decision(module, Row(name, type(module).__name__, state, 'attn_implementation="fastgan"'))
         elif id(module) not in inner and _is_worth_a_row(name, module):
-            reason = (
-                "as one with the convolution before it" if id(module) in with_convolutions else _why_left(module, kind)
-            )
+            reason = _why_left(module, kind)
+            if id(module) in with_convolutions:
+                reason = "as one with the convolution before it"
             yield _Decision(module, Row(name, type(module).__name__, "left", reason=reason))
 
 

@@ -29,10 +29,10 @@ class Sequential(nn.Sequential):
         return convert(module, nn.Sequential, cls)
 
     def forward(self, input: Any) -> Any:
-        layers: list[Any] = list(self)
         whole = not has_hooks_on_all()
         done = False  # by the layer before
-        for layer, after in pairwise([*layers, None]):
+        layers: list[Any] = [*self, None]
+        for layer, after in pairwise(layers):
             if done:
                 done = False
             elif whole and (slope := _slope_of(layer, after)) is not None:

@@ -22,5 +22,10 @@ def is_channels_last(tensor: Tensor) -> bool:
     return True
 
 
+def format_like(tensor: Tensor) -> torch.memory_format:
+    """The format that keeps the layout of ``tensor``."""
+    return format_of(is_channels_last(tensor))
+
+
 def format_of(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format

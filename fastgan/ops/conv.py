@@ -241,7 +241,7 @@ def _conv_input_gradient_kernel(
     gradient, weight, bias, size, stride, padding, channels_last, slope=1.0, mask: Mask = _NO_MASK
 ):
     def reference():
-        plain = _unmasked(gradient, mask)
+        plain = _masked(gradient, mask)
         out = conv_input_gradient_reference(plain, weight, bias, size, stride, padding, channels_last)
         return activated(out, slope, inplace=True)
 
@@ -257,7 +257,7 @@ def _conv_input_gradient_kernel(
 
 def _conv_weight_gradient_kernel(gradient, input, kernel, stride, padding, channels_last, mask: Mask = _NO_MASK):
     def reference():
-        plain = _unmasked(gradient, mask)
+        plain = _masked(gradient, mask)
         return conv_weight_gradient_reference(plain, input, kernel, stride, padding, channels_last)
 
     if not _has_kernel(gradient, input, kernel, stride, gradient.numel() * input.numel()):
@@ -269,7 +269,7 @@ def _conv_weight_gradient_kernel(gradient, input, kernel, stride, padding, chann
     return output if finite else reference()
 
 
-def _unmasked(gradient: Tensor, mask: Mask) -> Tensor:
+def _masked(gradient: Tensor, mask: Mask) -> Tensor:
     return gradient if mask[0] is None else leaky_relu_backward(gradient, *mask)
 
 
@@ -374,20 +374,6 @@ conv_weight_gradient = define(
 # ---- with an activation ----
 
 
-def _act_fake(fake):
-    return lambda *args: fake(*args[:-1])
-
-
-def _act_jvp(name):
-    plain = _bilinear_jvp(name, 2)
-
-    def jvp(args, saved, tangents):
-        (tangent,) = plain(args[:-1], (), tangents[:-1])
-        return (leaky_relu_backward(tangent, saved[0], args[-1]),)
-
-    return jvp
-
-
 def _reads_mask(gradient: Tensor, output: Tensor, weight: Tensor) -> bool:
     """Whether the kernels of both gradients can read ``gradient`` through a mask, and are what runs."""
     return (
@@ -400,12 +386,24 @@ def _reads_mask(gradient: Tensor, output: Tensor, weight: Tensor) -> bool:
     )
 
 
+def _act_backward(plain):
+    """The backward of ``plain``, the gradient multiplied by the activation's derivative before it."""
+
+    def backward(args, saved, grads, needs):
+        masked = leaky_relu_backward(grads[0], saved[0], args[-1])
+        return (*plain(args[:-1], (), (masked,), needs), None)
+
+    return backward
+
+
+_conv_act_backward_in_turn = _act_backward(_conv_backward)
+
+
 def _conv_act_backward(args, saved, grads, needs):
     input, weight, _bias, stride, padding, _last, slope = args
     (output,), (grad,) = saved, grads
     if needs[2] or not _reads_mask(grad, output, weight):
-        masked = (leaky_relu_backward(grad, output, slope),)
-        return (*_conv_backward(args[:-1], (), masked, needs), None)
+        return _conv_act_backward_in_turn(args, saved, grads, needs)
     mask = (output, slope)
     size, kernel = list(input.shape[2:]), list(weight.shape[2:])
     to_input = to_weight = None
@@ -417,30 +415,38 @@ def _conv_act_backward(args, saved, grads, needs):
     return (to_input, to_weight, *(None,) * 5)
 
 
-def _conv_input_gradient_act_backward(args, saved, grads, needs):
-    masked = (leaky_relu_backward(grads[0], saved[0], args[-1]),)
-    return (*_conv_input_gradient_backward(args[:-1], (), masked, needs), None)
+def _define_act(schema, reference, fake, backward):
+    """An operator whose last argument is a slope: ``reference`` of the others and its activation."""
+    plain = _bilinear_jvp(schema[: schema.index("_act(")], 2)
+
+    def jvp(args, saved, tangents):
+        (tangent,) = plain(args[:-1], (), tangents[:-1])
+        return (leaky_relu_backward(tangent, saved[0], args[-1]),)
+
+    return define(
+        schema,
+        reference=lambda *args: activated(reference(*args[:-1]), args[-1]),
+        fake=lambda *args: fake(*args[:-1]),
+        backward=backward,
+        jvp=jvp,
+        save_outputs=(0,),
+        autocast="lower",
+    )
 
 
-conv_act = define(
+conv_act = _define_act(
     "conv_act(Tensor input, Tensor weight, Tensor? bias, SymInt[] stride, SymInt[] padding, bool channels_last, "
     "float slope) -> Tensor",
-    reference=lambda *args: activated(conv_reference(*args[:-1]), args[-1]),
-    fake=_act_fake(_conv_fake),
-    backward=_conv_act_backward,
-    jvp=_act_jvp("conv"),
-    save_outputs=(0,),
-    autocast="lower",
+    conv_reference,
+    _conv_fake,
+    _conv_act_backward,
 )
-conv_input_gradient_act = define(
+conv_input_gradient_act = _define_act(
     "conv_input_gradient_act(Tensor gradient, Tensor weight, Tensor? bias, SymInt[] size, SymInt[] stride, "
     "SymInt[] padding, bool channels_last, float slope) -> Tensor",
-    reference=lambda *args: activated(conv_input_gradient_reference(*args[:-1]), args[-1]),
-    fake=_act_fake(_conv_input_gradient_fake),
-    backward=_conv_input_gradient_act_backward,
-    jvp=_act_jvp("conv_input_gradient"),
-    save_outputs=(0,),
-    autocast="lower",
+    conv_input_gradient_reference,
+    _conv_input_gradient_fake,
+    _act_backward(_conv_input_gradient_backward),
 )
 
 # One of the three passes, and whether all of its result is finite. See csrc/conv/conv_op.cpp.

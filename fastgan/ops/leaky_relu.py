@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastgan import _impl
 from fastgan.ops._autograd import LIBRARY, define
-from fastgan.ops._layout import format_of, is_channels_last
+from fastgan.ops._layout import format_like, is_channels_last
 from fastgan.ops._output import new_output
 
 
@@ -34,7 +34,7 @@ def leaky_relu_backward_reference(gradient: Tensor, output: Tensor, slope: float
         out = torch.ops.aten.threshold_backward(gradient, output, 0)
     else:
         out = torch.ops.aten.leaky_relu_backward(gradient, output, slope, True)
-    return out.contiguous(memory_format=format_of(is_channels_last(gradient)))
+    return out.contiguous(memory_format=format_like(gradient))
 
 
 def _kernel(gradient, output, slope):
@@ -45,7 +45,7 @@ def _kernel(gradient, output, slope):
 
 
 def _fake(gradient, output, slope):
-    return gradient.new_empty(gradient.shape).contiguous(memory_format=format_of(is_channels_last(gradient)))
+    return gradient.new_empty(gradient.shape).contiguous(memory_format=format_like(gradient))
 
 
 def _backward(args, _, grads, needs):

@@ -129,9 +129,10 @@ void check(const Case& c, bool direct = false) {
         a.mask = nullptr;
         for (int64_t i = 0; i < size; ++i) expected[i] = out[i];
         Buffer<float> gradient(y_size);
-        for (int64_t i = 0; i < y_size; ++i) gradient[i] = in[2][i];
-        for (int64_t i = 0; i < y_size; ++i)
+        for (int64_t i = 0; i < y_size; ++i) {
+          gradient[i] = in[2][i];
           if (slope == 0 ? mask[i] <= 0 : !(mask[i] > 0)) in[2][i] *= slope;
+        }
         call(direct, pass, a, threads);
         for (int64_t i = 0; i < size; ++i) harness::expect(out[i] == expected[i], "a mask");
         for (int64_t i = 0; i < y_size; ++i) in[2][i] = gradient[i];
