@@ -32,6 +32,7 @@ from transformers.models.bart.modeling_bart import shift_tokens_right
 from transformers.utils.generic import can_return_tuple
 
 from fastgan._hooks import has_hooks
+from fastgan.nn._convert import empty
 from fastgan.nn.functional import linear_cross_entropy
 from fastgan.nn.linear import Linear
 
@@ -247,12 +248,7 @@ class _Fused:
 
     def __reduce_ex__(self, protocol):
         # The class is made, not found by its name: copies and pickles name the original.
-        return _empty, (self._original,), self.__dict__
-
-
-def _empty(original: Any) -> Any:
-    kind: Any = fused_class(original)
-    return kind.__new__(kind)
+        return empty, (fused_class, self._original), self.__dict__
 
 
 @functools.cache

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgan._hooks import has_hooks
-from fastgan.nn.activation import FusedLeakyReLU, FusedReLU
+from fastgan.nn.container import slope_of
 from fastgan.nn.conv import Conv2d, ConvTranspose2d
 from fastgan.nn.norm_act import BatchNormAct2d
 from fastgan.ops._layout import format_like
@@ -26,7 +26,7 @@ from fastgan.replace import in_sequence, obstacle_of, torch_type
 M = TypeVar("M", bound=nn.Module)
 
 _NORMS = (nn.BatchNorm2d, BatchNormAct2d)
-_ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, FusedReLU, FusedLeakyReLU)
+_ACTIVATIONS = (nn.ReLU, nn.LeakyReLU)
 
 
 class FoldedConv2d(Conv2d):
@@ -124,12 +124,10 @@ def _fold(module: nn.Module, names: list[str]) -> None:
 
 
 def _slope(module: nn.Module | None) -> float:
-    """By which a module multiplies what is negative; a fused activation leaves that to the norm before it."""
+    """By which a module multiplies what is negative."""
     if isinstance(module, BatchNormAct2d):
         return {"none": 1.0, "relu": 0.0, "leaky_relu": float(module.negative_slope)}[module.act]
-    if isinstance(module, (FusedReLU, FusedLeakyReLU, nn.BatchNorm2d)):
-        return 1.0
-    return float(module.negative_slope) if isinstance(module, nn.LeakyReLU) else 0.0
+    return 1.0 if isinstance(module, nn.BatchNorm2d) else slope_of(module)
 
 
 def _folded(conv: nn.Conv2d | nn.ConvTranspose2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -20,9 +20,9 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
-from fastgan.nn.activation import FusedLeakyReLU, FusedReLU
+from fastgan._hooks import has_hooks
 from fastgan.nn.attention import MultiheadAttention
-from fastgan.nn.container import Sequential
+from fastgan.nn.container import Sequential, class_for, runs_in_order, slope_of
 from fastgan.nn.conv import Conv2d, ConvTranspose2d, algorithm_of
 from fastgan.nn.dropout import Dropout
 from fastgan.nn.embedding import Embedding
@@ -37,10 +37,9 @@ _SWAPS: dict[type[nn.Module], type[nn.Module]] = {
     nn.Embedding: Embedding,
     nn.MultiheadAttention: MultiheadAttention,
 }
-_FUSED: dict[type[nn.Module], type[nn.Module]] = {nn.ReLU: FusedReLU, nn.LeakyReLU: FusedLeakyReLU}
 _NOTHING = "fastgan has nothing for"
 _OF_ITS_OWN = "computes attention itself and never asks for attn_implementation's"
-_OURS = (*_SWAPS.values(), *_FUSED.values())
+_WITH_KERNELS = (nn.Conv2d, nn.ConvTranspose2d, Conv2d, ConvTranspose2d)
 
 State = Literal["swapped", "will be swapped", "left"]
 M = TypeVar("M", bound=nn.Module)
@@ -103,13 +102,9 @@ def replace_modules(model: M) -> M:
       ``Conv2d``, ``ConvTranspose2d``, ``MultiheadAttention`` and ``BatchNormAct2d``, which are subclasses of theirs.
     - ``nn.Embedding`` of 1 MB and more becomes fastgan.nn's, whose gradient lies in memory kept from step to step.
     - ``nn.Dropout`` becomes fastgan.nn's, which draws other numbers from the same generator.
-    - Where an ``nn.ReLU`` or ``nn.LeakyReLU`` follows the norm in an ``nn.Sequential``, the norm takes it over; in its
-      place a module of the same name and kind passes its input on. Not where that could be seen: hooks on the norm's
-      output, pre-hooks or backward hooks on the activation, either module in use elsewhere in the model. A forward hook
-      on the activation fires with the activation's output, which is then its input too. A hook that is put on
-      the norm later sees the activated output, and a slice of the Sequential that ends at the norm returns it.
-    - An ``nn.Sequential`` in which a convolution that has kernels here comes before an ``nn.ReLU`` or ``nn.LeakyReLU``
-      becomes fastgan.nn's, which computes both as one where neither has hooks at the time of the call.
+    - An ``nn.Sequential`` in which a norm, or a convolution that has kernels here, comes before an ``nn.ReLU`` or
+      ``nn.LeakyReLU`` becomes fastgan.nn's, which computes both as one where neither has hooks at the time of the call;
+      one of a subclass that leaves the forward alone becomes one of a subclass of that, of the same name.
     - ``nn.TransformerEncoder.use_nested_tensor`` is switched off over replaced attention: evaluation without
       gradients computes at padded positions what training does, instead of zeros.
     - transformers models that run ``"sdpa"`` attention, or ``"eager"`` for want of it (GPT-OSS and others with sinks),
@@ -124,8 +119,7 @@ def replace_modules(model: M) -> M:
     model's, optimizers made before are valid. Subclasses, lazy, scripted and quantized modules, and modules whose
     forward was overridden on the instance, are left as they are. Calling it again changes nothing.
 
-    Convert to ``nn.SyncBatchNorm``, fold norms into convolutions, or quantize, before calling it and not after: such
-    tools rebuild a norm from its parameters and would lose the activation that it took over, or look for exact classes.
+    Quantize before calling it and not after: such tools look for exact classes.
 
     Args:
         model: any module, itself one of those above or holding some.
@@ -192,55 +186,26 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
     inner = {
         id(child) for _, module in named if isinstance(module, nn.MultiheadAttention) for child in module.children()
     }
-    slots = Counter(id(child) for _, module in named for child in module._modules.values() if child is not None)
-    after = {id(norm): act for _, module in named for norm, act in _norms_with_activation(module)}
-    fused: set[int] = set()
-    with_convolutions: set[int] = set()
+    before = {id(act): layer for _, module in named for layer, act in _neighbours(module)}
     # Both are None until fastgan.hf is imported.
     heads, layers = (sys.modules.get(f"fastgan.{name}") for name in ("_lm_heads", "_hf_layers"))
     of_transformers = layers.swaps(model) if layers else {}
     for name, module in named:
         kind = torch_type(module)
-        if id(module) in fused:
-            target = _FUSED[kind]
-            row = Row(name, type(module).__name__, "will be swapped", target.__name__, "in the norm before it")
-            yield _Decision(module, row, target)
-        elif kind in _SWAPS and not obstacle_of(module):
-            target, attributes, reason = _SWAPS[kind], {}, ""
-            if id(module) in after:
-                act = after[id(module)]
-                if not (seen := _fusion_obstacle(module, act, slots)):
-                    fused.add(id(act))
-                    attributes = _activation_attributes(act)
-                    reason = f"with the {type(act).__name__} after it"
-                else:
-                    reason = f"without the {type(act).__name__} after it: {seen}"
-            elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-                reason = algorithm_of(module)
-            row = Row(name, type(module).__name__, "will be swapped", target.__name__, reason)
-            yield _Decision(module, row, target, attributes)
-        elif acts := _activations_after_convolutions(module):
-            state: State = "swapped" if kind is Sequential else "will be swapped"
-            reason = f"convolution and activation as one: {len(acts)}"
-            row = Row(name, type(module).__name__, state, Sequential.__name__, reason)
-            yield _Decision(module, row, Sequential)
-            with_convolutions.update(map(id, acts))
+        if kind in _SWAPS and not obstacle_of(module):
+            row = Row(name, type(module).__name__, "will be swapped", _SWAPS[kind].__name__, _how(module))
+            yield _Decision(module, row, _SWAPS[kind])
+        elif pairs := sum(1 for _ in _neighbours(module)):
+            target = class_for(kind)  # type: ignore[arg-type]  # a class is hashable
+            state: State = "swapped" if type(module) is target else "will be swapped"
+            reason = f"layer and activation as one: {pairs}"
+            yield _Decision(module, Row(name, type(module).__name__, state, Sequential.__name__, reason), target)
         elif isinstance(module, nn.TransformerEncoder) and _uses_nested_tensors(module):
             reason = "use_nested_tensor off: at padded positions evaluation computes what training does"
             row = Row(name, type(module).__name__, "will be swapped", "use_nested_tensor=False", reason)
             yield _Decision(module, row, None, {"use_nested_tensor": False})
-        elif kind in _OURS:
-            reason = ""
-            if isinstance(module, BatchNormAct2d) and module.act != "none":
-                reason = f"with the {module.act}"
-            elif id(module) in after:
-                seen = _fusion_obstacle(module, after[id(module)], slots) or "only an nn.BatchNorm2d takes one over"
-                reason = f"without the {type(after[id(module)]).__name__} after it: {seen}"
-            elif isinstance(module, (FusedReLU, FusedLeakyReLU)):
-                reason = "in the norm before it"
-            elif isinstance(module, (Conv2d, ConvTranspose2d)):
-                reason = algorithm_of(module)
-            yield _Decision(module, Row(name, type(module).__name__, "swapped", kind.__name__, reason))
+        elif kind in _SWAPS.values():
+            yield _Decision(module, Row(name, type(module).__name__, "swapped", kind.__name__, _how(module)))
         elif id(module) in of_transformers and not obstacle_of(module):
             target, reason = of_transformers[id(module)]
             state = "swapped" if kind is target else "will be swapped"
@@ -263,66 +228,44 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
                 state = "swapped" if used == "fastgan" else "will be swapped"
                 yield _Decision(module, Row(name, type(module).__name__, state, 'attn_implementation="fastgan"'))
         elif id(module) not in inner and _is_worth_a_row(name, module):
-            reason = _why_left(module, kind)
-            if id(module) in with_convolutions:
-                reason = "as one with the convolution before it"
+            reason = _as_one(before[id(module)], module) if id(module) in before else _why_left(module, kind)
             yield _Decision(module, Row(name, type(module).__name__, "left", reason=reason))
+
+
+def _how(module: nn.Module) -> str:
+    """What to know of a module that is swapped."""
+    if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        return algorithm_of(module)
+    return f"with the {module.act}" if isinstance(module, BatchNormAct2d) and module.act != "none" else ""
 
 
 def in_sequence(module: nn.Module) -> dict[str, nn.Module]:
     """What a Sequential, or a subclass that runs as one, runs one after another; empty for any other module."""
-    if not isinstance(module, nn.Sequential) or "forward" in vars(module):
-        return {}
-    if (
-        type(module).forward not in (nn.Sequential.forward, Sequential.forward)
-        or type(module).__iter__ is not nn.Sequential.__iter__
-    ):
+    if not runs_in_order(module):
         return {}
     return {name: child for name, child in module._modules.items() if child is not None}
 
 
-def _activations_after_convolutions(module: nn.Module) -> list[nn.Module]:
-    """The activations in an ``nn.Sequential`` that ours computes with the convolution before them."""
-    if type(module) not in (nn.Sequential, Sequential):
-        return []
-    return [
-        act
-        for layer, act in pairwise(in_sequence(module).values())
-        if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d))
-        and torch_type(layer) in (nn.Conv2d, nn.ConvTranspose2d, Conv2d, ConvTranspose2d)
-        and type(act) in _FUSED
-        and algorithm_of(layer) != "torch"
-        and not obstacle_of(layer)
-    ]
+def _neighbours(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
+    """(layer, activation) in a Sequential, which ours computes as one unless there are hooks."""
+    plain = torch_type(module) is type(module)
+    for layer, act in pairwise(in_sequence(module).values() if plain else ()):
+        if slope_of(act) >= 0 and "forward" not in vars(act) and _can_take_over(layer):
+            yield layer, act
 
 
-def _norms_with_activation(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
-    """(norm, activation) for the neighbours in a Sequential."""
-    for norm, act in pairwise(in_sequence(module).values()):
-        if torch_type(norm) in (nn.BatchNorm2d, BatchNormAct2d) and type(act) in _FUSED:
-            yield norm, act
+def _can_take_over(layer: nn.Module) -> bool:
+    """Whether an activation can be part of ``layer``, now or once it is swapped, and gains from it."""
+    if obstacle_of(layer):
+        return False
+    if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
+        return torch_type(layer) in _WITH_KERNELS and algorithm_of(layer) != "torch"
+    return torch_type(layer) is nn.BatchNorm2d or (torch_type(layer) is BatchNormAct2d and layer.act == "none")
 
 
-def _fusion_obstacle(norm: nn.Module, act: nn.Module, slots: Counter[int]) -> str:
-    if slots[id(norm)] > 1:
-        return "the norm is used elsewhere in the model"
-    if slots[id(act)] > 1:
-        return "the activation is used elsewhere in the model"
-    if norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks:
-        return "a hook on the norm would see the activated output"
-    if act._forward_pre_hooks or act._backward_hooks or act._backward_pre_hooks:
-        return "a hook on the activation would miss its input"
-    if "forward" in vars(act):
-        return "the activation's forward was overridden on the instance"
-    if isinstance(act, nn.LeakyReLU) and not act.negative_slope >= 0:
-        return f"negative_slope is {act.negative_slope}"
-    return ""
-
-
-def _activation_attributes(act: nn.Module) -> dict[str, Any]:
-    if isinstance(act, nn.LeakyReLU):
-        return {"act": "leaky_relu", "negative_slope": act.negative_slope}
-    return {"act": "relu"}
+def _as_one(layer: nn.Module, act: nn.Module) -> str:
+    one = f"as one with the {torch_type(layer).__name__} before it"
+    return f"{one}, but for hooks that are there now" if has_hooks(layer) or has_hooks(act) else one
 
 
 def _uses_nested_tensors(encoder: nn.TransformerEncoder) -> bool:
@@ -366,8 +309,8 @@ def _why_left(module: nn.Module, kind: type[nn.Module]) -> str:
     for torch_class in _SWAPS:
         if isinstance(module, torch_class):
             return f"a subclass of nn.{torch_class.__name__} may compute something else"
-    if kind in _FUSED:
-        return "no norm directly before it in a Sequential takes it over"
+    if kind in (nn.ReLU, nn.LeakyReLU):
+        return "nothing directly before it in a Sequential takes it over"
     return f"{_NOTHING} {kind.__name__}"
 
 

@@ -1,4 +1,4 @@
-"""Batch norm and activation as one module, in the norm's place."""
+"""Batch norm and activation as one."""
 
 from __future__ import annotations
 
@@ -75,6 +75,17 @@ class BatchNormAct2d(nn.BatchNorm2d):
         return converted
 
     def forward(self, input: Tensor) -> Tensor:
+        return self._normalize(input, self.act, self.negative_slope)
+
+    def activated(self, input: Tensor, slope: float) -> Tensor:
+        """``F.leaky_relu(self(input), slope)``, or ``F.relu`` if ``slope`` is 0, in one pass; ``act`` must be "none".
+
+        Hooks do not fire.
+        """
+        assert self.act == "none"
+        return self._normalize(input, "leaky_relu" if slope else "relu", slope)
+
+    def _normalize(self, input: Tensor, act: str, negative_slope: float) -> Tensor:
         self._check_input_dim(input)
         # As torch: statistics of the batch in training and where there are no others; only tracked ones move.
         batch_statistics = self.training or (self.running_mean is None and self.running_var is None)
@@ -84,7 +95,7 @@ class BatchNormAct2d(nn.BatchNorm2d):
         moves = self.training and self.track_running_stats and self.num_batches_tracked is not None
         # Without momentum the average is cumulative, so each part of the batch has a weight of its own.
         if moves and self.momentum is None and self.groups > 1:
-            return self._forward_cumulative(input)
+            return self._normalize_cumulative(input, act, negative_slope)
         factor = 0.0 if self.momentum is None else self.momentum
         if moves:
             assert self.num_batches_tracked is not None
@@ -100,12 +111,12 @@ class BatchNormAct2d(nn.BatchNorm2d):
             batch_statistics,
             factor,
             self.eps,
-            self.act,
-            self.negative_slope,
+            act,
+            negative_slope,
             self.groups if self.training else 1,
         )
 
-    def _forward_cumulative(self, input: Tensor) -> Tensor:
+    def _normalize_cumulative(self, input: Tensor, act: str, negative_slope: float) -> Tensor:
         if input.shape[0] % self.groups != 0:
             raise ValueError(f"groups must divide the batch, got groups={self.groups} and a batch of {input.shape[0]}")
         assert self.num_batches_tracked is not None
@@ -122,8 +133,8 @@ class BatchNormAct2d(nn.BatchNorm2d):
                     True,
                     1.0 / float(self.num_batches_tracked),
                     self.eps,
-                    self.act,
-                    self.negative_slope,
+                    act,
+                    negative_slope,
                 )
             )
         return torch.cat(outputs)

@@ -1,4 +1,4 @@
-"""``fastgan.nn.Sequential``: a convolution and the activation after it as one, unless somebody looks between them."""
+"""``fastgan.nn.Sequential``: a layer and the activation after it as one, unless somebody looks between them."""
 
 import copy
 
@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, parametrize
 import fastgan
 from fastgan import explain, replace_modules
 from fastgan.models import DCGAN
-from fastgan.nn import Conv2d, Sequential
+from fastgan.nn import BatchNormAct2d, Conv2d, Sequential
 
 ACTIVATIONS = {
     "relu": nn.ReLU,
@@ -24,16 +24,20 @@ ACTIVATIONS = {
 def _model(act=nn.ReLU):
     return nn.Sequential(
         nn.Conv2d(16, 32, 4, 2, 1), act(), nn.Conv2d(32, 18, 3), act(), nn.ConvTranspose2d(18, 16, 4, 2, 1), act(),
-        nn.Conv2d(16, 4, 1), act(),
+        nn.BatchNorm2d(16), act(), nn.Conv2d(16, 4, 1), act(),
     )  # fmt: skip
 
 
 @pytest.fixture
 def fused(monkeypatch):
-    """The slopes of the convolutions that were computed with their activation."""
+    """The slopes of the layers that were computed with their activation."""
     slopes = []
-    convolve = Conv2d.activated
-    monkeypatch.setattr(Conv2d, "activated", lambda self, x, slope: slopes.append(slope) or convolve(self, x, slope))
+
+    def watched(compute):
+        return lambda self, input, slope: slopes.append(slope) or compute(self, input, slope)
+
+    for kind in (Conv2d, BatchNormAct2d):
+        monkeypatch.setattr(kind, "activated", watched(kind.activated))
     return slopes
 
 
@@ -53,7 +57,7 @@ def test_trains_as_torchs(act, fused):
         found.append([out, leaf.grad, *(p.grad for p in module.parameters())])
     for a, expected in zip(*found, strict=True):
         torch.testing.assert_close(a, expected)
-    assert len(fused) == 3
+    assert len(fused) == 4
 
 
 @pytest.mark.kernel
@@ -74,7 +78,7 @@ def test_who_looks_between_sees_what_was_there(fused):
     x = torch.randn(2, 16, 24, 24)
     model = replace_modules(_model())
     whole = model(x)
-    assert fused == [0.0] * 3
+    assert fused == [0.0] * 4
     fused.clear()
 
     def walked():
@@ -93,16 +97,16 @@ def test_who_looks_between_sees_what_was_there(fused):
     fused.clear()
 
     seen = []
-    for module in (model[0], model[1]):
+    for module in (model[0], model[1], model[6], model[7]):
         for register in (module.register_forward_hook, module.register_forward_pre_hook):
             handle = register(lambda module, args, *out: seen.append((module, *(out or args))))
             torch.testing.assert_close(model(x), whole)
             handle.remove()
-            assert len(fused) == 2  # the others
+            assert len(fused) == 3  # the others
             fused.clear()
-    assert [module for module, _ in seen] == [model[0], model[0], model[1], model[1]]
-    assert torch.equal(seen[0][1], between[0])
-    assert torch.equal(seen[3][1], between[0])
+    assert [module for module, _ in seen] == [model[i] for i in (0, 0, 1, 1, 6, 6, 7, 7)]
+    for i, at in ((0, 0), (3, 0), (4, 6), (7, 6)):
+        torch.testing.assert_close(seen[i][1], between[at])
     handle = register_module_forward_hook(lambda module, args, out: seen.append(module))
     model(x)
     handle.remove()
@@ -138,6 +142,20 @@ def test_what_is_not_taken_as_one(fused):
     other._conv_forward = lambda x, w, b: F.conv2d(x, w, b) - 1
     torch.testing.assert_close(Sequential(other, nn.ReLU())(x), (conv(x) - 1).relu())
     assert not fused
+
+    class Doubled(Conv2d):
+        def forward(self, input):
+            return super().forward(input) * 2
+
+    class Shifted(BatchNormAct2d):
+        def forward(self, input):
+            return super().forward(input) + 1
+
+    for layer in (Doubled(16, 16, 3), Shifted(16), BatchNormAct2d(16, act="relu"), BatchNormAct2d(16).double()):
+        given = x.to(next(layer.parameters()).dtype)
+        torch.testing.assert_close(Sequential(layer, nn.LeakyReLU(0.5))(given), F.leaky_relu(layer(given), 0.5))
+    assert fused == [0.5]  # the last
+    fused.clear()
     act = nn.ReLU()  # in use twice, and once more than it is passed over
     torch.testing.assert_close(Sequential(conv, act, act, conv, act)(x), conv(conv(x).relu()).relu())
     assert fused == [0.0, 0.0]
@@ -152,6 +170,20 @@ def test_parametrized_weights():
     x = torch.randn(2, 16, 9, 9)
     for _ in range(2):
         torch.testing.assert_close(model(x), plain(x))
+
+
+class Leaves(torch.fx.Tracer):
+    def is_leaf_module(self, module, name):
+        return not isinstance(module, nn.Sequential)
+
+
+def test_fx_is_shown_every_layer(fused):
+    model = replace_modules(_model())
+    graph = Leaves().trace(model)
+    assert [node.target for node in graph.nodes if node.op == "call_module"] == [str(i) for i in range(len(model))]
+    assert not fused
+    x = torch.randn(2, 16, 24, 24)
+    torch.testing.assert_close(torch.fx.GraphModule(model, graph)(x), model(x))
 
 
 @pytest.mark.kernel
@@ -169,8 +201,8 @@ def test_compiles_whole(fused):
 def test_explained_and_made_of_torchs():
     rows = explain(DCGAN(64, 3, ngf=16, ndf=16).discriminator)
     assert (rows[0].name, rows[0].becomes, rows[0].state) == ("main", "Sequential", "will be swapped")
-    assert rows[0].reason == "convolution and activation as one: 1"
-    assert (rows[2].state, rows[2].reason) == ("left", "as one with the convolution before it")
+    assert rows[0].reason == "layer and activation as one: 4"
+    assert (rows[2].state, rows[2].reason) == ("left", "as one with the Conv2d before it")
     model = DCGAN(64, 3, ngf=16, ndf=16).discriminator
     replace_modules(model)
     assert explain(model)[0].state == "swapped"

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fastgan.models import DCGAN
+from fastgan.nn import Sequential
 from fastgan.replace import replace_modules
 from fastgan.training import GANTrainer, r1_penalty, wgan_gp_penalty
 from fastgan.training.joining import one_batch_pays, why_two_passes
@@ -182,6 +183,14 @@ class Functional(nn.Module):
 )
 def test_which_forwards_may_see_real_and_fake_as_one_batch(body, joined):
     assert (why_two_passes(Functional(body)) is None) == joined
+
+
+def test_a_replaced_discriminator_sees_real_and_fake_as_one_batch():
+    discriminator = DCGAN(64, 3, ngf=16, ndf=16).discriminator
+    assert "main.3 (BatchNorm2d) looks at the whole batch" in why_two_passes(discriminator)
+    replace_modules(discriminator)
+    assert type(discriminator.main) is Sequential
+    assert why_two_passes(discriminator) is None
 
 
 def test_a_large_batch_of_pictures_takes_two_passes_on_the_cpu(monkeypatch):
