@@ -284,7 +284,7 @@ Error launch_forward(const AttentionArgs& args, Plan plan, void* stream) {
 template <class S, int D, bool Packed>
 Error whole_forward(const AttentionArgs& args, const Plan& plan, void* stream) {
   if constexpr (kWarpgroups<S, D>) {
-    if (has_warpgroups(forward_kernel<S, D, ForwardWarpgroups<D>, Packed>))
+    if (was_compiled(forward_kernel<S, D, ForwardWarpgroups<D>, Packed>))
       return launch_forward<S, D, ForwardWarpgroups<D>, Packed>(args, plan, stream);
   }
   return launch_forward<S, D, ForwardTiling<S, D>, Packed>(args, plan, stream);

@@ -443,7 +443,7 @@ template <class S, int D, bool Packed>
 Error backward_by_gpu(const AttentionArgs& args, const Plan& plan, void* stream) {
   if constexpr (kWarpgroups<S, D>) {
     using Tiling = BackwardWarpgroups;
-    if (has_warpgroups(queries_kernel<S, D, Tiling, Packed>))
+    if (was_compiled(queries_kernel<S, D, Tiling, Packed>))
       return launch_backward<S, D, Tiling, Tiling, Packed>(args, plan, stream);
   }
   return launch_backward<S, D, QueriesTiling<S, D>, KeysTiling<S, D>, Packed>(args, plan, stream);

@@ -10,7 +10,6 @@
 // "Asynchronous warpgroup level matrix shared memory layout", swizzling of 128 bytes). The hardware reads it
 // by rows or, transposed, by columns.
 #pragma once
-#include <atomic>
 #include <type_traits>
 
 #include "common/cuda_tensor_core.h"
@@ -27,23 +26,6 @@ constexpr bool kHasWarpgroups = false;
 #endif
 // Then what they do need not be compiled in another way as well.
 constexpr bool kOnlyWarpgroups = kHasWarpgroups;
-
-// Host: whether a kernel of warpgroups was compiled for the current GPU. Elsewhere its body is empty, which
-// takes few registers; asked once for each of the first GPUs.
-template <class Kernel>
-bool has_warpgroups(Kernel kernel) {
-  constexpr int kKept = 16;
-  static std::atomic<int8_t> known[kKept] = {};  // 0: not yet, 1: no, 2: yes
-  int device = 0;
-  if (cudaGetDevice(&device) != cudaSuccess) return false;
-  if (device < kKept && known[device].load(std::memory_order_relaxed))
-    return known[device].load(std::memory_order_relaxed) == 2;
-  cudaFuncAttributes attributes;
-  const bool has = cudaFuncGetAttributes(&attributes, kernel) == cudaSuccess && attributes.numRegs > 64;
-  if (!has) (void)cudaGetLastError();
-  if (device < kKept) known[device].store(has ? 2 : 1, std::memory_order_relaxed);
-  return has;
-}
 
 // A matrix in panels, as the instruction is told of it.
 struct Panels {

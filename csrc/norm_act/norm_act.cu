@@ -7,16 +7,21 @@
 //
 // Work is in two phases, sums over the items of a channel and then a value for each item. Where a channel is
 // small (up to kWholeItems items a thread) one block does both, one launch in all, the second read from the
-// cache. Elsewhere the items are cut into splits and there are three launches: sums of each split, left in
-// scratch; a warp for each channel that adds them up, always in the same order, and leaves coefficients; and
-// the values. No atomics and no cleared counter: the bits are the same in every run. (Every block of the last
-// adding the sums up for itself is a launch less, and reads them as often as there are blocks: with 64
-// channels beside each other in memory and 256 splits, 260 KB by each of 256 blocks.) The last launch goes
-// through the blocks backwards, from what the first has left in the cache.
+// cache; or a cluster of blocks, on the GPUs that have them, each of which adds up what all have found, in
+// the order of the blocks. A tile of channels_last is narrower there, down to the 32 bytes that memory moves,
+// if there were too few blocks otherwise. Elsewhere the items are cut into splits and there are three
+// launches: sums of each split, left in scratch; a warp for each channel that adds them up, always in the
+// same order, and leaves coefficients; and the values. No atomics and no cleared counter: the bits are the
+// same in every run. (Every block of the last adding the sums up for itself is a launch less, and reads them
+// as often as there are blocks: with 64 channels beside each other in memory and 256 splits, 260 KB by each
+// of 256 blocks.) The last launch goes through the blocks backwards, from what the first has left in the
+// cache.
 //
-// Bytes, forward and backward, of a tensor larger than the cache: x is read twice and y written, then x and
-// dy read twice and dx written, eight passes. A thread has six to eight vectors under way, of 16 bytes (of 8
-// for 16-bit channels_last): 24 to 64 KB a processor, where 4 TB/s at 600 ns take 19 KB of each of 132.
+// Bytes, forward and backward, of a tensor larger than the cache, in three launches: x is read twice and y
+// written, then x and dy read twice and dx written, eight passes. A cluster reads the second time what it has
+// just read: 264 blocks at a time have 33 channels of at most 1 MB, or 2 MB with dy, in a cache of 50 MB. A
+// thread has six to eight vectors under way, of 16 bytes (of 8 for 16-bit channels_last): 24 to 64 KB a
+// processor, where 4 TB/s at 600 ns take 19 KB of each of 132.
 //
 // Numerics: as the CPU kernel (norm_act_cpu.cpp). A thread takes a chunk of values into registers, and sums
 // squares about the chunk's own mean; beyond a chunk all sums are in double and about one pivot, the
@@ -27,7 +32,7 @@
 // instructions.
 #include "norm_act/norm_act.h"
 
-#include "common/cuda_block.h"
+#include "common/cuda_cluster.h"
 #include "common/cuda_types.h"
 
 namespace fastgan {
@@ -37,9 +42,11 @@ constexpr int kThreads = 256;
 constexpr int kWholeItems = 32;   // items a thread, up to which one block does a channel alone
 constexpr int kSplitItems = 8;    // items a thread, of a split, at least
 constexpr int kBlocks = 1056;     // of a launch, at most: four for each place that 132 processors have
+constexpr int kFewBlocks = 128;   // of clusters, below which a tile is narrower
 constexpr int kMostChannels = 4;  // of a thread
 
-// How a call is cut; from shapes and alignment alone. An item is a vector of V elements.
+// How a call is cut: from shapes, alignment and whether the GPU has clusters. An item is a vector of V
+// elements.
 struct Plan {
   int columns, rows;     // of threads; columns is X above
   int tiles;             // of channels
@@ -48,7 +55,8 @@ struct Plan {
   int64_t split_items;   // the last split may have fewer
   bool vectors;          // V elements an item; one otherwise
   int64_t group_images;  // the batch of a group
-  bool whole;            // both phases in one launch
+  bool whole;            // both phases in one launch by one block
+  bool clustered;        // or by a cluster of `splits` blocks
 };
 
 template <class S>
@@ -65,6 +73,13 @@ struct alignas(16) Sums {
   FASTGAN_DEVICE void merge(const Sums& other) {
     first += other.first;
     second += other.second;
+  }
+};
+
+struct Statistics {
+  double mean, var;
+  FASTGAN_DEVICE void store(const NormActArgs& args, int64_t at) const {
+    args.mean[at] = mean, args.var[at] = var;
   }
 };
 
@@ -301,10 +316,9 @@ struct Walk {
   }
 
   // The pivot is one of the values, so that at most log2(count) bits of the second sum cancel.
-  FASTGAN_DEVICE void statistics(int64_t group, int64_t c, const Sums& sums) const {
+  FASTGAN_DEVICE Statistics statistics(int64_t group, int64_t c, const Sums& sums) const {
     double apart = sums.first / count(), square = sums.second / count() - apart * apart;
-    args.mean[group * args.channels + c] = pivot(group, c) + apart;
-    args.var[group * args.channels + c] = square < 0 ? 0 : square;  // NaN stays
+    return {pivot(group, c) + apart, square < 0 ? 0 : square};  // NaN stays
   }
 
   // `at`: of channel c in its group.
@@ -359,6 +373,27 @@ inline size_t join_bytes(int columns, int channels) {
   return SharedMemory::bytes<Sums>(kThreads / kWarp * columns * channels);
 }
 
+// The sums of thread i's channel that the cluster's blocks have found, added up in the order of the blocks:
+// each block gets the same bits. The caller waits for the cluster before the memory is written again, and
+// before it ends.
+FASTGAN_DEVICE Sums join_blocks(const Sums& mine, int channels, int blocks, Sums* memory) {
+  int thread = int(threadIdx.x);
+  if (thread < channels) memory[thread] = mine;
+  cluster_arrive();
+  cluster_wait();
+  Sums joined = {};
+  if (thread < channels) {
+    Sums parts[kMostBlocks];  // all loads before the first use
+#pragma unroll
+    for (int b = 0; b < kMostBlocks; ++b) parts[b] = load_of_block(memory + thread, b < blocks ? b : 0);
+#pragma unroll
+    for (int b = 0; b < kMostBlocks; ++b)
+      if (b < blocks) joined.merge(parts[b]);
+  }
+  cluster_arrive();
+  return joined;
+}
+
 // Scratch: the sums of each group, channel and split, then coefficients of each group and channel.
 FASTGAN_DEVICE Sums* partials(const NormActArgs& args, const Plan& plan, int64_t group, int64_t channel) {
   return reinterpret_cast<Sums*>(args.scratch) + (group * args.channels + channel) * plan.splits;
@@ -384,52 +419,71 @@ FASTGAN_DEVICE void load_coefficients(const Coefficients<T>* shared, int column,
   for (int k = 0; k < K; ++k) out[k] = shared[column * K + k];
 }
 
-// A block has one (tile, split, group), the tile fastest: neighbours read neighbouring memory.
+// A block has one (tile, split, group), the tile fastest: neighbours read neighbouring memory. The blocks of
+// a cluster follow each other.
 struct Where {
   int tile, split;
   int64_t group;
-  FASTGAN_DEVICE Where(const Plan& plan, int block)
-      : tile(block % plan.tiles),
-        split(block / plan.tiles % plan.splits),
-        group(block / plan.tiles / plan.splits) {}
+  FASTGAN_DEVICE Where(const Plan& plan, int block, bool clustered = false) {
+    split = clustered ? block % plan.splits : block / plan.tiles % plan.splits;
+    tile = clustered ? block / plan.splits % plan.tiles : block % plan.tiles;
+    group = block / plan.tiles / plan.splits;
+  }
 };
 
-// ---- a channel's sums and values by one block; in evaluation the values of a split ----
+// ---- a channel's sums and values by one block, or one cluster; in evaluation the values of a split ----
 
 // A channel's coefficients are found by one thread and shared: square roots and divisions in double are long,
 // and take many registers.
-template <class S, int V, bool Last>
-__global__ void __launch_bounds__(kThreads, 2) forward_kernel(NormActArgs args, Plan plan) {
+template <class S, int V, bool Last, bool Clustered>
+FASTGAN_DEVICE void forward_of_block(const NormActArgs& args, const Plan& plan) {
   using W = Walk<S, V, Last>;
   using T = typename W::T;
   constexpr int K = W::K;
   SharedMemory shared;
   Coefficients<T>* of_tile = shared.take<Coefficients<T>>(plan.columns * K);
-  const Where of(plan, int(blockIdx.x));
+  const Where of(plan, int(blockIdx.x), Clustered);
   W walk(args, plan, of.tile);
   Sums joined = {};
-  if (args.batch_statistics) {
+  if (Clustered || args.batch_statistics) {
     Sums* memory = shared.take<Sums>(kThreads / kWarp * plan.columns * K);
     Sums moments[K] = {};
     if (walk.is_inside()) walk.moments(of.group, of.split, moments);
     joined = join_rows(moments, plan.columns, memory);
+    if constexpr (Clustered) {
+      Sums* of_block = shared.take<Sums>(plan.columns * K);
+      joined = join_blocks(joined, plan.columns * K, plan.splits, of_block);
+    }
   }
   int i = int(threadIdx.x);
   int64_t c = walk.first_channel(of.tile) + i, at = of.group * args.channels + c;
   if (i < plan.columns * K && c < args.channels) {
-    if (args.batch_statistics) walk.statistics(of.group, c, joined);
-    of_tile[i] = walk.affine(c, args.mean[at], args.var[at]);
+    Statistics found = {};
+    if (Clustered || args.batch_statistics) {
+      found = walk.statistics(of.group, c, joined);
+      if (!Clustered || of.split == 0) found.store(args, at);
+    } else {
+      found = {args.mean[at], args.var[at]};
+    }
+    of_tile[i] = walk.affine(c, found.mean, found.var);
   }
   block_sync();
-  if (!walk.is_inside()) return;
-  Coefficients<T> coefficients[K];
-  load_coefficients(of_tile, walk.column, coefficients);
-  walk.outputs(of.group, of.split, coefficients);
+  if (walk.is_inside()) {
+    Coefficients<T> coefficients[K];
+    load_coefficients(of_tile, walk.column, coefficients);
+    walk.outputs(of.group, of.split, coefficients);
+  }
+  if constexpr (Clustered) cluster_wait();
+}
+template <class S, int V, bool Last, bool Clustered>
+__global__ void __launch_bounds__(kThreads, 2) forward_kernel(NormActArgs args, Plan plan) {
+  if constexpr (!Clustered || kHasClusters) forward_of_block<S, V, Last, Clustered>(args, plan);
 }
 
-// Weight and bias gradients join all groups: a block that has all of a channel walks through them itself.
-template <class S, int V, bool Last>
-__global__ void __launch_bounds__(kThreads, 2) backward_kernel(NormActArgs args, Plan plan, bool needs_sums) {
+// Weight and bias gradients join all groups: a block, or cluster, that has all of a channel walks through
+// them itself.
+template <class S, int V, bool Last, bool Clustered>
+FASTGAN_DEVICE void backward_of_block(const NormActArgs& args, const Plan& plan, bool needs_sums) {
   using W = Walk<S, V, Last>;
   using T = typename W::T;
   constexpr int K = W::K;
@@ -438,8 +492,10 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(NormActArgs args,
   Sums* memory = shared.take<Sums>(kThreads / kWarp * plan.columns * K);
   // Of thread i's channel: registers are scarce.
   ParameterSums* of_parameters = shared.take<ParameterSums>(plan.columns * K);
-  const Where of(plan, int(blockIdx.x));
-  int group = plan.whole ? 0 : int(of.group), end = plan.whole ? int(args.groups) : group + 1;
+  Sums* of_block = Clustered ? shared.take<Sums>(plan.columns * K) : nullptr;
+  const Where of(plan, int(blockIdx.x), Clustered);
+  const bool all_groups = Clustered || plan.whole;
+  int group = all_groups ? 0 : int(of.group), end = all_groups ? int(args.groups) : group + 1;
   W walk(args, plan, of.tile);
   int i = int(threadIdx.x);
   int c = int(walk.first_channel(of.tile)) + i;
@@ -451,13 +507,17 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(NormActArgs args,
     block_sync();  // the former group's coefficients may still be read
     if (has_channel) of_tile[i] = walk.affine(c, args.mean[at], args.var[at]);
     block_sync();
-    if (needs_sums) {
+    if (Clustered || needs_sums) {
       Sums sums[K] = {};
       if (walk.is_inside()) {
         load_coefficients(of_tile, walk.column, coefficients);
         walk.sums(group, of.split, coefficients, sums);
       }
-      const Sums joined = join_rows(sums, plan.columns, memory);
+      Sums joined = join_rows(sums, plan.columns, memory);
+      if constexpr (Clustered) {
+        if (group > 0) cluster_wait();
+        joined = join_blocks(joined, plan.columns * K, plan.splits, of_block);
+      }
       if (has_channel) {
         of_parameters[i].add(walk, at, of_tile[i], joined);
         walk.gradient(of_tile[i], c, at, joined);
@@ -468,7 +528,12 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(NormActArgs args,
     load_coefficients(of_tile, walk.column, coefficients);
     walk.gradients(group, of.split, coefficients);
   }
-  if (needs_sums && has_channel) of_parameters[i].template store<T>(args, c);
+  if constexpr (Clustered) cluster_wait();
+  if (needs_sums && has_channel && (!Clustered || of.split == 0)) of_parameters[i].template store<T>(args, c);
+}
+template <class S, int V, bool Last, bool Clustered>
+__global__ void __launch_bounds__(kThreads, 2) backward_kernel(NormActArgs args, Plan plan, bool needs_sums) {
+  if constexpr (!Clustered || kHasClusters) backward_of_block<S, V, Last, Clustered>(args, plan, needs_sums);
 }
 
 // ---- the same in three launches ----
@@ -521,7 +586,7 @@ __global__ void __launch_bounds__(kThreads) prepare_kernel(NormActArgs args, Pla
       sums.merge({shuffle_xor(sums.first, step), shuffle_xor(sums.second, step)});
     if (lane != 0) continue;
     const int64_t at = group * args.channels + c;
-    if (!Backward) walk.statistics(group, c, sums);
+    if (!Backward) walk.statistics(group, c, sums).store(args, at);
     Coefficients<T> out = walk.affine(c, args.mean[at], args.var[at]);
     if (Backward) {
       of_parameters.add(walk, at, out, sums);
@@ -565,6 +630,43 @@ __global__ void __launch_bounds__(kThreads) move_kernel(NormActMoveArgs args) {
 
 // ---- host ----
 
+bool clusters_run() {
+  constexpr size_t most = 16 * 1024;  // of shared memory
+  return runs_clusters(forward_kernel<float, 4, true, true>, kMostBlocks, kThreads, most);
+}
+
+// Threads beside each other of a tile that is `bytes` wide, of channels_last.
+template <class S>
+int columns_of(const NormActArgs& args, int width, int bytes) {
+  int columns = 1;
+  while (columns * width * int(sizeof(S)) < bytes && columns * width < args.channels && columns < kWarp)
+    columns *= 2;
+  return columns;
+}
+
+template <class S>
+void set_tiles(const NormActArgs& args, int width, int bytes, Plan& plan) {
+  plan.columns = args.channels_last ? columns_of<S>(args, width, bytes) : 1;
+  plan.rows = kThreads / plan.columns;
+  plan.tiles = int(args.channels_last ? ceil_div(args.channels, plan.columns * width) : args.channels);
+}
+
+// Whether clusters take a call whose plan has its items: as many blocks as have something to do.
+template <class S>
+bool plan_clusters(const NormActArgs& args, int width, Plan& plan) {
+  Plan tried = plan;
+  for (int bytes = 128; bytes >= 32 && plan.tiles * int64_t(plan.splits) < kFewBlocks; bytes /= 2) {
+    set_tiles<S>(args, width, bytes, tried);
+    int blocks = kMostBlocks;
+    while (blocks > 1 && tried.items < int64_t(kSplitItems) * tried.rows * blocks) blocks /= 2;
+    if (blocks == 1 || tried.items > int64_t(kWholeItems) * tried.rows * blocks) continue;
+    if (plan.clustered && tried.tiles * blocks <= plan.tiles * plan.splits) continue;
+    tried.split_items = ceil_div(tried.items, blocks), tried.splits = blocks, tried.clustered = true;
+    plan = tried;
+  }
+  return plan.clustered;
+}
+
 template <class S>
 Plan plan_of(const NormActArgs& args, bool may_use_vectors) {
   Plan plan{};
@@ -576,15 +678,12 @@ Plan plan_of(const NormActArgs& args, bool may_use_vectors) {
                  is_aligned(args.output, bytes) && is_aligned(args.grad_output, bytes) &&
                  is_aligned(args.grad_input, bytes);
   if (!plan.vectors) width = 1;
-  plan.columns = 1;
-  if (args.channels_last)
-    while (plan.columns * width * int(sizeof(S)) < 128 && plan.columns * width < args.channels &&
-           plan.columns < kWarp)
-      plan.columns *= 2;
-  plan.rows = kThreads / plan.columns;
-  plan.tiles = int(args.channels_last ? ceil_div(args.channels, plan.columns * width) : args.channels);
+  set_tiles<S>(args, width, 128, plan);
   plan.items = args.channels_last ? rows_of_group : rows_of_group / width;
   plan.whole = plan.items <= int64_t(kWholeItems) * plan.rows;
+  if (args.batch_statistics && !plan.whole && plan.vectors && clusters_run() &&
+      plan_clusters<S>(args, width, plan))
+    return plan;
   int64_t splits = plan.whole ? 1 : ceil_div(plan.items, int64_t(kSplitItems) * plan.rows);
   int64_t most = kBlocks / (plan.tiles * args.groups);
   if (splits > most) splits = most < 1 ? 1 : most;
@@ -611,23 +710,33 @@ Error in_three(const NormActArgs& args, const Plan& plan, void* stream) {
 template <class S, int V, bool Last>
 Error forward(const NormActArgs& args, const Plan& plan, void* stream) {
   using W = Walk<S, V, Last>;
-  if (args.batch_statistics && !plan.whole) return in_three<S, V, Last, false>(args, plan, stream);
+  if (args.batch_statistics && !plan.whole && !plan.clustered)
+    return in_three<S, V, Last, false>(args, plan, stream);
+  const int64_t grid = args.groups * plan.splits * plan.tiles;
   const size_t shared = SharedMemory::bytes<Coefficients<typename W::T>>(plan.columns * W::K) +
                         (args.batch_statistics ? join_bytes(plan.columns, W::K) : size_t(0));
-  return launch(forward_kernel<S, V, Last>, args.groups * plan.splits * plan.tiles, kThreads, shared, stream,
-                args, plan);
+  if constexpr (V > 1)
+    if (plan.clustered)
+      return launch_clusters(forward_kernel<S, V, Last, true>, grid, plan.splits, kThreads,
+                             shared + SharedMemory::bytes<Sums>(plan.columns * W::K), stream, args, plan);
+  return launch(forward_kernel<S, V, Last, false>, grid, kThreads, shared, stream, args, plan);
 }
 
 template <class S, int V, bool Last>
 Error backward(const NormActArgs& args, const Plan& plan, void* stream) {
   using W = Walk<S, V, Last>;
   const bool needs_sums = args.grad_weight || args.grad_bias || (args.grad_input && args.batch_statistics);
-  if (needs_sums && !plan.whole) return in_three<S, V, Last, true>(args, plan, stream);
+  if (needs_sums && !plan.whole && !plan.clustered) return in_three<S, V, Last, true>(args, plan, stream);
   const size_t shared = SharedMemory::bytes<Coefficients<typename W::T>>(plan.columns * W::K) +
                         join_bytes(plan.columns, W::K) +
                         SharedMemory::bytes<ParameterSums>(plan.columns * W::K);
-  return launch(backward_kernel<S, V, Last>, (plan.whole ? 1 : args.groups) * plan.splits * plan.tiles,
-                kThreads, shared, stream, args, plan, needs_sums);
+  if constexpr (V > 1)
+    if (plan.clustered)
+      return launch_clusters(backward_kernel<S, V, Last, true>, int64_t(plan.splits) * plan.tiles,
+                             plan.splits, kThreads, shared + SharedMemory::bytes<Sums>(plan.columns * W::K),
+                             stream, args, plan, needs_sums);
+  const int64_t grid = (plan.whole ? 1 : args.groups) * plan.splits * plan.tiles;
+  return launch(backward_kernel<S, V, Last, false>, grid, kThreads, shared, stream, args, plan, needs_sums);
 }
 
 template <class S>
@@ -682,7 +791,7 @@ extern "C" int64_t fastgan_norm_act_scratch_cuda(const fastgan::NormActArgs& arg
     Plan plan = args.dtype == Dtype::float64 ? plan_of<double>(args, vectors)
                 : half                       ? plan_of<bfloat16>(args, vectors)
                                              : plan_of<float>(args, vectors);
-    if (!plan.whole && plan.splits > splits) splits = plan.splits;
+    if (!plan.whole && !plan.clustered && plan.splits > splits) splits = plan.splits;
   }
   return splits ? args.groups * args.channels * (2 * splits + 5) : 0;  // five coefficients
 }

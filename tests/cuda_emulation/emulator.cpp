@@ -34,7 +34,7 @@ constexpr size_t kGap = 64;
 constexpr size_t kAlignment = 1024;  // of an array; what is swizzled goes by the address
 constexpr unsigned kCopies = 256, kArrays = 64;
 
-enum class State { ready, at_block_barrier, in_warp, done };
+enum class State { ready, at_block_barrier, at_cluster_barrier, in_warp, done };
 
 struct Copies {
   AsyncCopy ring[kCopies];
@@ -49,6 +49,8 @@ struct Fiber {
   void* fake_stack = nullptr;
   State state = State::done;
   Where where;
+  bool arrived = false;  // at the cluster's barrier, and when
+  unsigned phase = 0;
   std::unique_ptr<Copies> copies =
       std::make_unique<Copies>();  // elsewhere: the scheduler goes through fibers' states
 #if !defined(__x86_64__)
@@ -67,32 +69,47 @@ struct Array {
   unsigned char* data;
 };
 
-struct Machine {
-  std::vector<Fiber> fibers;
-  std::vector<Warp> warps;
-  unsigned threads = 0, grid = 0, block = 0, running = 0, at_barrier = 0;
+struct Block {
+  unsigned at_barrier = 0;
   Where barrier;  // of the first that waits at it
-  const std::function<void()>* body = nullptr;
-  std::string error;
   Array arrays[kArrays];
   unsigned array_count = 0;
   std::vector<unsigned char> arena;
+  size_t arena_used = 0;
+};
+
+// Of a cluster, its blocks' threads one block's after another's.
+struct Machine {
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  std::vector<Block> blocks;
+  unsigned threads = 0, cluster = 1, grid = 0, first_block = 0, running = 0, at_barrier = 0;
+  unsigned phase = 0;  // of the cluster's barrier
+  Where barrier;
+  const std::function<void()>* body = nullptr;
+  std::string error;
   std::vector<std::vector<unsigned char>>
       arenas_before;  // freed when the launch has ended: blocks run at once
-  size_t arena_used = 0, shared_bytes = 0;
+  size_t shared_bytes = 0;
   Fiber main;
   const void* main_bottom = nullptr;
   size_t main_size = 0;
 };
 Machine machine;
 
+unsigned rank() { return machine.running / machine.threads; }
+unsigned thread() { return machine.running % machine.threads; }
+unsigned block() { return machine.first_block + rank(); }
+Block& my_block() { return machine.blocks[rank()]; }
+
 #if defined(EMULATOR_TSAN)
-// What orders what: the end of a launch, and for each block its barrier and those of its warps. A block has
-// tokens of its own, or one block's barriers would hide another's races.
+// What orders what: the end of a launch, and for each block its barrier, its cluster's and those of its
+// warps. A block has tokens of its own, or one block's barriers would hide another's races.
 constexpr unsigned kTokenBlocks = 256;
-uint64_t launch_token, tokens[kTokenBlocks][1 + 1024 / kLanes];
-uint64_t* barrier_token() { return &tokens[machine.block % kTokenBlocks][0]; }
-uint64_t* warp_token() { return &tokens[machine.block % kTokenBlocks][1 + machine.running / kLanes]; }
+uint64_t launch_token, tokens[kTokenBlocks][2 + 1024 / kLanes];
+uint64_t* barrier_token() { return &tokens[block() % kTokenBlocks][0]; }
+uint64_t* cluster_token() { return &tokens[machine.first_block % kTokenBlocks][1]; }
+uint64_t* warp_token() { return &tokens[block() % kTokenBlocks][2 + thread() / kLanes]; }
 
 // A number that is given to a new fiber would make the accesses of both one thread's: kept to the end.
 constexpr size_t kMostFibers = 4096;
@@ -161,6 +178,7 @@ void entry() {
   __sanitizer_finish_switch_fiber(nullptr, &machine.main_bottom, &machine.main_size);
 #endif
   (*machine.body)();
+  if (current().arrived) fault("a thread ends that has arrived at its cluster's barrier and not waited");
 #if defined(EMULATOR_TSAN)
   __tsan_release(&launch_token);
 #endif
@@ -188,6 +206,7 @@ void start(Fiber& fiber) {
 #endif
   fiber.fake_stack = nullptr;
   fiber.state = State::ready;
+  fiber.arrived = false;
 #if defined(__x86_64__)
   void** top = reinterpret_cast<void**>(static_cast<char*>(fiber.stack) + kStack) - 2;
   *top = reinterpret_cast<void*>(&entry);  // where emulator_switch returns to, after six registers
@@ -210,23 +229,28 @@ void finish(Fiber& fiber) {
 #endif
 }
 
-void start_block() {
+void start_block(Block& block) {
+  block.array_count = 0;
+#if defined(__SANITIZE_ADDRESS__)
+  if (!block.arena.empty()) __asan_unpoison_memory_region(block.arena.data(), block.arena.size());
+#endif
+  // Room for gaps between arrays; every byte 0xff makes NaNs of what is read unwritten.
+  machine.arenas_before.push_back(std::move(block.arena));
+  block.arena = std::vector<unsigned char>(machine.shared_bytes + kArrays * (kGap + kAlignment), 0xff);
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_poison_memory_region(block.arena.data(), block.arena.size());
+#endif
+  block.arena_used = 0;
+  block.at_barrier = 0;
+}
+
+void start_cluster() {
 #if defined(EMULATOR_TSAN)
   if (ended.size() > kMostFibers) destroy_ended();
 #endif
-  machine.array_count = 0;
-#if defined(__SANITIZE_ADDRESS__)
-  if (!machine.arena.empty()) __asan_unpoison_memory_region(machine.arena.data(), machine.arena.size());
-#endif
-  // Room for gaps between arrays; every byte 0xff makes NaNs of what is read unwritten.
-  machine.arenas_before.push_back(std::move(machine.arena));
-  machine.arena = std::vector<unsigned char>(machine.shared_bytes + kArrays * (kGap + kAlignment), 0xff);
-#if defined(__SANITIZE_ADDRESS__)
-  __asan_poison_memory_region(machine.arena.data(), machine.arena.size());
-#endif
-  machine.arena_used = 0;
+  for (Block& block : machine.blocks) start_block(block);
   machine.at_barrier = 0;
-  machine.warps.assign((machine.threads + kLanes - 1) / kLanes, {});
+  machine.warps.assign(machine.fibers.size() / kLanes, {});
   for (Fiber& fiber : machine.fibers) start(fiber);
 }
 
@@ -236,6 +260,8 @@ std::string described(const Fiber& fiber) {
       return "has ended";
     case State::at_block_barrier:
       return "waits for its block at line " + std::to_string(fiber.where.line());
+    case State::at_cluster_barrier:
+      return "waits for its cluster at line " + std::to_string(fiber.where.line());
     case State::in_warp:
       return "waits for its warp at line " + std::to_string(fiber.where.line());
     default:
@@ -246,10 +272,10 @@ std::string described(const Fiber& fiber) {
 // Nobody can go on: which threads wait where, in runs of equals.
 std::string deadlock() {
   std::string out = "divergence: not all threads reach a barrier or shuffle";
-  for (unsigned i = 0; i < machine.threads;) {
+  for (unsigned i = 0; i < machine.fibers.size();) {
     unsigned end = i + 1;
     std::string state = described(machine.fibers[i]);
-    while (end < machine.threads && described(machine.fibers[end]) == state) ++end;
+    while (end < machine.fibers.size() && described(machine.fibers[end]) == state) ++end;
     if (out.size() < 600)
       out += "; thread " + std::to_string(i) + (end > i + 1 ? " to " + std::to_string(end - 1) : "") + " " +
              state;
@@ -258,12 +284,12 @@ std::string deadlock() {
   return out;
 }
 
-void run_block() {
-  start_block();
+void run_cluster() {
+  start_cluster();
   for (bool alive = true; alive && machine.error.empty();) {
     bool moved = false;
     alive = false;
-    for (unsigned i = 0; i < machine.threads && machine.error.empty(); ++i) {
+    for (unsigned i = 0; i < machine.fibers.size() && machine.error.empty(); ++i) {
       Fiber& fiber = machine.fibers[i];
       if (fiber.state == State::ready) {
         machine.running = i;
@@ -304,8 +330,8 @@ void meet_warp(Where where) {
 
 }  // namespace
 
-Index thread_index() { return {machine.running, 0, 0}; }
-Index block_index() { return {machine.block, 0, 0}; }
+Index thread_index() { return {thread(), 0, 0}; }
+Index block_index() { return {block(), 0, 0}; }
 Index block_size() { return {machine.threads, 1, 1}; }
 Index grid_size() { return {machine.grid, 1, 1}; }
 
@@ -320,22 +346,32 @@ static std::vector<Record> records;
 bool recording() { return is_recording; }
 void record(const Record& launch) { records.push_back(launch); }
 
-const char* launch(unsigned grid, unsigned threads, size_t shared_bytes, const std::function<void()>& body) {
+const char* launch(unsigned grid, unsigned cluster, unsigned threads, size_t shared_bytes,
+                   const std::function<void()>& body) {
   static std::string last;
   if (threads == 0 || threads > 1024 || threads % kLanes) return "emulator: threads must be 32, 64, ... 1024";
-  if (machine.fibers.size() < threads) machine.fibers.resize(threads);
-  machine.threads = threads, machine.grid = grid, machine.shared_bytes = shared_bytes;
+  if (cluster == 0 || cluster > 8 || grid % cluster) return "emulator: clusters must be of up to 8 blocks";
+  const unsigned together = cluster * threads;
+  if (machine.fibers.size() < together) machine.fibers.resize(together);
+  machine.threads = threads, machine.cluster = cluster, machine.grid = grid;
+  machine.shared_bytes = shared_bytes;
+  machine.blocks.resize(cluster);
   machine.body = &body;
   machine.error.clear();
   std::vector<Fiber> rest;  // a launch of fewer threads than before leaves the others' stacks alone
-  while (machine.fibers.size() > threads) {
+  while (machine.fibers.size() > together) {
     rest.push_back(std::move(machine.fibers.back()));
     machine.fibers.pop_back();
   }
 #if defined(EMULATOR_TSAN)
   machine.main.tsan = __tsan_get_current_fiber();
 #endif
-  for (machine.block = 0; machine.block < grid && machine.error.empty(); ++machine.block) run_block();
+  unsigned faulty = 0;
+  for (machine.first_block = 0; machine.first_block < grid && machine.error.empty();
+       machine.first_block += cluster) {
+    run_cluster();
+    faulty = block();
+  }
 #if defined(EMULATOR_TSAN)
   __tsan_acquire(&launch_token);
   destroy_ended();
@@ -343,21 +379,23 @@ const char* launch(unsigned grid, unsigned threads, size_t shared_bytes, const s
   machine.arenas_before.clear();
   for (Fiber& fiber : rest) machine.fibers.push_back(std::move(fiber));
   if (machine.error.empty()) return nullptr;
-  last = "emulator: block " + std::to_string(machine.block - 1) + ", " + machine.error;
+  last = "emulator: block " + std::to_string(faulty) + ", " + machine.error;
   return last.c_str();
 }
 
 void block_barrier(Where where) {
-  if (machine.at_barrier == 0) machine.barrier = where;
-  if (!same_place(machine.barrier, where))
+  Block& mine = my_block();
+  if (mine.at_barrier == 0) mine.barrier = where;
+  if (!same_place(mine.barrier, where))
     fault("divergence: two threads of a block wait at different barriers");
 #if defined(EMULATOR_TSAN)
   __tsan_release(barrier_token());
 #endif
   current().where = where;
-  if (++machine.at_barrier == machine.threads) {
-    machine.at_barrier = 0;
-    for (unsigned i = 0; i < machine.threads; ++i) machine.fibers[i].state = State::ready;
+  if (++mine.at_barrier == machine.threads) {
+    mine.at_barrier = 0;
+    const unsigned first = rank() * machine.threads;
+    for (unsigned i = first; i < first + machine.threads; ++i) machine.fibers[i].state = State::ready;
   } else {
     current().state = State::at_block_barrier;
     leave(false);
@@ -365,6 +403,56 @@ void block_barrier(Where where) {
 #if defined(EMULATOR_TSAN)
   __tsan_acquire(barrier_token());
 #endif
+}
+
+void cluster_arrive(Where where) {
+  if (machine.at_barrier == 0) machine.barrier = where;
+  if (!same_place(machine.barrier, where))
+    fault("divergence: two threads of a cluster arrive at different places");
+  if (current().arrived) fault("a thread arrives at its cluster's barrier twice");
+#if defined(EMULATOR_TSAN)
+  __tsan_release(cluster_token());
+#endif
+  current().arrived = true;
+  current().phase = machine.phase;
+  if (++machine.at_barrier < machine.fibers.size()) return;
+  machine.at_barrier = 0;
+  ++machine.phase;
+  for (Fiber& fiber : machine.fibers)
+    if (fiber.state == State::at_cluster_barrier) fiber.state = State::ready;
+}
+
+void cluster_wait(Where where) {
+  if (!current().arrived) fault("a thread waits for its cluster and has not arrived");
+  current().where = where;
+  if (machine.phase == current().phase) {
+    current().state = State::at_cluster_barrier;
+    leave(false);
+  }
+  current().arrived = false;
+#if defined(EMULATOR_TSAN)
+  __tsan_acquire(cluster_token());
+#endif
+}
+
+unsigned rank_in_cluster() { return rank(); }
+unsigned blocks_of_cluster() { return machine.cluster; }
+
+const void* shared_of(unsigned rank, const void* at, size_t bytes) {
+  if (rank >= machine.cluster) fault("no such block in the cluster");
+  bool runs = false;
+  for (unsigned i = 0; i < machine.threads; ++i)
+    runs = runs || machine.fibers[rank * machine.threads + i].state != State::done;
+  if (!runs) fault("shared memory of a block that has ended");
+  const auto* place = static_cast<const unsigned char*>(at);
+  for (unsigned i = 0; i < my_block().array_count; ++i) {
+    const Array& mine = my_block().arrays[i];
+    if (place < mine.data || place + bytes > mine.data + mine.bytes) continue;
+    const Block& other = machine.blocks[rank];
+    for (unsigned j = 0; j < other.array_count; ++j)
+      if (other.arrays[j].offset == mine.offset) return other.arrays[j].data + (place - mine.data);
+  }
+  fault("shared memory of another block: nothing of that place was taken");
 }
 
 void warp_barrier(Where where) {
@@ -387,16 +475,17 @@ const unsigned char* exchange(const void* mine, size_t bytes, Where where) {
 
 void* shared(size_t offset, size_t bytes) {
   if (offset + bytes > machine.shared_bytes) fault("shared memory: more is taken than was launched with");
-  for (unsigned i = 0; i < machine.array_count; ++i)
-    if (machine.arrays[i].offset == offset) {
-      if (machine.arrays[i].bytes != bytes) fault("shared memory: threads take different arrays");
-      return machine.arrays[i].data;
+  Block& mine = my_block();
+  for (unsigned i = 0; i < mine.array_count; ++i)
+    if (mine.arrays[i].offset == offset) {
+      if (mine.arrays[i].bytes != bytes) fault("shared memory: threads take different arrays");
+      return mine.arrays[i].data;
     }
-  if (machine.array_count == kArrays) fault("shared memory: more than 64 arrays");
-  Array& array = machine.arrays[machine.array_count++];
-  machine.arena_used += -reinterpret_cast<uintptr_t>(machine.arena.data() + machine.arena_used) % kAlignment;
-  array = {offset, bytes, machine.arena.data() + machine.arena_used};
-  machine.arena_used += bytes + kGap;
+  if (mine.array_count == kArrays) fault("shared memory: more than 64 arrays");
+  Array& array = mine.arrays[mine.array_count++];
+  mine.arena_used += -reinterpret_cast<uintptr_t>(mine.arena.data() + mine.arena_used) % kAlignment;
+  array = {offset, bytes, mine.arena.data() + mine.arena_used};
+  mine.arena_used += bytes + kGap;
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(array.data, bytes);
 #endif

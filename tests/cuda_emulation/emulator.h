@@ -1,8 +1,9 @@
-// Runs CUDA kernels on the host, one fiber for each thread of a block, block after block. A fiber runs until
-// it waits for others; what hardware leaves undefined is a fault here:
+// Runs CUDA kernels on the host, one fiber for each thread of a block, block after block, or cluster after
+// cluster. A fiber runs until it waits for others; what hardware leaves undefined is a fault here:
 //
 //   a barrier or a shuffle that not all threads reach at the same place of the source (divergence)
 //   shared memory beyond what was launched with, or, under AddressSanitizer, beyond an array of it
+//   another block's shared memory, of a cluster, once that block has ended; an arrival that nobody waits for
 //   shared memory that nobody wrote (it holds NaNs), an asynchronous copy read before it was waited for
 //   under ThreadSanitizer: accesses of two threads, of one block or of two, that no barrier orders
 //
@@ -34,10 +35,17 @@ struct Record {
 bool recording();
 void record(const Record& launch);
 
-// Null, or a fault in words. `body` is one thread's work.
-const char* launch(unsigned grid, unsigned threads, size_t shared_bytes, const std::function<void()>& body);
+// Null, or a fault in words. `body` is one thread's work; `cluster` blocks run at the same time.
+const char* launch(unsigned grid, unsigned cluster, unsigned threads, size_t shared_bytes,
+                   const std::function<void()>& body);
 
 void block_barrier(Where where);
+void cluster_arrive(Where where);
+void cluster_wait(Where where);
+unsigned rank_in_cluster();
+unsigned blocks_of_cluster();
+// Where `at`, in the running block's shared memory, lies in that of block `rank` of its cluster.
+const void* shared_of(unsigned rank, const void* at, size_t bytes);
 void warp_barrier(Where where);
 constexpr unsigned kLanes = 32;
 constexpr size_t kSlot = 64;

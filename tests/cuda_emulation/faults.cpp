@@ -3,7 +3,7 @@
 #include <string_view>
 #include <vector>
 
-#include "common/cuda_block.h"
+#include "common/cuda_cluster.h"
 #include "common/cuda_tensor_core.h"
 
 using namespace fastgan;
@@ -83,6 +83,37 @@ __global__ void copied(const float* in, float* out, bool wait) {
   out[i] = total;
 }
 
+// The sum of all blocks' sums by each block of a cluster: right, unless one of the flags breaks it.
+struct ClusterFaults {
+  bool early_read, no_wait, divergent, early_end, beyond;
+};
+
+__global__ void cluster_sum(const float* in, double* out, ClusterFaults f) {
+  struct alignas(16) Pair {
+    double first, second;
+  };
+  SharedMemory memory;
+  Pair* mine = memory.take<Pair>(2);
+  const int blocks = 4, i = int(threadIdx.x), rank = rank_in_cluster();
+  if (i == 0) {
+    Pair sum = {};
+    for (int j = 0; j < kThreads; ++j) sum.first += double(in[j]);
+    mine[0] = mine[1] = {sum.first, double(rank)};
+  }
+  if (f.divergent && rank == 1) return;
+  cluster_arrive();
+  if (!f.early_read) cluster_wait();
+  double total = 0;
+  if (i == 0 && !(f.early_end && rank == 0))
+    for (int b = 0; b < blocks; ++b) total += load_of_block(mine + (f.beyond ? 2 : 1), b).first;
+  if (f.early_read) cluster_wait();
+  if (!f.early_end) {
+    cluster_arrive();
+    if (!f.no_wait) cluster_wait();
+  }
+  if (i == 0) out[blockIdx.x] = total;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -99,9 +130,23 @@ int main(int argc, char** argv) {
     if (!error) error = launch(message, 1, kWarp, kWarp * sizeof(float), nullptr, out.data() + 4, true);
     if (!error)
       error = launch(copied, 1, kWarp, 4 * kWarp * sizeof(float), nullptr, in.data(), out.data() + 6, true);
-    bool sums = out[0] == 64 && out[1] == 64 && out[2] == 32 && out[3] == 32 && out[4] == 1 && out[6] == 64;
-    if (!error && !sums) error = "wrong sums";
+    bool right = out[0] == 64 && out[1] == 64 && out[2] == 32 && out[3] == 32 && out[4] == 1 && out[6] == 64;
+    if (!error && !right) error = "wrong sums";
   }
+  std::vector<double> sums(8, -1.0);
+  ClusterFaults c{};
+  auto run_clusters = [&] {
+    error = launch_clusters(cluster_sum, 8, 4, kThreads, 2 * 16, nullptr, in.data(), sums.data(), c);
+    out[0] = float(sums[0]), out[1] = float(sums[7]);
+  };
+  if (name == "clusters") run_clusters();
+  if (name == "cluster read too early") c.early_read = true, run_clusters();
+  if (name == "cluster not waited for") c.no_wait = true, run_clusters();
+  if (name == "divergent cluster") c.divergent = true, run_clusters();
+  if (name == "cluster ends early") c.early_end = true, run_clusters();
+  if (name == "beyond a cluster's array") c.beyond = true, run_clusters();
+  if (name == "part of a cluster")
+    error = launch_clusters(cluster_sum, 6, 4, kThreads, 2 * 16, nullptr, in.data(), sums.data(), c);
   if (name == "race") f.no_barrier = true, run();
   if (name == "divergent barrier") f.divergent_barrier = true, run();
   if (name == "other barrier") f.other_barrier = true, run();

@@ -27,9 +27,21 @@ def test_right_kernels_are_right_and_nothing_is_reported(programs, sanitizer):
     assert done.stderr == ""
 
 
+@pytest.mark.parametrize("sanitizer", ["none", "address", "thread"])
+def test_blocks_of_a_cluster_read_each_other(programs, sanitizer):
+    done = run([programs(sanitizer), "clusters"])
+    assert done.stdout == "no error; 256 256\n"
+    assert done.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("fault", "said"),
     [
+        ("cluster not waited for", "has arrived at its cluster's barrier and not waited"),
+        ("divergent cluster", "divergence: not all threads reach a barrier or shuffle"),
+        ("cluster ends early", "shared memory of a block that has ended"),
+        ("beyond a cluster's array", "nothing of that place was taken"),
+        ("part of a cluster", "clusters must be of up to 8 blocks"),
         ("divergent barrier", "divergence: not all threads"),
         ("other barrier", "divergence: two threads of a block wait at different barriers"),
         ("early end", "thread 40 has ended"),
@@ -58,7 +70,7 @@ def test_out_of_bounds_shared_memory_is_seen_by_the_address_sanitizer(programs):
     assert "use-after-poison" in done.stderr
 
 
-@pytest.mark.parametrize("fault", ["race", "race of blocks", "race in a warp"])
+@pytest.mark.parametrize("fault", ["race", "race of blocks", "race in a warp", "cluster read too early"])
 def test_races_are_seen_by_the_thread_sanitizer(programs, fault):
     done = run([programs("thread"), fault])
     assert "ThreadSanitizer: data race" in done.stderr, done.stdout + done.stderr

@@ -88,8 +88,9 @@ void run(const Case& shape, Activation act, bool channels_last, bool batch_stati
 }  // namespace
 
 int main() {
-  const Case cases[] = {{4, 3, 25, 2},  {2, 1, 1, 1},    {6, 5, 1, 3},
-                        {2, 130, 9, 1}, {2, 2, 1100, 1}, {300, 17, 4, 2}};
+  // The last two are large enough for a cluster of a GPU's blocks.
+  const Case cases[] = {{4, 3, 25, 2},   {2, 1, 1, 1},    {6, 5, 1, 3},     {2, 130, 9, 1},
+                        {2, 2, 1100, 1}, {300, 17, 4, 2}, {2, 1, 16500, 1}, {4, 36, 640, 2}};
   for (const Case& shape : cases)
     for (Activation act : {Activation::none, Activation::relu, Activation::leaky_relu})
       for (bool channels_last : {false, true})

@@ -1,20 +1,12 @@
 // csrc/common/cuda_warpgroup.h for the emulator: panels by the layout that is documented there, products at
-// once. A GPU that has warpgroups is pretended where FASTGAN_EMULATED_GPU is 90.
+// once.
 #pragma once
-#include <cstdlib>
-
 #include "common/cuda_tensor_core.h"
 
 namespace fastgan {
 
 constexpr int kWarpgroup = 128;
 constexpr bool kHasWarpgroups = true, kOnlyWarpgroups = false;
-
-template <class Kernel>
-bool has_warpgroups(Kernel) {
-  const char* gpu = std::getenv("FASTGAN_EMULATED_GPU");
-  return gpu && std::strcmp(gpu, "90") == 0;
-}
 
 struct Panels {
   const uint16_t* at;
