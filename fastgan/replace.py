@@ -39,7 +39,6 @@ _SWAPS: dict[type[nn.Module], type[nn.Module]] = {
 }
 _NOTHING = "fastgan has nothing for"
 _OF_ITS_OWN = "computes attention itself and never asks for attn_implementation's"
-_WITH_KERNELS = (nn.Conv2d, nn.ConvTranspose2d, Conv2d, ConvTranspose2d)
 
 State = Literal["swapped", "will be swapped", "left"]
 M = TypeVar("M", bound=nn.Module)
@@ -186,7 +185,8 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
     inner = {
         id(child) for _, module in named if isinstance(module, nn.MultiheadAttention) for child in module.children()
     }
-    before = {id(act): layer for _, module in named for layer, act in _neighbours(module)}
+    neighbours = {id(module): list(_neighbours(module)) for _, module in named}
+    before = {id(act): layer for pairs in neighbours.values() for layer, act in pairs}
     # Both are None until fastgan.hf is imported.
     heads, layers = (sys.modules.get(f"fastgan.{name}") for name in ("_lm_heads", "_hf_layers"))
     of_transformers = layers.swaps(model) if layers else {}
@@ -195,10 +195,10 @@ def _plan(model: nn.Module) -> Iterator[_Decision]:
         if kind in _SWAPS and not obstacle_of(module):
             row = Row(name, type(module).__name__, "will be swapped", _SWAPS[kind].__name__, _how(module))
             yield _Decision(module, row, _SWAPS[kind])
-        elif pairs := sum(1 for _ in _neighbours(module)):
+        elif pairs := neighbours[id(module)]:
             target = class_for(kind)  # type: ignore[arg-type]  # a class is hashable
             state: State = "swapped" if type(module) is target else "will be swapped"
-            reason = f"layer and activation as one: {pairs}"
+            reason = f"layer and activation as one: {len(pairs)}"
             yield _Decision(module, Row(name, type(module).__name__, state, Sequential.__name__, reason), target)
         elif isinstance(module, nn.TransformerEncoder) and _uses_nested_tensors(module):
             reason = "use_nested_tensor off: at padded positions evaluation computes what training does"
@@ -250,17 +250,18 @@ def _neighbours(module: nn.Module) -> Iterator[tuple[nn.Module, nn.Module]]:
     """(layer, activation) in a Sequential, which ours computes as one unless there are hooks."""
     plain = torch_type(module) is type(module)
     for layer, act in pairwise(in_sequence(module).values() if plain else ()):
-        if slope_of(act) >= 0 and "forward" not in vars(act) and _can_take_over(layer):
+        if slope_of(act) >= 0 and _can_take_over(layer):
             yield layer, act
 
 
-def _can_take_over(layer: nn.Module) -> bool:
+def _can_take_over(layer: Any) -> bool:
     """Whether an activation can be part of ``layer``, now or once it is swapped, and gains from it."""
+    kind = torch_type(layer)
     if obstacle_of(layer):
         return False
-    if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)):
-        return torch_type(layer) in _WITH_KERNELS and algorithm_of(layer) != "torch"
-    return torch_type(layer) is nn.BatchNorm2d or (torch_type(layer) is BatchNormAct2d and layer.act == "none")
+    if kind in (nn.Conv2d, nn.ConvTranspose2d, Conv2d, ConvTranspose2d):
+        return algorithm_of(layer) != "torch"
+    return kind is nn.BatchNorm2d or (kind is BatchNormAct2d and layer.act == "none")
 
 
 def _as_one(layer: nn.Module, act: nn.Module) -> str:

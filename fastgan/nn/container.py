@@ -40,8 +40,8 @@ class Sequential(nn.Sequential):
         for layer, after in pairwise(layers):
             if done:
                 done = False
-            elif whole and takes_over(layer, after) and not (has_hooks(layer) or has_hooks(after)):
-                input = layer.activated(input, slope_of(after))
+            elif whole and (slope := slope_of(after)) >= 0 and _takes_over(layer) and not has_hooks(after):
+                input = layer.activated(input, slope)
                 done = True
             else:
                 input = layer(input)
@@ -49,16 +49,19 @@ class Sequential(nn.Sequential):
 
 
 def slope_of(act: nn.Module | None) -> float:
-    """By what an ``nn.ReLU`` or ``nn.LeakyReLU`` multiplies what is negative; NaN for any other module."""
-    if type(act) is nn.LeakyReLU:
-        return float(act.negative_slope)
-    return 0.0 if type(act) is nn.ReLU else float("nan")  # a subclass may compute something else
+    """By what an ``nn.ReLU`` or ``nn.LeakyReLU`` multiplies what is negative; NaN for any other module.
+
+    If it is negative the activation stays by itself: from a result's sign that of what it was could not be told.
+    """
+    # a subclass, or a forward of its own, may compute something else
+    if type(act) not in (nn.ReLU, nn.LeakyReLU) or "forward" in vars(act):
+        return float("nan")
+    return float(act.negative_slope) if isinstance(act, nn.LeakyReLU) else 0.0
 
 
-def takes_over(layer: nn.Module | None, after: nn.Module | None) -> bool:
-    """Whether ``layer`` is one of ours that can compute the activation ``after`` it on the way."""
-    # From the sign of a result that of what it was cannot be told if a slope is negative.
-    if layer is None or not slope_of(after) >= 0 or "forward" in vars(layer) or "forward" in vars(after):
+def _takes_over(layer: nn.Module) -> bool:
+    """Whether ``layer`` is one of ours that can compute the activation after it on the way, unseen by hooks."""
+    if "forward" in vars(layer) or has_hooks(layer):
         return False
     kind = parametrize.type_before_parametrizations(layer)
     if kind is BatchNormAct2d:
