@@ -57,12 +57,19 @@ bool was_compiled(Kernel kernel) {
   });
 }
 
-inline cudaLaunchAttribute cluster_of(int blocks) {
+// How a grid of clusters of `blocks` is asked for.
+struct ClusterLaunch {
   cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = unsigned(blocks), cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  return cluster;
-}
+  cudaLaunchConfig_t config = {};
+  ClusterLaunch(int64_t grid, int blocks, int threads, size_t shared_bytes, void* stream) {
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim.x = unsigned(blocks), cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+    config.gridDim = dim3(unsigned(grid)), config.blockDim = dim3(unsigned(threads));
+    config.dynamicSmemBytes = shared_bytes, config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &cluster, config.numAttrs = 1;
+  }
+  ClusterLaunch(const ClusterLaunch&) = delete;  // it points to itself
+};
 
 // Whether a kernel for clusters was compiled for the current GPU, and one of `blocks` has room there: a part
 // of a GPU may have few multiprocessors.
@@ -70,12 +77,9 @@ template <class Kernel>
 bool runs_clusters(Kernel kernel, int blocks, int threads, size_t shared_bytes) {
   static OfEachGpu known;
   return was_compiled(kernel) && known([&] {
-           cudaLaunchAttribute cluster = cluster_of(blocks);
-           cudaLaunchConfig_t config = {};
-           config.gridDim = dim3(unsigned(blocks)), config.blockDim = dim3(unsigned(threads));
-           config.dynamicSmemBytes = shared_bytes, config.attrs = &cluster, config.numAttrs = 1;
+           const ClusterLaunch one(blocks, blocks, threads, shared_bytes, nullptr);
            int at_once = 0;
-           return cudaOccupancyMaxActiveClusters(&at_once, kernel, &config) == cudaSuccess && at_once > 0;
+           return cudaOccupancyMaxActiveClusters(&at_once, kernel, &one.config) == cudaSuccess && at_once > 0;
          });
 }
 
@@ -102,13 +106,8 @@ inline Error launch_clusters(void (*kernel)(Parameters...), int64_t grid, int bl
                              size_t shared_bytes, void* stream, const Args&... args) {
   if (grid <= 0) return nullptr;
   if (grid > 0x7fffffff) return "the tensor is too large for one launch";
-  cudaLaunchAttribute cluster = cluster_of(blocks);
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(unsigned(grid)), config.blockDim = dim3(unsigned(threads));
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &cluster, config.numAttrs = 1;
-  cudaError_t error = cudaLaunchKernelEx(&config, kernel, args...);
+  const ClusterLaunch launch(grid, blocks, threads, shared_bytes, stream);
+  cudaError_t error = cudaLaunchKernelEx(&launch.config, kernel, args...);
   if (error == cudaSuccess) error = cudaGetLastError();
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
