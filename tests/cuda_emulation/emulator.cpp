@@ -83,7 +83,7 @@ struct Machine {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   std::vector<Block> blocks;
-  unsigned threads = 0, cluster = 1, grid = 0, first_block = 0, running = 0, at_barrier = 0;
+  unsigned threads = 0, grid = 0, first_block = 0, running = 0, at_barrier = 0;
   unsigned phase = 0;  // of the cluster's barrier
   Where barrier;
   const std::function<void()>* body = nullptr;
@@ -353,8 +353,7 @@ const char* launch(unsigned grid, unsigned cluster, unsigned threads, size_t sha
   if (cluster == 0 || cluster > 8 || grid % cluster) return "emulator: clusters must be of up to 8 blocks";
   const unsigned together = cluster * threads;
   if (machine.fibers.size() < together) machine.fibers.resize(together);
-  machine.threads = threads, machine.cluster = cluster, machine.grid = grid;
-  machine.shared_bytes = shared_bytes;
+  machine.threads = threads, machine.grid = grid, machine.shared_bytes = shared_bytes;
   machine.blocks.resize(cluster);
   machine.body = &body;
   machine.error.clear();
@@ -366,12 +365,9 @@ const char* launch(unsigned grid, unsigned cluster, unsigned threads, size_t sha
 #if defined(EMULATOR_TSAN)
   machine.main.tsan = __tsan_get_current_fiber();
 #endif
-  unsigned faulty = 0;
   for (machine.first_block = 0; machine.first_block < grid && machine.error.empty();
-       machine.first_block += cluster) {
+       machine.first_block += cluster)
     run_cluster();
-    faulty = block();
-  }
 #if defined(EMULATOR_TSAN)
   __tsan_acquire(&launch_token);
   destroy_ended();
@@ -379,7 +375,7 @@ const char* launch(unsigned grid, unsigned cluster, unsigned threads, size_t sha
   machine.arenas_before.clear();
   for (Fiber& fiber : rest) machine.fibers.push_back(std::move(fiber));
   if (machine.error.empty()) return nullptr;
-  last = "emulator: block " + std::to_string(faulty) + ", " + machine.error;
+  last = "emulator: block " + std::to_string(block() - cluster) + ", " + machine.error;
   return last.c_str();
 }
 
@@ -436,10 +432,9 @@ void cluster_wait(Where where) {
 }
 
 unsigned rank_in_cluster() { return rank(); }
-unsigned blocks_of_cluster() { return machine.cluster; }
 
 const void* shared_of(unsigned rank, const void* at, size_t bytes) {
-  if (rank >= machine.cluster) fault("no such block in the cluster");
+  if (rank >= machine.blocks.size()) fault("no such block in the cluster");
   bool runs = false;
   for (unsigned i = 0; i < machine.threads; ++i)
     runs = runs || machine.fibers[rank * machine.threads + i].state != State::done;

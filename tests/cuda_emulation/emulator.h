@@ -43,7 +43,6 @@ void block_barrier(Where where);
 void cluster_arrive(Where where);
 void cluster_wait(Where where);
 unsigned rank_in_cluster();
-unsigned blocks_of_cluster();
 // Where `at`, in the running block's shared memory, lies in that of block `rank` of its cluster.
 const void* shared_of(unsigned rank, const void* at, size_t bytes);
 void warp_barrier(Where where);
